@@ -1,0 +1,36 @@
+# make train | test | bench | lint: each makes .venv first if it is missing or out of date.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+.PHONY: train test bench lint clean
+
+train: $(VENV)/.installed
+	$(PY) train/run.py --fused $(ARGS)
+
+test: $(VENV)/.installed
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	$(PY) -m pytest bench/ --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "set-up: creating $(VENV) and installing the pinned packages"
+	@start=$$(date +%s) && \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])' && \
+	{ test -x $(PY) || $(PYTHON) -m venv $(VENV); } && \
+	$(PY) -m pip install --quiet --constraint constraints.txt torch triton && \
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
+	touch $@ && echo "set-up: $$(($$(date +%s) - start)) s"
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PY) -m pip install --quiet --constraint constraints.txt '.[bench]' --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
