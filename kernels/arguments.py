@@ -1,0 +1,124 @@
+"""The rules that the arguments of the readout ops obey, and the one layout that the ops work on."""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+from kernels.readout import Readout
+from kernels.rms_norm import check_eps, check_rows, check_vector
+
+States = Tensor | Sequence[Tensor]
+
+
+def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
+    """`states` as [one [K, N, d]] or as [K times [N, d]], never stacked by a copy, and the tokens' shape [...]."""
+    if isinstance(states, Tensor):
+        check_rows("states", states)
+        if states.dim() < 2 or states.shape[0] == 0:
+            raise ValueError(f"states must have shape [K, ..., d] with K >= 1. Got {tuple(states.shape)}.")
+        shape = states.shape[1:-1]
+        return [states.reshape(states.shape[0], shape.numel(), states.shape[-1])], shape
+    if not isinstance(states, Sequence) or len(states) == 0:
+        got = "an empty sequence" if isinstance(states, Sequence) else type(states).__name__
+        raise ValueError(f"states must be a tensor [K, ..., d] or a sequence of K >= 1 tensors. Got {got}.")
+    for loop, state in enumerate(states):
+        check_rows(f"states[{loop}]", state)
+        for what in ("shape", "dtype", "device"):
+            if getattr(state, what) != getattr(states[0], what):
+                raise ValueError(
+                    f"states must all have one {what}. Got {getattr(states[0], what)} for states[0] and "
+                    f"{getattr(state, what)} for states[{loop}]."
+                )
+    shape = states[0].shape[:-1]
+    return [state.reshape(shape.numel(), state.shape[-1]) for state in states], shape
+
+
+def check_tensors(
+    rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor | None, compute_dtype: torch.dtype
+) -> None:
+    """Raise unless head [V, d] and targets [...] fit the states."""
+    h = rows[0]
+    if not isinstance(head, Tensor) or not head.is_floating_point():
+        raise TypeError(f"head must be a floating tensor. Got {getattr(head, 'dtype', type(head).__name__)}.")
+    if head.dim() != 2 or head.shape[0] < 1 or head.shape[1] != h.shape[-1]:
+        raise ValueError(f"head must have shape [V, {h.shape[-1]}] with V >= 1. Got {tuple(head.shape)}.")
+    if head.device != h.device:
+        raise ValueError(f"head must be on the states' device {h.device}. Got {head.device}.")
+    if head.dtype != h.dtype and compute_dtype == h.dtype:
+        raise TypeError(f"head must have the states' dtype {h.dtype} outside autocast. Got {head.dtype}.")
+    if targets is None:
+        return
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be an int64 tensor. Got {getattr(targets, 'dtype', type(targets).__name__)}.")
+    if targets.shape != shape:
+        raise ValueError(f"targets must have the tokens' shape {tuple(shape)}. Got {tuple(targets.shape)}.")
+    if targets.device != h.device:
+        raise ValueError(f"targets must be on the states' device {h.device}. Got {targets.device}.")
+
+
+def check_readout(
+    readout: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, h: Tensor
+) -> None:
+    """Raise unless the readout is known and its norm's parameters fit it."""
+    if readout not in get_args(Readout):
+        raise ValueError(f"readout must be one of {', '.join(get_args(Readout))}. Got {readout!r}.")
+    check_vector("norm_weight", norm_weight, h, h.shape[-1])
+    check_vector("norm_bias", norm_bias, h, h.shape[-1])
+    check_eps(eps)
+    if readout == "raw" and norm_weight is not None:
+        raise ValueError("norm_weight must be None for readout='raw', which has no norm. Got a tensor.")
+    if readout != "layernorm" and norm_bias is not None:
+        raise ValueError(f"norm_bias must be None unless readout='layernorm'. Got a tensor for readout={readout!r}.")
+
+
+def check_options(
+    penalty: float, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str, chunk_rows: int | None
+) -> None:
+    """Raise unless every number is in its range."""
+    for name, value in (("penalty", penalty), ("z_loss", z_loss)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0. Got {value}.")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1]. Got {label_smoothing}.")
+    check_softcap(softcap)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none. Got {reduction!r}.")
+    if reduction == "none" and penalty > 0:
+        raise ValueError(f"penalty is added to a sum and must be 0 for reduction='none'. Got {penalty}.")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1. Got {chunk_rows}.")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise unless softcap is None or a finite number > 0."""
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be finite and > 0. Got {softcap}.")
+
+
+def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape: torch.Size, h: Tensor) -> None:
+    """Raise unless weights are [K] or [K, ...] on the states' device, or K numbers."""
+    if weights is None:
+        return
+    if isinstance(weights, Tensor):
+        if not weights.is_floating_point():
+            raise TypeError(f"weights must be a floating tensor or a sequence of numbers. Got {weights.dtype}.")
+        if weights.shape not in ((n_loops,), (n_loops, *shape)):
+            expected = f"({n_loops},) or {(n_loops, *shape)}"
+            raise ValueError(f"weights must have shape {expected}. Got {tuple(weights.shape)}.")
+        if weights.device != h.device:
+            raise ValueError(f"weights must be on the states' device {h.device}. Got {weights.device}.")
+    elif len(weights) != n_loops:
+        raise ValueError(f"weights must have one number for each of the {n_loops} loops. Got {len(weights)}.")
+    elif not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite. Got {list(weights)}.")
+
+
+def plain_head(head: Tensor) -> Tensor:
+    """A sharded head (FSDP2, tensor parallel) gathered; its gradient goes back to the shards, summed over ranks."""
+    if isinstance(head, DTensor):
+        return head.full_tensor(grad_placements=[Partial()] * head.device_mesh.ndim)
+    return head

@@ -1,0 +1,317 @@
+"""Softmax, cross-entropy and its gradient over one chunk of logits, in place.
+
+For a row x [V] with target t, after bias and softcap `z = c * tanh((x + b) / c)`:
+
+    lse  = log sum_j exp(z_j)
+    CE   = (1 - s) * (lse - z_t) + s * (lse - mean_j z_j) + zeta * lse^2          s: label smoothing, zeta: z_loss
+    g_j  = omega * (1 - (z_j/c)^2) * (softmax(z)_j * (1 + 2 zeta lse) - (1 - s) [j = t] - s / V)
+
+g overwrites x.  omega is the row's weight in the loss relative to the largest one, so that |g| is of order 1 in
+every dtype; the common factor is applied to the products in float32.  A row whose target is `ignore_index` has
+CE = 0 and g = 0.  The pass can also leave the row's entropy `lse - sum_j p_j z_j`, its largest logit's index and
+the margin to the second largest.
+
+Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
+written once where a row fits a program's registers (V <= 32768), read twice otherwise.
+
+Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., arXiv 2204.02311.  Online softmax:
+Milakov & Gimelshein, arXiv 1805.02867.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device import accumulator, uses_triton
+
+WHOLE_ROW_COLUMNS = 32768  # the longest row that a program keeps in registers
+CPU_BLOCK_ELEMENTS = 1 << 18  # float32 logits in work at once on the CPU: 1 MiB, a core's second-level cache
+
+
+class LossOptions(NamedTuple):
+    """What defines the loss of a row; see the module's equations."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+
+class RowResults(NamedTuple):
+    """Per-row results, each [rows] in one order; what is None is not computed."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    margin: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions) -> RowResults:
+    """The per-row results of logits [R, V] and targets [R] in plain PyTorch: their definition."""
+    z = logits.to(accumulator(logits.dtype))
+    if bias is not None:
+        z = z + bias
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    lse = torch.logsumexp(z, -1)
+    ignored = targets == options.ignore_index
+    target = z.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    smoothing = options.label_smoothing
+    loss = (1 - smoothing) * (lse - target) + smoothing * (lse - z.mean(-1)) + options.z_loss * lse.square()
+    log_p = z - lse.unsqueeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    top = z.topk(min(2, z.shape[-1]), -1)
+    margin = top.values[..., 0] - top.values[..., 1] if z.shape[-1] > 1 else torch.full_like(lse, torch.inf)
+    return RowResults(loss.masked_fill(ignored, 0.0), lse, entropy, margin, top.indices[..., 0])
+
+
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+    square = x * x  # 1 - decay cancels for small x: the series is exact to float32 there
+    small = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0))))
+    return tl.where(square < 0.09, small, large)
+
+
+@triton.jit
+def finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Bias and softcap of raw logits z [BLOCK_ROWS, BLOCK_VOCAB]; -inf outside the vocabulary."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return tl.where(in_columns[None, :], z, float("-inf"))
+
+
+@triton.jit
+def fold_softmax(z, maximum, total):
+    """One step of the online softmax over z [BLOCK_ROWS, BLOCK_VOCAB]: the new maximum, exp(z - maximum), total."""
+    new_maximum = tl.maximum(maximum, tl.max(z, axis=1))
+    e = tl.exp(z - new_maximum[:, None])
+    return new_maximum, e, total * tl.exp(maximum - new_maximum) + tl.sum(e, axis=1)
+
+
+@triton.jit
+def fold_moment(z, e, in_columns, maximum, total, new_maximum, moment):
+    """`moment` = sum_j exp(z_j - maximum) * (z_j - maximum), carried over to the new maximum."""
+    shift = maximum - new_maximum
+    carried = tl.exp(shift) * (moment + total * shift)
+    return carried + tl.sum(tl.where(in_columns[None, :], e * (z - new_maximum[:, None]), 0.0), axis=1)
+
+
+@triton.jit
+def fold_top2(z, column, top1, best, top2):
+    """The largest logit, its column (the lowest among equals) and the second largest, after one more block."""
+    block_top1 = tl.max(z, axis=1)
+    block_best = tl.min(tl.where(z == block_top1[:, None], column[None, :], 2147483647), axis=1)
+    block_top2 = tl.max(tl.where(column[None, :] == block_best[:, None], float("-inf"), z), axis=1)
+    new_top2 = tl.maximum(tl.minimum(top1, block_top1), tl.maximum(top2, block_top2))
+    return tl.maximum(top1, block_top1), tl.where(block_top1 > top1, block_best, best), new_top2
+
+
+@triton.jit
+def gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP: tl.constexpr):
+    """omega * dCE/dx for z [BLOCK_ROWS, BLOCK_VOCAB]; 0 where omega is 0, whatever the logits."""
+    g = tl.exp(z - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - smoothing / n_columns
+    g -= tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
+    if HAS_SOFTCAP:
+        g *= 1.0 - (z / softcap) * (z / softcap)
+    return tl.where((omega != 0.0)[:, None], g * omega[:, None], 0.0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
+    n_rows, n_columns, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss, stride_logits_row,
+    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
+    in_rows = row < n_rows
+    out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
+    logits_row = logits_ptr + row[:, None] * stride_logits_row
+    target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
+    maximum = tl.full((BLOCK_ROWS,), -1.0e38, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    moment = tl.zeros((BLOCK_ROWS,), tl.float32)
+    sum_z = tl.zeros((BLOCK_ROWS,), tl.float32)
+    z_target = tl.zeros((BLOCK_ROWS,), tl.float32)
+    top1 = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    top2 = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    best = tl.zeros((BLOCK_ROWS,), tl.int32)
+
+    for start in range(0, n_columns, BLOCK_VOCAB):
+        column = start + tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+        in_columns = column < n_columns
+        inside = in_rows[:, None] & in_columns[None, :]
+        z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
+        new_maximum, e, new_total = fold_softmax(z, maximum, total)
+        if HAS_STATISTICS:
+            moment = fold_moment(z, e, in_columns, maximum, total, new_maximum, moment)
+            top1, best, top2 = fold_top2(z, column, top1, best, top2)
+        maximum, total = new_maximum, new_total
+        sum_z += tl.sum(tl.where(in_columns[None, :], z, 0.0), axis=1)
+        z_target += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
+        if WHOLE_ROW:  # one block holds the row: its gradient needs no second read
+            lse = maximum + tl.log(total)
+            if HAS_GRADIENT:
+                omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
+                g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
+                tl.store(logits_row + column[None, :], g.to(logits_ptr.dtype.element_ty), mask=inside)
+
+    lse = maximum + tl.log(total)
+    ignored = target == ignore_index
+    loss = (1.0 - smoothing) * (lse - z_target) + smoothing * (lse - sum_z / n_columns) + z_loss * lse * lse
+    loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
+    tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
+    if HAS_STATISTICS:
+        tl.store(lse_ptr + out, lse, mask=in_rows)
+        tl.store(entropy_ptr + out, tl.log(total) - moment / total, mask=in_rows)
+        tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
+        tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
+
+    if HAS_GRADIENT and not WHOLE_ROW:
+        omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + tl.arange(0, BLOCK_VOCAB)
+            in_columns = column < n_columns
+            inside = in_rows[:, None] & in_columns[None, :]
+            z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
+            g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
+            tl.store(logits_row + column[None, :], g.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+def cross_entropy_blocks(n_columns: int) -> dict[str, int | bool]:
+    """Tile and warps of a program for a vocabulary of `n_columns`."""
+    whole_row = n_columns <= WHOLE_ROW_COLUMNS
+    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 8192
+    block_rows = max(1, min(8, 2048 // block_vocab))
+    warps = min(32, max(4, block_rows * block_vocab // 1024))
+    return {"WHOLE_ROW": whole_row, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": block_vocab, "num_warps": warps}
+
+
+def _cross_entropy_triton(
+    logits: Tensor, targets: Tensor, omega: Tensor | None, bias: Tensor | None, options: LossOptions,
+    results: RowResults, first_row: int,
+) -> None:  # fmt: skip
+    n_rows, n_columns = logits.shape
+    blocks = cross_entropy_blocks(n_columns)
+    cross_entropy_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),)](
+        logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
+        loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
+        margin_ptr=results.margin, top1_ptr=results.top1,
+        n_rows=n_rows, n_columns=n_columns, n_tokens=targets.shape[0], first_row=first_row,
+        ignore_index=options.ignore_index, smoothing=options.label_smoothing,
+        softcap=1.0 if options.softcap is None else options.softcap, z_loss=options.z_loss,
+        stride_logits_row=logits.stride(0),
+        HAS_GRADIENT=omega is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None,
+        HAS_STATISTICS=results.lse is not None, **blocks,
+    )  # fmt: skip
+
+
+# CPU ------------------------------------------------------------------------------------------------------------------
+
+
+def _write_statistics(z: Tensor, results: RowResults, rows: slice) -> None:
+    """Margin and top-1 of the logits z [rows, V], in two streaming passes."""
+    if results.margin is None or results.top1 is None:
+        return
+    top1, best = z.max(-1)
+    results.top1[rows] = best
+    if z.shape[-1] == 1:
+        results.margin[rows] = torch.inf
+        return
+    z.scatter_(-1, best.unsqueeze(-1), -torch.inf)
+    results.margin[rows] = top1 - z.amax(-1)
+    z.scatter_(-1, best.unsqueeze(-1), top1.unsqueeze(-1))
+
+
+def _cross_entropy_block_cpu(
+    z: Tensor, targets: Tensor, omega: Tensor | None, options: LossOptions, results: RowResults, rows: slice
+) -> None:
+    """Results of the float32 logits z [rows, V], which become omega * dCE/dx where omega is given."""
+    smoothing, softcap = options.label_smoothing, options.softcap
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z.square() if omega is not None else None
+        z.mul_(softcap)
+    _write_statistics(z, results, rows)
+    ignored = targets == options.ignore_index
+    target = targets.masked_fill(ignored, 0).unsqueeze(-1)
+    maximum = z.amax(-1, keepdim=True)
+    z.sub_(maximum)
+    z_target = z.gather(-1, target).squeeze(-1)
+    mean_z = z.mean(-1) if smoothing else z_target
+    shifted = z.clone() if results.entropy is not None else None
+    z.exp_()
+    total = z.sum(-1)
+    log_total = total.log()
+    lse = maximum.squeeze(-1) + log_total
+    loss = log_total - (1 - smoothing) * z_target - smoothing * mean_z + options.z_loss * lse.square()
+    results.loss[rows] = loss.masked_fill_(ignored, 0.0)
+    if results.lse is not None and results.entropy is not None and shifted is not None:
+        results.lse[rows] = lse
+        results.entropy[rows] = log_total - shifted.mul_(z).nan_to_num_(nan=0.0).sum(-1) / total
+    if omega is None:
+        return
+    weight = omega[rows]
+    z.mul_((weight * (1 + 2 * options.z_loss * lse) / total).unsqueeze(-1))
+    if smoothing:
+        z.sub_((weight * (smoothing / z.shape[-1])).unsqueeze(-1))
+    z.scatter_add_(-1, target, (weight * (smoothing - 1)).unsqueeze(-1))
+    if slope is not None:
+        z.mul_(slope)
+    z.masked_fill_((weight == 0).unsqueeze(-1), 0.0)
+
+
+def _cross_entropy_cpu(
+    logits: Tensor, targets: Tensor, omega: Tensor | None, bias: Tensor | None, options: LossOptions,
+    results: RowResults, first_row: int,
+) -> None:  # fmt: skip
+    n_rows, n_columns = logits.shape
+    wide = accumulator(logits.dtype)
+    block_rows = max(1, CPU_BLOCK_ELEMENTS // n_columns)
+    work = None if logits.dtype == wide else torch.empty((min(block_rows, n_rows), n_columns), dtype=wide)
+    for start in range(0, n_rows, block_rows):
+        block = logits[start : start + block_rows]
+        z = block if work is None else work[: block.shape[0]].copy_(block)
+        if bias is not None:
+            z.add_(bias)
+        first = first_row + start
+        token = torch.arange(first, first + block.shape[0]) % targets.shape[0]
+        _cross_entropy_block_cpu(z, targets[token], omega, options, results, slice(first, first + block.shape[0]))
+        if work is not None and omega is not None:
+            block.copy_(z)
+
+
+# The pass -------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_(
+    logits: Tensor,
+    targets: Tensor,
+    omega: Tensor | None,
+    bias: Tensor | None,
+    options: LossOptions,
+    results: RowResults,
+    first_row: int,
+) -> None:
+    """Write the results of rows `first_row, first_row + 1, ...` whose logits [R, V] are given.
+
+    targets [n_tokens] serves row r with `targets[r % n_tokens]`; omega and the results are indexed by r.  With
+    omega the logits are overwritten by `omega * dCE/dlogits`; without it their content is undefined afterwards.
+    A target outside [0, V) that is not `ignore_index` is never read: its loss is nan (Triton); callers check on CPU.
+    """
+    run = _cross_entropy_triton if uses_triton(logits) else _cross_entropy_cpu
+    run(logits, targets, omega, bias, options, results, first_row)

@@ -1,0 +1,391 @@
+"""`looped_cross_entropy`: the loss of K states through one head, its registration and its public function.
+
+The equations stand in kernels/readout.py.  One op does the work.  Its output `total` carries gradients that were
+formed in the forward pass; its output `ce`, the row losses, is differentiable too, by running the pass again with
+the upstream gradient for coefficients.  Weights, the mean and the mask are plain PyTorch around it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import as_rows, check_options, check_readout, check_tensors, check_weights, plain_head
+from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
+from kernels.device import accumulator, autocast_dtype
+from kernels.readout import Gradients, Readout, ReadoutPass, Scales, default_chunk_rows, norm_of
+from kernels.rms_norm import check_vector, norm_backward, norm_forward, partial_sums
+
+
+class LoopedStatistics(NamedTuple):
+    """What the readout saw of every loop and token, each [K, ...] float32 and detached; nan for unread loops.
+
+    loss: cross-entropy; lse: log of the softmax's denominator; entropy: of the predicted distribution, in nats;
+    margin: largest minus second largest logit; top1: the largest logit's id (int64; -1 for unread loops);
+    mean_square: of the state before its norm; radial_dot, radial_fraction: <g, h> and |<g, h>| / (|g| |h|) of
+    g = dL/dh, the immediate gradient of the cross-entropy part of the loss (None where no state needs a gradient).
+    """
+
+    loss: Tensor
+    lse: Tensor
+    entropy: Tensor
+    margin: Tensor
+    top1: Tensor
+    mean_square: Tensor
+    radial_dot: Tensor | None
+    radial_fraction: Tensor | None
+
+
+class LoopedCrossEntropy(NamedTuple):
+    """The result of `looped_cross_entropy`."""
+
+    loss: Tensor
+    per_loop: Tensor
+    statistics: LoopedStatistics | None
+
+
+def looped_cross_entropy_reference(
+    states: Tensor | Sequence[Tensor],
+    head: Tensor,
+    targets: Tensor,
+    *,
+    readout: Readout = "rmsnorm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    penalty: float = 0.0,
+    weights: Tensor | Sequence[float] | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """`looped_cross_entropy` in plain PyTorch, all logits in memory: the definition of `loss` and `per_loop`."""
+    wide = accumulator(states[0].dtype)
+    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
+    losses, squares = [], []
+    for loop, state in enumerate(states):
+        norm = norm_of(readout, loop, len(states))
+        h = state.to(wide)
+        squares.append(h.square().mean() if h.numel() else h.sum())
+        if norm == "layernorm":
+            h = h - h.mean(-1, keepdim=True)
+        if norm != "none":
+            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+            h = h if norm_weight is None else h * norm_weight
+            h = h if norm_bias is None else h + norm_bias
+        logits = (h.to(state.dtype) @ head.t()).flatten(0, -2)
+        losses.append(cross_entropy_reference(logits, targets.flatten(), bias, options).loss.view(targets.shape))
+    ce = torch.stack(losses)
+    if weights is None:
+        weights = [1 / len(ce)] * len(ce)
+    weighting = torch.as_tensor(weights, dtype=wide)
+    weighting = weighting.reshape(weighting.shape + (1,) * (ce.dim() - weighting.dim()))
+    n = (targets != ignore_index).sum().clamp(min=1)
+    per_loop = ce.flatten(1).sum(1) / n
+    if reduction == "none":
+        return weighting * ce, per_loop
+    total = (weighting * ce).sum() / (n if reduction == "mean" else 1)
+    return total + penalty * torch.stack(squares).mean(), per_loop
+
+
+def _check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
+    """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it."""
+    bad = ((targets < 0) | (targets >= n_columns)) & (targets != ignore_index)
+    rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
+    if targets.is_cuda:
+        torch._assert_async(~bad.any(), rule)
+    elif bad.any():
+        raise ValueError(f"{rule} Got {targets[bad][0].item()}.")
+
+
+# The op ---------------------------------------------------------------------------------------------------------------
+# Outputs: total [], ce [A, N], unit [], the gradients of head, norm_weight, norm_bias and bias, the row statistics
+# [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], the states' gradients in
+# units of `unit`.  A = len(active), the loops that are read.  What is not asked for is an empty tensor.
+
+
+def _state_gradients(
+    states: list[Tensor], need_states: list[bool], active: list[int], penalty: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Buffers for the states' gradients: as the op returns them, and loop by loop (None where not needed)."""
+    if states[0].dim() == 3:
+        if not need_states[0]:
+            return [states[0].new_empty(0)], [None] * len(states[0])
+        stacked = states[0].new_empty(states[0].shape)
+        return [stacked], list(stacked.unbind(0))
+    wanted = [need and (penalty > 0 or k in active) for k, need in enumerate(need_states)]
+    buffers = [s.new_empty(s.shape) if want else s.new_empty(0) for s, want in zip(states, wanted, strict=True)]
+    return buffers, [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
+
+
+def _row_statistics(
+    rows: RowResults, mean_square: Tensor, radial: Tensor, active: list[int], unit: Tensor, d: int
+) -> Tensor:
+    """[6, A, N] of the op's outputs; the radial sums [2, K, N] are in units of the stored gradients."""
+    shape = (len(active), mean_square.shape[1])
+    dot, grad_norm = radial[0, active], radial[1, active].sqrt()
+    norms = grad_norm * (mean_square[active] * d).sqrt()
+    fraction = torch.where(norms == 0, 0.0, dot.abs() / norms)
+    per_row = [column.view(shape) for column in (rows.lse, rows.entropy, rows.margin) if column is not None]
+    return torch.stack([*per_row, mean_square[active], dot * unit, fraction])
+
+
+@torch.library.custom_op("looped::cross_entropy", mutates_args=())
+def _cross_entropy(
+    states: list[Tensor], head: Tensor, targets: Tensor, coefficient: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, bias: Tensor | None, active: list[int], need_states: list[bool], needs: list[bool],
+    statistics: bool, readout: str, eps: float, penalty: float, ignore_index: int, label_smoothing: float,
+    softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    _check_range(targets, head.shape[0], ignore_index)
+    states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
+    vectors = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias)]
+    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
+    n_loops, (n_tokens, d) = len(loops), loops[0].shape
+    n_rows = len(active) * n_tokens
+    wide = accumulator(head.dtype)
+
+    def buffer(*shape: int, fill: float | None = None) -> Tensor:
+        return head.new_empty(shape, dtype=wide) if fill is None else head.new_full(shape, fill, dtype=wide)
+
+    dstates, dloops = _state_gradients(states, need_states, active, penalty)
+    gradients = Gradients(
+        dloops,
+        buffer(*head.shape, fill=0.0) if needs[0] else None,
+        partial_sums(loops[0]) if needs[1] else None,
+        partial_sums(loops[0]) if needs[2] else None,
+        buffer(head.shape[0], fill=0.0) if needs[3] else None,
+    )
+    scales = None
+    if coefficient is not None and gradients.any:
+        scales = Scales.of(coefficient, torch.float16 in (loops[0].dtype, head.dtype))
+    unit = buffer(fill=1.0) if scales is None else scales.unit.clone()
+    rows = RowResults(buffer(n_rows))
+    if statistics:
+        top1 = head.new_empty(n_rows, dtype=torch.int64)
+        rows = RowResults(rows.loss, buffer(n_rows), buffer(n_rows), buffer(n_rows), top1)
+    mean_square = buffer(n_loops, n_tokens) if statistics or penalty > 0 else None
+    radial = buffer(2, n_loops, n_tokens, fill=torch.nan) if statistics else None
+    dmean_square = (penalty / max(1, n_loops * n_tokens)) / unit if penalty > 0 else None
+
+    with torch.autocast(head.device.type, enabled=False):
+        reader = ReadoutPass(loops, head, vectors[0], vectors[1], readout=readout, eps=eps, compute_dtype=compute_dtype)
+        options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
+        reader.run(
+            active, targets, vectors[2], options, chunk_rows, rows, mean_square, gradients, scales, dmean_square, radial
+        )
+        for k in sorted(set(range(n_loops)) - set(active)):  # not read, but their scale may be penalised
+            if mean_square is not None:
+                norm_forward(loops[k], None, None, eps=eps, norm="none", mean_square=mean_square[k])
+            dh = dloops[k]
+            if dh is not None:
+                square = buffer(fill=0.0) if dmean_square is None else dmean_square
+                norm_backward(None, loops[k], None, eps=eps, norm="none", dmean_square=square.expand(n_tokens), dh=dh)
+
+    total = buffer(fill=0.0) if coefficient is None else (coefficient * rows.loss.view(coefficient.shape)).sum()
+    if penalty > 0 and mean_square is not None and n_tokens > 0:
+        total = total + penalty * mean_square.mean()
+    parameters = []
+    for gradient, like in zip(gradients[1:], (head, norm_weight, norm_bias, bias), strict=True):
+        if gradient is None or like is None:
+            parameters.append(head.new_empty(0))
+            continue
+        summed = gradient.sum(0) if gradient.dim() > like.dim() else gradient
+        parameters.append((summed if scales is None else summed.mul_(scales.reference / scales.unit)).to(like.dtype))
+    stats = head.new_empty(0, dtype=wide)
+    if mean_square is not None and radial is not None:
+        stats = _row_statistics(rows, mean_square, radial, active, unit, d)
+    top1 = rows.top1.view(len(active), n_tokens) if rows.top1 is not None else head.new_empty(0, dtype=torch.int64)
+    dhead, dnorm_weight, dnorm_bias, dbias = parameters
+    loss = rows.loss.view(len(active), n_tokens)
+    return total, loss, unit, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
+
+
+@_cross_entropy.register_fake
+def _(
+    states, head, targets, coefficient, norm_weight, norm_bias, bias, active, need_states, needs, statistics, readout,
+    eps, penalty, ignore_index, label_smoothing, softcap, z_loss, chunk_rows, compute_dtype,
+):  # fmt: skip
+    wide = accumulator(head.dtype)
+    shape = (len(active), targets.shape[0])
+    parameters = [
+        like.new_empty(like.shape) if need and like is not None else head.new_empty(0)
+        for need, like in zip(needs, (head, norm_weight, norm_bias, bias), strict=True)
+    ]
+    dstates, _ = _state_gradients(states, need_states, active, penalty)
+    stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
+    top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
+    total, ce, unit = (head.new_empty(size, dtype=wide) for size in ((), shape, ()))
+    return total, ce, unit, *parameters, stats, top1, dstates
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    states, head, targets, coefficient, norm_weight, norm_bias, bias, *options = inputs
+    _, ce, unit, *parameters, _, top1, dstates = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(top1)
+    ctx.options, ctx.n_states = options, len(states)
+    ctx.eager = coefficient is not None  # then `total` is differentiated, else the row losses
+    if ctx.eager:
+        ctx.save_for_backward(ce, unit, *parameters, *dstates)
+    else:
+        ctx.save_for_backward(head, targets, norm_weight, norm_bias, bias, *states)
+
+
+def _backward(ctx, dtotal, dce, *_):
+    none = (None,) * (len(ctx.options))
+    if ctx.eager:
+        if dtotal is None:
+            return [None] * ctx.n_states, *((None,) * 6), *none
+        ce, unit, *gradients = ctx.saved_tensors
+        dcoefficient = dtotal * ce if ctx.needs_input_grad[3] else None
+    else:
+        if dce is None:
+            return [None] * ctx.n_states, *((None,) * 6), *none
+        head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
+        active, _, _, _, readout, eps, _, *loss_options, chunk_rows, compute_dtype = ctx.options
+        wanted = ctx.needs_input_grad
+        need_states = [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
+        _, _, unit, *gradients, _, _, dstates = _cross_entropy(
+            states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
+            [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, *loss_options, chunk_rows, compute_dtype,
+        )  # fmt: skip
+        gradients, dcoefficient, dtotal = [*gradients, *dstates], None, dce.new_ones(())
+    scale = dtotal * unit
+    # a one-element matrix, not a scalar: the product is then formed in float32 and rounded once
+    scaled = [torch.mul(g, scale.view((1,) * g.dim()), out=torch.empty_like(g)) if g.numel() else None for g in gradients]
+    dhead, dnorm_weight, dnorm_bias, dbias, *dstates = scaled
+    return dstates, dhead, None, dcoefficient, dnorm_weight, dnorm_bias, dbias, *none
+
+
+torch.library.register_autograd("looped::cross_entropy", _backward, setup_context=_setup_context)
+
+
+# The public function --------------------------------------------------------------------------------------------------
+
+
+def _coefficients(
+    weights: Tensor | Sequence[float] | None, active: list[int], n_loops: int, valid: Tensor, wide: torch.dtype
+) -> Tensor:
+    """w[k, t] * [t is not ignored] for the active loops, [A, N]; differentiable in a weights tensor."""
+    if isinstance(weights, Tensor):
+        return weights.to(wide).reshape(n_loops, -1) * valid
+    if weights is None:
+        return valid.mul(1.0 / n_loops).expand(n_loops, -1)
+    return torch.stack([valid * weights[k] for k in active]) if active else valid.new_empty((0, *valid.shape))
+
+
+def _spread(values: Tensor, active: list[int], n_loops: int, shape: torch.Size, fill: float) -> Tensor:
+    """Row results [A, N] as [K, ...], `fill` for the loops that were not read."""
+    if len(active) < n_loops:
+        spread = values.new_full((n_loops, values.shape[-1]), fill)
+        spread[active] = values
+        values = spread
+    return values.view(n_loops, *shape)
+
+
+def looped_cross_entropy(
+    states: Tensor | Sequence[Tensor],
+    head: Tensor,
+    targets: Tensor,
+    *,
+    readout: Readout = "rmsnorm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    penalty: float = 0.0,
+    weights: Tensor | Sequence[float] | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    statistics: bool = False,
+    chunk_rows: int | None = None,
+) -> LoopedCrossEntropy:
+    """The whole per-loop readout of a looped language model, fused: norm, norm penalty, logits, cross-entropy.
+
+        CE[k, t] = cross_entropy(softcap(norm(h[k, t]) @ head.T + bias), targets[t])
+        mean:  sum_{k, t} w[k, t] CE[k, t] / n + penalty * mean_{k, t, channels} h^2     (n: tokens not ignored)
+        sum:   the same without / n;    none: w * CE, [K, ...], 0 where ignored
+
+    Memory beyond inputs and outputs is one chunk of logits, whatever K; all gradients that somebody needs are formed
+    in the forward pass.  kernels/README.md has the derivations.
+
+    Args:
+        states: the hidden states H_1..H_K before the readout norm: one tensor [K, ..., d] or a sequence of K tensors
+            [..., d] (not copied into one).  float32, bfloat16, float16; under autocast the products run in its dtype.
+        head: [V, d], of the states' dtype outside autocast; a DTensor (FSDP2) is gathered.
+        targets: [...] int64, shared by all loops.
+        readout: "rmsnorm"; "layernorm"; "raw" (no norm); "final-only" (no norm before loop K, RMSNorm at K).
+        norm_weight, norm_bias: [d], the norm's parameters; the bias is LayerNorm's.
+        eps: the norm's.
+        penalty: lambda >= 0 of the norm penalty, on the states before the norm, all K loops and all tokens.
+        weights: None: 1/K for every loop. A tensor [K] or [K, ...], differentiable: dL/dw[k, t] = CE[k, t] / n. A
+            sequence of K numbers: a loop whose number is 0 is not read at all, so terminal supervision,
+            `weights=[0, ..., 0, 1]`, costs one readout.
+        bias: [V], added to the logits.
+        ignore_index: tokens with this target have CE = 0 and no gradient (but their states are penalised).
+            All ignored: loss 0 and gradients 0, up to the penalty's.
+        label_smoothing, z_loss: CE = (1 - s) nll + s * mean_j(-log p_j) + z_loss * lse^2.
+        softcap: c > 0: logits become c * tanh(logits / c).
+        reduction: "mean", "sum" or "none" (which takes any upstream gradient, at the price of a second forward pass
+            in the backward).
+        statistics: return LoopedStatistics from the same pass, at no extra product.
+        chunk_rows: rows (tokens x loops) whose logits are in memory at once; None: chosen from the shapes.
+
+    Returns:
+        `loss`: [] (or [K, ...] for "none") float32; `per_loop`: [K] float32, detached, mean CE of every loop over the
+        tokens that are not ignored, nan for loops that were not read; `statistics`: LoopedStatistics or None.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape, device or range than stated; a target
+            outside [0, V) (on a GPU an assertion on the device, which does not wait).
+    """
+    head = plain_head(head)
+    rows, shape = as_rows(states)
+    compute_dtype = autocast_dtype(rows[0])
+    check_tensors(rows, shape, head, targets, compute_dtype)
+    check_readout(readout, norm_weight, norm_bias, eps, rows[0])
+    check_options(penalty, label_smoothing, softcap, z_loss, reduction, chunk_rows)
+    n_loops = len(rows) if rows[0].dim() == 2 else rows[0].shape[0]
+    check_weights(weights, n_loops, shape, rows[0])
+    check_vector("bias", bias, rows[0], head.shape[0])
+
+    by_hand = weights is not None and not isinstance(weights, Tensor)
+    active = [k for k in range(n_loops) if not (by_hand and weights[k] == 0)]  # type: ignore[index]
+    targets = targets.reshape(-1).long()
+    wide = accumulator(head.dtype)
+    valid = (targets != ignore_index).to(wide)
+    n = valid.sum().clamp(min=1)
+    coefficient = _coefficients(weights, active, n_loops, valid, wide)
+    if reduction == "mean":
+        coefficient = coefficient / n
+    eager = reduction != "none"
+
+    def needed(tensor: Tensor | None) -> bool:
+        return eager and torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
+    total, ce, _, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
+        rows, head, targets, coefficient if eager else None, norm_weight, norm_bias, bias, active,
+        [needed(state) for state in rows], [needed(t) for t in (head, norm_weight, norm_bias, bias)], statistics,
+        readout, eps, penalty, ignore_index, label_smoothing, softcap, z_loss,
+        chunk_rows or default_chunk_rows(head.device, head.shape[0]), compute_dtype,
+    )  # fmt: skip
+    detached = ce.detach()
+    per_loop = _spread((detached.sum(1) / n).unsqueeze(1), active, n_loops, torch.Size(()), torch.nan).view(n_loops)
+    loss = total if eager else _spread(coefficient * ce, active, n_loops, shape, 0.0)
+    if not statistics:
+        return LoopedCrossEntropy(loss, per_loop, None)
+    columns = [_spread(column, active, n_loops, shape, torch.nan) for column in (detached, *row_statistics.unbind(0))]
+    cross_entropy, lse, entropy, margin, mean_square, dot, fraction = columns
+    radial = (dot, fraction) if any(needed(state) for state in rows) else (None, None)
+    best = _spread(top1, active, n_loops, shape, -1)
+    return LoopedCrossEntropy(
+        loss, per_loop, LoopedStatistics(cross_entropy, lse, entropy, margin, best, mean_square, *radial)
+    )

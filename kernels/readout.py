@@ -1,0 +1,209 @@
+"""The per-loop readout of K states through one head: norm, logits, cross-entropy, and every gradient, in chunks.
+
+For the state h[k, t] [d] of loop k and token t, the head W [V, d] and coefficients c[k, t]:
+
+    total = sum_{k, t} c[k, t] * CE(W norm(h[k, t]), target_t) + penalty * mean_{k, t, channels} h^2
+    dL/dh = norm_backward(c * W^T g) + (2 penalty / (K N d)) h,   dL/dW = sum c * g y^T,   dL/dc = CE
+
+with y = norm(h) and g = dCE/dlogits.  The K states share the head, so the rows of all loops are taken together, a
+chunk at a time: norm -> logits = y W^T -> softmax, CE and g in place -> dy = g W -> norm backward, radial sums ->
+dW += g^T y.  The three products go to the vendor's library: 6 K N d V FLOPs, the same as readout by readout, while
+memory holds one chunk of logits and one dW, whatever K.  The gradients are formed in the forward pass, where the
+logits are at hand, and multiplied by the upstream gradient in the backward pass; where the caller wants the rows'
+losses themselves (their upstream gradient is not known in advance) the backward pass runs this same pass again.
+
+dW and the loss are summed in float32.  g is kept in units of the largest |c|, so neither a mean over many tokens
+nor a float16 loss scale leaves the range of the dtype, and the common factor is applied in float32.
+
+Chunked readouts: Liger-Kernel (arXiv 2410.10989), cut-cross-entropy (arXiv 2411.09009).  The norm penalty and the
+per-loop supervision: arXiv 2606.24898.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from kernels.rms_norm import Norm, norm_backward, norm_forward
+
+Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
+CUDA_CHUNK_ROWS = 4096
+CPU_CHUNK_ELEMENTS = 1 << 24
+HEAD_ROWS = 8192  # rows of dW that a CPU product of low-precision operands forms at once, before the float32 sum
+
+
+class Piece(NamedTuple):
+    """Rows `start..stop` of one loop's state, which are rows `first..first + stop - start` of the chunk."""
+
+    loop: int
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.stop - self.start)
+
+
+def norm_of(readout: str, loop: int, n_loops: int) -> Norm:
+    """The norm that reads out `loop` (0-based) of `n_loops`."""
+    if readout == "final-only":
+        return "rmsnorm" if loop == n_loops - 1 else "none"
+    return {"raw": "none", "rmsnorm": "rmsnorm", "layernorm": "layernorm"}[readout]  # type: ignore[return-value]
+
+
+def chunks(active: Sequence[int], n_tokens: int, chunk_rows: int) -> Iterator[list[Piece]]:
+    """The rows of the active loops, loop after loop, in chunks of `chunk_rows`, each as pieces of single loops."""
+    n_rows = len(active) * n_tokens
+    for first in range(0, n_rows, chunk_rows):
+        pieces = []
+        row, last = first, min(first + chunk_rows, n_rows)
+        while row < last:
+            loop, start = divmod(row, n_tokens)
+            stop = min(n_tokens, start + last - row)
+            pieces.append(Piece(active[loop], start, stop, row - first))
+            row += stop - start
+        yield pieces
+
+
+def default_chunk_rows(device: torch.device, n_columns: int) -> int:
+    """Rows of a chunk: enough for full-rate products; on the CPU few enough for its logits to stay in cache."""
+    if device.type == "cuda":
+        return CUDA_CHUNK_ROWS
+    return max(128, min(2048, CPU_CHUNK_ELEMENTS // n_columns // 64 * 64))
+
+
+class Gradients(NamedTuple):
+    """Accumulators of the gradients that somebody needs; None for the others."""
+
+    loops: list[Tensor | None]
+    head: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def any(self) -> bool:
+        """Whether the logits' gradient is needed at all."""
+        others = (self.head, self.norm_weight, self.norm_bias, self.bias)
+        return any(gradient is not None for gradient in (*self.loops, *others))
+
+
+class Scales(NamedTuple):
+    """The units of a pass: coefficient = omega * reference; a stored state gradient times `unit` is the true one."""
+
+    omega: Tensor
+    reference: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, coefficient: Tensor, low_range: bool) -> "Scales":
+        largest = coefficient.abs().amax() if coefficient.numel() else coefficient.new_zeros(())
+        reference = torch.where(largest > 0, largest, 1.0)
+        unit = reference if low_range else torch.ones_like(reference)
+        return cls((coefficient / reference).flatten(), reference, unit)
+
+
+def _accumulate(total: Tensor, g: Tensor, y: Tensor) -> None:
+    """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32."""
+    if total.dtype == y.dtype:
+        total.addmm_(g.t(), y)
+    elif total.is_cuda:
+        torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
+    else:
+        for block in range(0, total.shape[0], HEAD_ROWS):
+            total[block : block + HEAD_ROWS] += torch.mm(g[:, block : block + HEAD_ROWS].t(), y)
+
+
+class ReadoutPass:
+    """One pass over the rows of K states: fills the row results and, given scales, adds up the gradients."""
+
+    def __init__(
+        self,
+        loops: list[Tensor],
+        head: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        *,
+        readout: str,
+        eps: float,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.loops, self.head = loops, head.to(compute_dtype)
+        self.norm_weight, self.norm_bias, self.readout, self.eps = norm_weight, norm_bias, readout, eps
+        self.compute_dtype = compute_dtype
+
+    def norm_arguments(self, loop: int) -> tuple[Norm, Tensor | None, Tensor | None]:
+        norm = norm_of(self.readout, loop, len(self.loops))
+        return (norm, None, None) if norm == "none" else (norm, self.norm_weight, self.norm_bias)
+
+    def forward(self, pieces: list[Piece], work: Tensor, mean_square: Tensor | None) -> Tensor:
+        """The normed rows y [R, d] of a chunk in the compute dtype; mean_square [K, N] is filled where given."""
+        n_rows = pieces[-1].rows.stop
+        h = self.loops[pieces[0].loop][pieces[0].tokens]
+        norms = {self.norm_arguments(piece.loop)[0] for piece in pieces}
+        in_place = len(pieces) == 1 and norms == {"none"} and h.dtype == self.compute_dtype
+        for piece in pieces:
+            norm, weight, norm_bias = self.norm_arguments(piece.loop)
+            square = None if mean_square is None else mean_square[piece.loop, piece.tokens]
+            if in_place and square is None:
+                continue
+            norm_forward(
+                self.loops[piece.loop][piece.tokens], weight, norm_bias, eps=self.eps, norm=norm,
+                y=None if in_place else work[piece.rows], mean_square=square,
+            )  # fmt: skip
+        return h if in_place else work[:n_rows]
+
+    def backward(
+        self, pieces: list[Piece], g: Tensor, y: Tensor, dy: Tensor, gradients: Gradients, scales: Scales,
+        dmean_square: Tensor | None, radial: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add the gradients of one chunk, given g = omega * dCE/dlogits [R, V]; dy [R, d] is work space."""
+        if gradients.head is not None:
+            _accumulate(gradients.head, g, y)
+        if gradients.bias is not None:
+            gradients.bias.add_(g.sum(0, dtype=gradients.bias.dtype))
+        norm_parameters = gradients.norm_weight is not None or gradients.norm_bias is not None
+        normed = norm_parameters and any(self.norm_arguments(piece.loop)[0] != "none" for piece in pieces)
+        if not normed and all(gradients.loops[piece.loop] is None for piece in pieces):
+            return
+        torch.mm(g, self.head, out=dy)
+        for piece in pieces:
+            norm, weight, _ = self.norm_arguments(piece.loop)
+            dh = gradients.loops[piece.loop]
+            norm_backward(
+                dy[piece.rows], self.loops[piece.loop][piece.tokens], weight, eps=self.eps, norm=norm,
+                scale=scales.reference / scales.unit,
+                dmean_square=None if dmean_square is None else dmean_square.expand(piece.stop - piece.start),
+                dh=None if dh is None else dh[piece.tokens],
+                dweight=None if norm == "none" else gradients.norm_weight,
+                dbias=None if norm == "none" else gradients.norm_bias,
+                radial=None if radial is None or dh is None else radial[:, piece.loop, piece.tokens],
+            )  # fmt: skip
+
+    def run(
+        self, active: Sequence[int], targets: Tensor, bias: Tensor | None, options: LossOptions, chunk_rows: int,
+        results: RowResults, mean_square: Tensor | None, gradients: Gradients, scales: Scales | None,
+        dmean_square: Tensor | None, radial: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Read out the active loops; results are [len(active) * N], everything else [K, N]."""
+        n_tokens, d = self.loops[0].shape
+        rows = min(chunk_rows, max(1, len(active) * n_tokens))
+        kind = {"dtype": self.compute_dtype, "device": self.head.device}
+        work = torch.empty((rows, d), **kind)
+        logits = torch.empty((rows, self.head.shape[0]), **kind)
+        dy = torch.empty((rows, d), **kind) if scales is not None else work
+        for index, pieces in enumerate(chunks(active, n_tokens, chunk_rows)):
+            n_rows = pieces[-1].rows.stop
+            y = self.forward(pieces, work, mean_square)
+            g = torch.mm(y, self.head.t(), out=logits[:n_rows])
+            omega = None if scales is None else scales.omega
+            cross_entropy_(g, targets, omega, bias, options, results, index * chunk_rows)
+            if scales is not None:
+                self.backward(pieces, g, y, dy[:n_rows], gradients, scales, dmean_square, radial)
