@@ -92,7 +92,7 @@ def looped_cross_entropy_reference(
     return total + penalty * torch.stack(squares).mean(), per_loop
 
 
-def _check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
+def check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
     """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it."""
     bad = ((targets < 0) | (targets >= n_columns)) & (targets != ignore_index)
     rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
@@ -141,7 +141,7 @@ def _cross_entropy(
     statistics: bool, readout: str, eps: float, penalty: float, ignore_index: int, label_smoothing: float,
     softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    _check_range(targets, head.shape[0], ignore_index)
+    check_range(targets, head.shape[0], ignore_index)
     states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
     vectors = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias)]
     loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
