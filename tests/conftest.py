@@ -1,0 +1,57 @@
+"""Backends of the kernels' tests: the CPU implementation, and the Triton kernels (natively on a GPU, else interpreted).
+
+Triton decides when a kernel is *defined* whether it will be interpreted, and the ops decide when they are *called*
+whether a CPU tensor goes to Triton; so without a GPU the variable is set while `kernels` is imported and again by the
+fixture for the tests that want it.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+import kernels  # noqa: E402, F401
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+
+truncating_convert = interpreter._convert_float
+
+
+def rounding_convert(data, source, target, rounding_mode):
+    """float32 to bfloat16 rounded to nearest even, as hardware does; the interpreter truncates."""
+    if source == tl.float32 and target == tl.bfloat16:
+        # ascontiguousarray copies what torch may not alias; values go through torch, whose rounding is right
+        rounded = torch.from_numpy(np.ascontiguousarray(data).copy()).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+    return truncating_convert(data, source, target, rounding_mode)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request, monkeypatch) -> str:
+    """Runs the test on both implementations."""
+    if request.param == "triton" and not HAS_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(interpreter, "_convert_float", rounding_convert)
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Every uninitialised buffer is filled with nan, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,22 @@
+"""The correctness criterion of the kernels: no worse than plain PyTorch in the same dtype, by a factor."""
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6  # of the truth's largest magnitude: a few float32 roundings
+
+
+def assert_no_worse_than(actual: Tensor, plain: Tensor, truth: Tensor, *, factor: float = 2.0, name: str = "") -> None:
+    """Root-mean-square error at most `factor` times that of `plain`, largest error at most twice that again."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.isfinite().all(), f"{name}: not finite"
+    if truth.numel() == 0:
+        return
+    truth = truth.double()
+    error, allowed = actual.double() - truth, plain.double() - truth
+    floor = FLOOR * truth.abs().max() + 1e-12
+    mean, mean_allowed = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+    assert mean <= factor * mean_allowed + floor, f"{name}: rms error {mean:.3e}, plain PyTorch {mean_allowed:.3e}"
+    largest, largest_allowed = error.abs().max(), allowed.abs().max()
+    assert largest <= 2 * factor * largest_allowed + floor, f"{name}: error {largest:.3e}, plain {largest_allowed:.3e}"
+
