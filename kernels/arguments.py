@@ -60,9 +60,7 @@ def check_tensors(
         raise ValueError(f"targets must be on the states' device {h.device}. Got {targets.device}.")
 
 
-def check_readout(
-    readout: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, h: Tensor
-) -> None:
+def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, h: Tensor) -> None:
     """Raise unless the readout is known and its norm's parameters fit it."""
     if readout not in get_args(Readout):
         raise ValueError(f"readout must be one of {', '.join(get_args(Readout))}. Got {readout!r}.")
@@ -80,7 +78,7 @@ def check_options(
 ) -> None:
     """Raise unless every number is in its range."""
     for name, value in (("penalty", penalty), ("z_loss", z_loss)):
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and >= 0. Got {value}.")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1]. Got {label_smoothing}.")
@@ -95,7 +93,7 @@ def check_options(
 
 def check_softcap(softcap: float | None) -> None:
     """Raise unless softcap is None or a finite number > 0."""
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be finite and > 0. Got {softcap}.")
 
 
@@ -113,7 +111,7 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
             raise ValueError(f"weights must be on the states' device {h.device}. Got {weights.device}.")
     elif len(weights) != n_loops:
         raise ValueError(f"weights must have one number for each of the {n_loops} loops. Got {len(weights)}.")
-    elif not all(math.isfinite(weight) for weight in weights):
+    elif not all(-math.inf < weight < math.inf for weight in weights):
         raise ValueError(f"weights must be finite. Got {list(weights)}.")
 
 

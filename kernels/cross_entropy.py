@@ -77,7 +77,9 @@ def tanh(x):
     decay = tl.exp(-2.0 * tl.abs(x))
     large = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
     square = x * x  # 1 - decay cancels for small x: the series is exact to float32 there
-    small = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0))))
+    small = x * (
+        1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)))
+    )
     return tl.where(square < 0.09, small, large)
 
 

@@ -105,7 +105,7 @@ def check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
 # The op ---------------------------------------------------------------------------------------------------------------
 # Outputs: total [], ce [A, N], unit [], the gradients of head, norm_weight, norm_bias and bias, the row statistics
 # [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], the states' gradients in
-# units of `unit`.  A = len(active), the loops that are read.  What is not asked for is an empty tensor.
+# units of `unit`.  A = len(active), the loops that are read.  What is not asked for is an empty vector.
 
 
 def _state_gradients(
@@ -249,7 +249,9 @@ def _backward(ctx, dtotal, dce, *_):
         head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
         active, _, _, _, readout, eps, _, *loss_options, chunk_rows, compute_dtype = ctx.options
         wanted = ctx.needs_input_grad
-        need_states = [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
+        need_states = (
+            [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
+        )
         _, _, unit, *gradients, _, _, dstates = _cross_entropy(
             states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
             [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, *loss_options, chunk_rows, compute_dtype,
@@ -257,7 +259,10 @@ def _backward(ctx, dtotal, dce, *_):
         gradients, dcoefficient, dtotal = [*gradients, *dstates], None, dce.new_ones(())
     scale = dtotal * unit
     # a one-element matrix, not a scalar: the product is then formed in float32 and rounded once
-    scaled = [torch.mul(g, scale.view((1,) * g.dim()), out=torch.empty_like(g)) if g.numel() else None for g in gradients]
+    scaled = [
+        torch.mul(g, scale.view((1,) * g.dim()), out=torch.empty_like(g)) if g.numel() or g.dim() > 1 else None
+        for g in gradients
+    ]
     dhead, dnorm_weight, dnorm_bias, dbias, *dstates = scaled
     return dstates, dhead, None, dcoefficient, dnorm_weight, dnorm_bias, dbias, *none
 

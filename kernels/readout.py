@@ -195,10 +195,9 @@ class ReadoutPass:
         """Read out the active loops; results are [len(active) * N], everything else [K, N]."""
         n_tokens, d = self.loops[0].shape
         rows = min(chunk_rows, max(1, len(active) * n_tokens))
-        kind = {"dtype": self.compute_dtype, "device": self.head.device}
-        work = torch.empty((rows, d), **kind)
-        logits = torch.empty((rows, self.head.shape[0]), **kind)
-        dy = torch.empty((rows, d), **kind) if scales is not None else work
+        work = self.head.new_empty((rows, d))
+        logits = self.head.new_empty((rows, self.head.shape[0]))
+        dy = self.head.new_empty((rows, d)) if scales is not None else work
         for index, pieces in enumerate(chunks(active, n_tokens, chunk_rows)):
             n_rows = pieces[-1].rows.stop
             y = self.forward(pieces, work, mean_square)

@@ -290,5 +290,6 @@ def readout_statistics(
         loss, *others = _readout_statistics(
             rows, head, flat, norm_weight, norm_bias, bias, readout, eps, ignore_index, softcap, compute_dtype
         )
-    lse, entropy, margin, top1 = (result.view(-1, *shape) for result in others)
-    return ReadoutStatistics(None if targets is None else loss.view(-1, *shape), lse, entropy, margin, top1)
+    n_loops = others[0].shape[0]
+    lse, entropy, margin, top1 = (result.view(n_loops, *shape) for result in others)
+    return ReadoutStatistics(None if targets is None else loss.view(n_loops, *shape), lse, entropy, margin, top1)

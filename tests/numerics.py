@@ -7,11 +7,15 @@ FLOOR = 1e-6  # of the truth's largest magnitude: a few float32 roundings
 
 
 def assert_no_worse_than(actual: Tensor, plain: Tensor, truth: Tensor, *, factor: float = 2.0, name: str = "") -> None:
-    """Root-mean-square error at most `factor` times that of `plain`, largest error at most twice that again."""
+    """Root-mean-square error at most `factor` times that of `plain`, largest error at most twice that again.
+
+    A handful of numbers has no typical error (one may round to the truth by luck): there the factor is four times that.
+    """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.isfinite().all(), f"{name}: not finite"
     if truth.numel() == 0:
         return
+    factor *= 4 if truth.numel() < 8 else 1
     truth = truth.double()
     error, allowed = actual.double() - truth, plain.double() - truth
     floor = FLOOR * truth.abs().max() + 1e-12

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from numerics import assert_no_worse_than
+
+from kernels import looped_cross_entropy, readout_statistics
+from kernels.cross_entropy import LossOptions, cross_entropy_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 130, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
+
+
+def inputs(shape, device, dtype):
+    n_loops, n_tokens, d, vocabulary = shape
+    generator = torch.Generator().manual_seed(0)
+    states, head, weight, bias = (
+        torch.randn(size, generator=generator).to(device, dtype)
+        for size in ((n_loops, n_tokens, d), (vocabulary, d), (d,), (vocabulary,))
+    )
+    targets = torch.randint(vocabulary, (n_tokens,), generator=generator).to(device)
+    if n_tokens > 1:
+        targets[0] = -100
+    return states, head * (2 / d**0.5), targets, weight, bias
+
+
+def plain(states, head, targets, weight, bias, softcap, dtype):
+    """All logits in memory, in `dtype`."""
+    h = states.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
+    logits = (y.to(dtype) @ head.to(dtype).t()).flatten(0, 1)
+    return cross_entropy_reference(logits, targets.repeat(len(states)), bias, LossOptions(softcap=softcap))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_readout_statistics(backend, device, shape, dtype, softcap):
+    states, head, targets, weight, bias = inputs(shape, device, dtype)
+    actual = readout_statistics(states, head, targets, norm_weight=weight, bias=bias, softcap=softcap)
+    same = plain(states, head, targets, weight, bias, softcap, dtype)
+    truth = plain(states, head, targets, weight, bias, softcap, torch.float64)
+    for name in ("loss", "lse", "entropy", "margin"):
+        value = getattr(actual, name)
+        assert value.dtype == torch.float32
+        assert value.shape == shape[:2]
+        if shape[-1] == 1 and name == "margin":
+            assert value.isinf().all()
+            continue
+        assert_no_worse_than(value.flatten(), getattr(same, name), getattr(truth, name), name=name)
+    # where rounding may swap the two largest logits, the margin says so
+    clear = truth.margin > 0.05
+    assert torch.equal(actual.top1.flatten()[clear], truth.top1[clear])
+
+
+@pytest.mark.parametrize("readout", ["layernorm", "raw", "final-only"])
+def test_agrees_with_the_training_pass(backend, device, readout):
+    states, head, targets, weight, bias = inputs((3, 9, 32, 65), device, torch.float32)
+    options = dict(readout=readout, norm_weight=None if readout == "raw" else weight, bias=bias)
+    expected = looped_cross_entropy(states, head, targets, statistics=True, **options).statistics
+    for layout in (states, list(states.unbind(0))):
+        actual = readout_statistics(layout, head, targets, **options)
+        for name in ("loss", "lse", "entropy", "margin"):
+            torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert torch.equal(actual.top1, expected.top1)
+
+
+def test_without_targets(backend, device):
+    states, head, targets, *_ = inputs((2, 5, 16, 33), device, torch.float32)
+    actual, known = readout_statistics(states, head), readout_statistics(states, head, targets)
+    assert actual.loss is None
+    torch.testing.assert_close(actual.lse, known.lse)
+
+
+def test_equal_logits_give_the_lowest_id_and_no_margin(backend, device):
+    states, head = torch.ones(1, 3, 16, device=device), torch.ones(300, 16, device=device)
+    actual = readout_statistics(states, head, readout="raw")  # exact sums: rounding would break the ties
+    assert actual.top1.eq(0).all()
+    assert actual.margin.eq(0).all()
+    torch.testing.assert_close(actual.entropy, torch.full((1, 3), 300.0, device=device).log())
+
+
+def test_needs_no_gradient_and_leaves_none(backend, device):
+    states, head, targets, *_ = inputs((2, 5, 16, 33), device, torch.float32)
+    actual = readout_statistics(states.requires_grad_(), head.requires_grad_(), targets)
+    assert not any(value.requires_grad for value in actual)
+
+
+def test_noncontiguous(backend, device):
+    head = torch.randn(33, 16, device=device)
+    states = torch.randn(5, 2, 32, device=device).transpose(0, 1)[..., ::2]
+    torch.testing.assert_close(
+        readout_statistics(states, head.t().contiguous().t()).lse, readout_statistics(states.contiguous(), head).lse
+    )
+
+
+def test_empty(backend, device):
+    actual = readout_statistics(torch.zeros(2, 0, 8, device=device), torch.zeros(5, 8, device=device))
+    assert actual.lse.shape == (2, 0)
+
+
+def test_deterministic(backend, device):
+    states, head, targets, *_ = inputs((2, 33, 32, 257), device, torch.bfloat16)
+    first, again = (readout_statistics(states, head, targets) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_no_logits_larger_than_a_chunk():
+    """On the CPU: the largest product is one chunk of rows, not all of them."""
+    products, mm = [], torch.mm
+    states, head = torch.randn(4, 4096, 8), torch.randn(20_000, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape[0]) or mm(*a, **k))
+        readout_statistics(states, head)
+    assert sum(products) == 4 * 4096
+    assert max(products) <= 2048
+
+
+def test_opcheck():
+    states, head, targets, weight, bias = inputs((2, 5, 16, 33), "cpu", torch.float32)
+    for known in (targets, None):
+        arguments = ([states], head, known, weight, None, bias, "rmsnorm", 1e-6, -100, None, torch.float32)
+        torch.library.opcheck(torch.ops.looped.readout_statistics.default, arguments)
+
+
+def test_compiles_without_graph_breaks():
+    states, head, targets, *_ = inputs((2, 5, 16, 33), "cpu", torch.float32)
+    compiled = torch.compile(lambda *t: readout_statistics(*t).entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(states, head, targets), readout_statistics(states, head, targets).entropy)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(states=[]), ValueError, "states must be a tensor .* or a sequence"),
+        (dict(head=torch.ones(5, 7)), ValueError, r"head must have shape \[V, 8\]"),
+        (dict(targets=torch.full((3,), 5)), ValueError, r"targets must be in \[0, 5\).*Got 5"),
+        (dict(softcap=-1.0), ValueError, "softcap must be finite and > 0. Got -1.0"),
+        (dict(readout="none"), ValueError, "readout must be one of"),
+        (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \(5,\)"),
+    ],
+)
+def test_rejects(change, error, message):
+    arguments = dict(states=torch.ones(2, 3, 8), head=torch.ones(5, 8), targets=torch.zeros(3, dtype=torch.int64))
+    arguments.update(change)
+    with pytest.raises(error, match=message):
+        readout_statistics(arguments.pop("states"), arguments.pop("head"), arguments.pop("targets"), **arguments)
