@@ -1,4 +1,4 @@
-"""The rules that the arguments of the readout ops obey, and the one layout that the ops work on."""
+"""The rules that the arguments of the ops obey, and the one layout that the readout ops work on."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,41 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from kernels.device import uses_triton
 from kernels.readout import Readout
-from kernels.rms_norm import check_eps, check_rows, check_vector
 
 States = Tensor | Sequence[Tensor]
+MAX_COLUMNS = 32768  # a row of a state must fit a program's registers
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise unless x is a floating tensor [..., d] that the row kernels take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor. Got {type(x).__name__}.")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (
+        x.dtype == torch.float64 and not uses_triton(x)
+    ):
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 (float64 on CPU). Got {x.dtype}.")
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_COLUMNS:
+        raise ValueError(f"{name} must have shape [..., d] with 1 <= d <= {MAX_COLUMNS}. Got {tuple(x.shape)}.")
+
+
+def check_vector(name: str, vector: Tensor | None, like: Tensor, length: int) -> None:
+    """Raise unless `vector` is None or a floating [length] on the device of `like`."""
+    if vector is None:
+        return
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor. Got {getattr(vector, 'dtype', type(vector).__name__)}.")
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},). Got {tuple(vector.shape)}.")
+    if vector.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}. Got {vector.device}.")
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless eps is a finite number >= 0."""
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and >= 0. Got {eps}.")
 
 
 def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:

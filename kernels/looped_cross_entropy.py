@@ -11,11 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import as_rows, check_options, check_readout, check_tensors, check_weights, plain_head
+from kernels.arguments import (
+    as_rows,
+    check_options,
+    check_readout,
+    check_tensors,
+    check_vector,
+    check_weights,
+    plain_head,
+)
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype
 from kernels.readout import Gradients, Readout, ReadoutPass, Scales, default_chunk_rows, norm_of
-from kernels.rms_norm import check_vector, norm_backward, norm_forward, partial_sums
+from kernels.row_norm import norm_backward, norm_forward, partial_sums
 
 
 class LoopedStatistics(NamedTuple):

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.arguments import check_rows
 from kernels.device import accumulator, uses_triton
-from kernels.rms_norm import check_rows, norm_blocks, rows_of
+from kernels.row_norm import norm_blocks, rows_of
 
 
 class RadialGradient(NamedTuple):

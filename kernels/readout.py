@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
-from kernels.rms_norm import Norm, norm_backward, norm_forward
+from kernels.row_norm import Norm, norm_backward, norm_forward
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096

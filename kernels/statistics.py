@@ -22,12 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import as_rows, check_readout, check_softcap, check_tensors, plain_head
+from kernels.arguments import as_rows, check_readout, check_softcap, check_tensors, check_vector, plain_head
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
 from kernels.device import accumulator, autocast_dtype, uses_triton
 from kernels.looped_cross_entropy import check_range
 from kernels.readout import Gradients, Readout, ReadoutPass, chunks, default_chunk_rows
-from kernels.rms_norm import check_vector
 
 STREAM_ROWS = 16384  # rows normed at once before their sweep
 
@@ -108,7 +107,7 @@ def combine_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     in_rows = row < n_rows
-    field = n_rows.to(tl.int64) * n_splits
+    field = tl.cast(n_rows, tl.int64) * n_splits
     maximum = tl.full((BLOCK_ROWS,), -1.0e38, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     moment = tl.zeros((BLOCK_ROWS,), tl.float32)
