@@ -12,7 +12,7 @@ CE = 0 and g = 0.  The pass can also leave the row's entropy `lse - sum_j p_j z_
 the margin to the second largest.
 
 Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
-written once where a row fits a program's registers (V <= 32768), read twice otherwise.
+written once where a row fits a program's registers (V <= 16384), read twice otherwise.
 
 Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., arXiv 2204.02311.  Online softmax:
 Milakov & Gimelshein, arXiv 1805.02867.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.device import accumulator, uses_triton
 
-WHOLE_ROW_COLUMNS = 32768  # the longest row that a program keeps in registers
+WHOLE_ROW_COLUMNS = 16384  # the longest row that a program keeps in registers
 CPU_BLOCK_ELEMENTS = 1 << 18  # float32 logits in work at once on the CPU: 1 MiB, a core's second-level cache
 
 
@@ -132,14 +132,14 @@ def gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_column
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
-    n_rows, n_columns, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss, stride_logits_row,
+    n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
     HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
     WHOLE_ROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
     in_rows = row < n_rows
     out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
-    logits_row = logits_ptr + row[:, None] * stride_logits_row
+    logits_row = logits_ptr + row[:, None] * row_length
     target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
     maximum = tl.full((BLOCK_ROWS,), -1.0e38, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -153,7 +153,7 @@ def cross_entropy_kernel(
     for start in range(0, n_columns, BLOCK_VOCAB):
         column = start + tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
         in_columns = column < n_columns
-        inside = in_rows[:, None] & in_columns[None, :]
+        inside = in_rows[:, None] & (column < row_length)[None, :]
         z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
         new_maximum, e, new_total = fold_softmax(z, maximum, total)
@@ -186,7 +186,7 @@ def cross_entropy_kernel(
         for start in range(0, n_columns, BLOCK_VOCAB):
             column = start + tl.arange(0, BLOCK_VOCAB)
             in_columns = column < n_columns
-            inside = in_rows[:, None] & in_columns[None, :]
+            inside = in_rows[:, None] & (column < row_length)[None, :]
             z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
             z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
             g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
@@ -198,7 +198,7 @@ def cross_entropy_blocks(n_columns: int) -> dict[str, int | bool]:
     whole_row = n_columns <= WHOLE_ROW_COLUMNS
     block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 8192
     block_rows = max(1, min(8, 2048 // block_vocab))
-    warps = min(32, max(4, block_rows * block_vocab // 1024))
+    warps = min(16, max(4, block_rows * block_vocab // 1024))
     return {"WHOLE_ROW": whole_row, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": block_vocab, "num_warps": warps}
 
 
@@ -212,10 +212,9 @@ def _cross_entropy_triton(
         logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
         loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
         margin_ptr=results.margin, top1_ptr=results.top1,
-        n_rows=n_rows, n_columns=n_columns, n_tokens=targets.shape[0], first_row=first_row,
+        n_rows=n_rows, n_columns=n_columns, row_length=logits.stride(0), n_tokens=targets.shape[0], first_row=first_row,
         ignore_index=options.ignore_index, smoothing=options.label_smoothing,
         softcap=1.0 if options.softcap is None else options.softcap, z_loss=options.z_loss,
-        stride_logits_row=logits.stride(0),
         HAS_GRADIENT=omega is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None,
         HAS_STATISTICS=results.lse is not None, **blocks,
     )  # fmt: skip
@@ -311,7 +310,8 @@ def cross_entropy_(
 ) -> None:
     """Write the results of rows `first_row, first_row + 1, ...` whose logits [R, V] are given.
 
-    targets [n_tokens] serves row r with `targets[r % n_tokens]`; omega and the results are indexed by r.  With
+    A row is stride(0) elements long in memory: a length past V that is a multiple of 16 keeps a GPU's accesses wide
+    for any V, and what lies past V is ignored and may be overwritten.  targets [n_tokens] serves row r with `targets[r % n_tokens]`; omega and the results are indexed by r.  With
     omega the logits are overwritten by `omega * dCE/dlogits`; without it their content is undefined afterwards.
     A target outside [0, V) that is not `ignore_index` is never read: its loss is nan (Triton); callers check on CPU.
     """

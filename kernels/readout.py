@@ -23,9 +23,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from kernels.device import uses_triton
 from kernels.row_norm import Norm, norm_backward, norm_forward
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
@@ -196,7 +198,9 @@ class ReadoutPass:
         n_tokens, d = self.loops[0].shape
         rows = min(chunk_rows, max(1, len(active) * n_tokens))
         work = self.head.new_empty((rows, d))
-        logits = self.head.new_empty((rows, self.head.shape[0]))
+        n_columns = self.head.shape[0]
+        row_length = triton.cdiv(n_columns, 16) * 16 if uses_triton(self.head) else n_columns  # for 16-byte accesses
+        logits = self.head.new_empty((rows, row_length))[:, :n_columns]
         dy = self.head.new_empty((rows, d)) if scales is not None else work
         for index, pieces in enumerate(chunks(active, n_tokens, chunk_rows)):
             n_rows = pieces[-1].rows.stop

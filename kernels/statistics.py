@@ -148,7 +148,7 @@ def combine_kernel(
 
 def stream_blocks(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile, warps and pipeline depth of `stream_kernel`."""
-    block_rows = max(16, min(128, triton.next_power_of_2(n_rows)))
+    block_rows = max(16, min(64 if dtype == torch.float32 else 128, triton.next_power_of_2(n_rows)))
     deep = 32 if dtype == torch.float32 else 64
     return {
         "BLOCK_ROWS": block_rows,
