@@ -45,7 +45,7 @@ def test_readout_statistics(backend, device, shape, dtype, softcap):
         if shape[-1] == 1 and name == "margin":
             assert value.isinf().all()
             continue
-        assert_no_worse_than(value.flatten(), getattr(same, name), getattr(truth, name), name=name)
+        assert_no_worse_than(value.flatten(), getattr(same, name), getattr(truth, name), dtype=dtype, name=name)
     # where rounding may swap the two largest logits, the margin says so
     clear = truth.margin > 0.05
     assert torch.equal(actual.top1.flatten()[clear], truth.top1[clear])
