@@ -22,7 +22,7 @@ from kernels.arguments import (
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype
-from kernels.readout import Gradients, Readout, ReadoutPass, Scales, default_chunk_rows, norm_of
+from kernels.readout import Gradients, Readout, ReadoutPass, Scales, default_chunk_rows
 from kernels.row_norm import norm_backward, norm_forward, partial_sums
 
 
@@ -76,12 +76,12 @@ def looped_cross_entropy_reference(
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
     losses, squares = [], []
     for loop, state in enumerate(states):
-        norm = norm_of(readout, loop, len(states))
+        norm = readout if readout != "final-only" else "rmsnorm" if loop == len(states) - 1 else "raw"
         h = state.to(wide)
         squares.append(h.square().mean() if h.numel() else h.sum())
         if norm == "layernorm":
             h = h - h.mean(-1, keepdim=True)
-        if norm != "none":
+        if norm != "raw":
             h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
             h = h if norm_weight is None else h * norm_weight
             h = h if norm_bias is None else h + norm_bias
@@ -395,7 +395,7 @@ def looped_cross_entropy(
     loss = total if eager else _spread(coefficient * ce, active, n_loops, shape, 0.0)
     if not statistics:
         return LoopedCrossEntropy(loss, per_loop, None)
-    columns = [_spread(column, active, n_loops, shape, torch.nan) for column in (detached, *row_statistics.unbind(0))]
+    columns = [_spread(column, active, n_loops, shape, torch.nan) for column in (detached, *row_statistics.detach().unbind(0))]
     cross_entropy, lse, entropy, margin, mean_square, dot, fraction = columns
     radial = (dot, fraction) if any(needed(state) for state in rows) else (None, None)
     best = _spread(top1, active, n_loops, shape, -1)

@@ -1,0 +1,135 @@
+"""Causal self-attention whose scores are never held for a whole batch, and rotary positions.
+
+flash-attn is used when it is installed and the tensors qualify, else PyTorch's scaled_dot_product_attention (SDPA).
+Both compute `softmax(Q K^T / sqrt(head_dim) + causal mask) V` tile by tile. The one case in which SDPA would
+write all [B, H, T, T] scores, dropout on a CPU, is done here in blocks.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from looped.config import LoopedConfig
+
+HALF = (torch.float16, torch.bfloat16)
+
+# Scores of one block of the CPU's dropout path, in elements: 1 MiB of fp32, half of a typical core's L2 cache.
+SCORES_PER_BLOCK = 2**18
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+    """`softmax(q k^T / sqrt(head_dim), causal) v`, with dropout of probability `dropout_p` on the softmax.
+
+    q, k, v: [B, T, H, head_dim], one floating dtype and device. Returns [B, T, H, head_dim] in the same dtype.
+    Raises ValueError if the shapes differ or are not of rank 4, or if `dropout_p` is not in [0, 1).
+
+    flash-attn takes fp16 and bf16 on a GPU it supports, with `head_dim <= 256` a multiple of 8; SDPA the rest.
+    """
+    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            "q, k and v must have one shape [B, T, H, head_dim]. "
+            f"Got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1). Got dropout_p={dropout_p}.")
+    if qualifies_for_flash_attention(q) and flash_attention_serves(q.device):
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True)
+    if dropout_p > 0 and q.device.type == "cpu":
+        return _attention_in_blocks(q, k, v, dropout_p)
+    if q.device.type == "cpu" and q.dtype in HALF and q.shape[-1] < 64:
+        # PyTorch's CPU kernel is made of small products, which in half precision have a high fixed cost each: at
+        # (B, T, H, head_dim) = (16, 128, 4, 32) its backward pass took 16 ms in bf16 and 5 ms in fp32.
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), dropout_p).to(q.dtype)
+    return _attend(q, k, v, dropout_p)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # SDPA wants [B, H, T, head_dim]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).transpose(1, 2)
+
+
+def qualifies_for_flash_attention(q: Tensor) -> bool:
+    """Whether flash-attn's kernels take a tensor of this device, dtype and head size."""
+    return q.is_cuda and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+
+
+@torch.compiler.assume_constant_result
+def flash_attention_serves(device: torch.device) -> bool:
+    """Whether flash-attn is installed and supports this GPU: a constant for torch.compile, which traces no import."""
+    return _flash_attention_serves(device)
+
+
+@functools.cache
+def _flash_attention_serves(device: torch.device) -> bool:
+    # flash-attn 2 has no kernels for GPUs before Ampere (AMD's supported GPUs answer 9 and above).
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        import flash_attn  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "flash_attn":  # installed but broken: say so
+            raise
+        return False
+    return True
+
+
+def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """SDPA over blocks of (sequence, head) pairs, recomputed in the backward pass.
+
+    A CPU has no fused attention with dropout: SDPA writes the scores and keeps them for the backward pass. Here the
+    scores of one block exist at a time, at most `SCORES_PER_BLOCK` or those of one pair. Recomputing restores the
+    random state, so that the backward pass sees the same dropout.
+    """
+    batch, seq_len, n_heads, head_dim = q.shape
+    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout_p, is_causal=True)
+    pairs_per_block = max(1, SCORES_PER_BLOCK // seq_len**2)
+    blocks = (x.transpose(1, 2).reshape(-1, seq_len, head_dim).split(pairs_per_block) for x in (q, k, v))
+    outputs = [checkpoint(attend, *block, use_reentrant=False) for block in zip(*blocks, strict=True)]
+    return torch.cat(outputs).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)
+
+
+def rotary_table(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles `t * theta^(-2i / head_dim)`, each [seq_len, head_dim / 2] fp32.
+
+    t = 0..seq_len-1 is the position, i = 0..head_dim/2-1 the pair of channels (RoFormer, arXiv 2104.09864).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    times = torch.arange(seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(times, theta**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of channels (i, i + head_dim/2) of x [B, T, H, head_dim] by its angle ("rotate_half" pairs).
+
+    cos, sin: [T, head_dim / 2] fp32, so that the products are fp32 (autocast or not). Returned in x's dtype.
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, head_dim / 2]: the same for all heads
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention: fused projection to q, k, v (in this order, heads inside), no biases."""
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x: [B, T, d]; rotary: the tables of `rotary_table`, or None. Returns [B, T, d]."""
+        batch, seq_len, d_model = x.shape
+        q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.output(mixed.reshape(batch, seq_len, d_model))

@@ -1,0 +1,151 @@
+"""The shape of a looped decoder, checked when it is made, and the presets."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
+Positions = Literal["learned", "rotary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopedConfig:
+    """One decoder stack of `n_layers` blocks, applied `n_loops` times to its own output.
+
+    vocab_size: V, rows of the token embedding and of the head.
+    d_model: d, channels of a state.
+    n_heads: attention heads; the head size is `d_model / n_heads`.
+    n_layers: blocks in the stack that is repeated.
+    n_loops: K, how often training applies the stack; inference may use any number.
+    d_ff: hidden channels of SwiGLU, which has three [d_ff, d_model] matrices.
+    max_seq_len: rows of the learned position table; with rotary positions a sequence may be longer.
+    dropout: probability, on the embeddings, the attention weights and the output of the MLP.
+    readout: what is done to a state before the head. `rmsnorm` and `layernorm`: normalise every loop;
+        `raw`: nothing; `final-only`: RMSNorm at the last loop, nothing before.
+    inter_loop_norm: feed RMSNorm(H_k), with a weight of its own, to loop k+1 (scale-removing recurrence) instead
+        of H_k. The readout sees H_k either way.
+    tied: the head is the token embedding.
+    positions: `learned` absolute vectors, added once before the first loop, or `rotary` in every attention.
+    rope_theta: base of the rotary wavelengths.
+    norm_eps: eps of every norm, added to the mean square (to the variance in LayerNorm).
+    embedding_std: standard deviation of the initial token embeddings and learned positions.
+
+    Raises TypeError if a field has the wrong type and ValueError if its value breaks a rule, naming the field, the
+    rule and the value.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    n_loops: int = 4
+    d_ff: int
+    max_seq_len: int
+    dropout: float = 0.1
+    readout: Readout = "rmsnorm"
+    inter_loop_norm: bool = False
+    tied: bool = True
+    positions: Positions = "learned"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    embedding_std: float = 1.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                _check_size(field.name, value)
+            elif field.type is float:
+                _check_finite(field.name, value)
+            elif field.type is bool and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be True or False. Got {field.name}={value!r}.")
+        _check_choice("readout", self.readout, get_args(Readout))
+        _check_choice("positions", self.positions, get_args(Positions))
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model must be divisible by n_heads. Got d_model={self.d_model}, n_heads={self.n_heads}."
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                "the head size d_model / n_heads must be even with rotary positions. "
+                f"Got {self.head_dim} (d_model={self.d_model}, n_heads={self.n_heads})."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1). Got dropout={self.dropout}.")
+        for name in ("rope_theta", "norm_eps", "embedding_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0. Got {name}={getattr(self, name)}.")
+
+
+def _check_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+
+
+def _check_finite(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number. Got {name}={value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite. Got {name}={value}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}. Got {name}={value!r}.")
+
+
+PRESETS: dict[str, LoopedConfig] = {
+    # Trains on two CPU cores in minutes. Its embedding starts at 0.02, not at the paper's N(0, 1): with a tied head
+    # and N(0, 1) the first loss is in the hundreds, and a short run would show little but the way down from there.
+    # No dropout: a few minutes on fresh windows do not overfit, and on a CPU the random numbers cost more than the
+    # matrix multiplications at this size.
+    "demo": LoopedConfig(
+        vocab_size=4096,
+        d_model=128,
+        n_heads=4,
+        n_layers=4,
+        d_ff=512,
+        max_seq_len=128,
+        dropout=0.0,
+        embedding_std=0.02,
+    ),
+    # The two models of Sharma & Vu (arXiv 2606.24898): 43,934,208 and 128,822,016 parameters.
+    "paper-44m": LoopedConfig(
+        vocab_size=20_000,
+        d_model=512,
+        n_heads=8,
+        n_layers=8,
+        d_ff=2048,
+        max_seq_len=256,
+    ),
+    "paper-129m": LoopedConfig(
+        vocab_size=20_000,
+        d_model=768,
+        n_heads=12,
+        n_layers=12,
+        d_ff=3072,
+        max_seq_len=256,
+    ),
+    # The shape of Ouro-1.4B (arXiv 2510.25741), which feeds the normed state back; not its blocks: Ouro also
+    # normalises the output of attention and MLP ("sandwich"), which is not built here, so its weights do not load.
+    "ouro-1.4b": LoopedConfig(
+        vocab_size=49_152,
+        d_model=2048,
+        n_heads=16,
+        n_layers=24,
+        d_ff=5632,
+        max_seq_len=4096,
+        dropout=0.0,
+        inter_loop_norm=True,
+        tied=False,
+        positions="rotary",
+        rope_theta=1_000_000.0,
+        embedding_std=0.02,
+    ),
+}

@@ -1,0 +1,368 @@
+"""Attention against an explicit softmax; dropout; memory; the contract with flash-attn; rotary positions."""
+
+import functools
+import math
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from looped import attention
+from looped.attention import SelfAttention, causal_attention, rotary_table, rotate
+from looped.config import LoopedConfig
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
+    """The definition; kept: [B, H, T, T] factors on the attention weights (0 or 1 / (1 - p))."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights if kept is None else weights * kept, v)
+
+
+def random_qkv(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
+    return q, k, v
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation returns, and which of the large ones are still alive."""
+
+    def __init__(self, large: int) -> None:
+        super().__init__()
+        self.large = large
+        self.largest = 0
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.numel())
+                if leaf.numel() >= self.large:
+                    self.seen.append(weakref.ref(leaf))
+        return result
+
+    def alive(self) -> int:
+        return sum(reference() is not None for reference in self.seen)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 4, 8), (1, 1, 1, 4), (3, 37, 2, 20), (2, 130, 3, 64)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_agrees_with_explicit_softmax(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = random_qkv(*shape, dtype=dtype)
+    upstream = torch.randn(shape, dtype=dtype)
+    actual = causal_attention(q, k, v)
+    assert actual.dtype == dtype
+    gradients = torch.autograd.grad(actual, (q, k, v), upstream)
+
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = explicit_attention(*wide)
+    torch.testing.assert_close(actual.double(), truth, atol=tolerance, rtol=tolerance)
+    expected = torch.autograd.grad(truth, wide, upstream.double())
+    for name, gradient, wanted in zip("qkv", gradients, expected, strict=True):
+        torch.testing.assert_close(
+            gradient.double(), wanted, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_heads_in_half_precision_are_mixed_in_fp32(autocast: bool) -> None:
+    q, k, v = random_qkv(2, 33, 3, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        actual = causal_attention(q, k, v)
+    assert torch.equal(actual, causal_attention(q.float(), k.float(), v.float()).bfloat16())  # rounded once
+
+
+def test_writes_no_scores() -> None:
+    q, k, v = random_qkv(2, 128, 4, 16)
+    scores = 2 * 4 * 128 * 128
+    with LargestTensor(scores) as record:
+        causal_attention(q, k, v).sum().backward()
+    assert q.numel() <= record.largest < scores
+
+
+# Dropout on a CPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two (sequence, head) pairs at T = 16, so that a small test has several, and an incomplete last one."""
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 2 * 16 * 16)
+
+
+SHAPE = (3, 16, 3, 16)  # head_dim = T, so that a unit matrix as v returns the attention weights
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_dropout_averages_to_no_dropout() -> None:
+    q, k, v = random_qkv(*SHAPE)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        draws = torch.stack([causal_attention(q, k, v, dropout_p=0.3) for _ in range(2000)])
+        deviation = (draws.mean(0) - causal_attention(q, k, v)).abs() / (draws.std(0) / 2000**0.5 + 1e-6)
+    assert deviation.max() < 5  # standard errors, over 2304 outputs
+    assert draws.std(0).median() > 0.1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_dropout_drops_each_weight_with_its_probability_and_independently() -> None:
+    q, k, _ = random_qkv(*SHAPE)
+    unit = torch.eye(16).view(1, 16, 1, 16).expand(SHAPE)
+    torch.manual_seed(2)
+    kept = causal_attention(q, k, unit, dropout_p=0.25) != 0  # [B, T, H, T]
+    causal = torch.ones(16, 16, dtype=torch.bool).tril()[None, :, None, :].expand_as(kept)
+    assert not kept[~causal].any()
+    assert kept[causal].float().mean().item() == pytest.approx(0.75, abs=0.04)  # 1224 weights: 3 standard errors
+    pairs = kept.transpose(1, 2).flatten(0, 1)
+    for first in range(len(pairs)):
+        assert not any(torch.equal(pairs[first], other) for other in pairs[first + 1 :])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_dropout_is_deterministic_under_a_seed() -> None:
+    q, k, v = random_qkv(*SHAPE)
+
+    def run(seed: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        output = causal_attention(q, k, v, dropout_p=0.2)
+        return output, *torch.autograd.grad(output.square().sum(), (q, k, v)), torch.rand(3)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(3), run(3), strict=True))
+    assert not torch.equal(run(3)[0], run(4)[0])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_dropout_gradients_use_the_mask_of_the_forward_pass() -> None:
+    q, k, v = random_qkv(*SHAPE, dtype=torch.float64)
+    unit = torch.eye(16, dtype=torch.float64).view(1, 16, 1, 16).expand(SHAPE)
+    torch.manual_seed(5)
+    kept = (causal_attention(q, k, unit, dropout_p=0.4) != 0).transpose(1, 2) / 0.6  # [B, H, T, T]
+    assert 0.5 < (kept > 0).double().mean() / (17 / 32) < 0.7
+
+    torch.manual_seed(5)
+    actual = causal_attention(q, k, v, dropout_p=0.4)
+    torch.rand(7)  # the backward pass must not depend on what was drawn in between
+    gradients = torch.autograd.grad(actual.square().sum(), (q, k, v))
+    truth = explicit_attention(q, k, v, kept)
+    torch.testing.assert_close(actual, truth)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(truth.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_dropout_holds_the_scores_of_one_block_at_a_time() -> None:
+    q, k, v = random_qkv(8, 128, 4, 16)
+    scores = 8 * 4 * 128 * 128
+    with LargestTensor(attention.SCORES_PER_BLOCK // 2) as record:
+        output = causal_attention(q, k, v, dropout_p=0.1)
+        assert record.seen  # blocks large enough to count were made
+        assert record.alive() == 0  # and none is kept for the backward pass
+        output.sum().backward()
+    assert record.largest <= attention.SCORES_PER_BLOCK < scores
+
+
+def test_dropout_of_a_sequence_longer_than_a_block_takes_one_pair_at_a_time() -> None:
+    seq_len = 600  # 600^2 > SCORES_PER_BLOCK
+    q, k, v = random_qkv(1, seq_len, 2, 8)
+    with LargestTensor(1) as record:
+        causal_attention(q, k, v, dropout_p=0.1).sum().backward()
+    assert record.largest == seq_len**2
+
+
+# flash-attn -----------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """Takes the place of flash_attn's function: same layout [B, T, H, head_dim], same keywords, records its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+        causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        self.calls.append(
+            {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal, "shape": tuple(q.shape)}
+        )
+        layout = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*layout, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in for an installed flash-attn, and CPU tensors that pass for CUDA's."""
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_func = StandIn()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(attention, "qualifies_for_flash_attention", lambda q: q.dtype == torch.bfloat16)
+    attention._flash_attention_serves.cache_clear()
+    yield module.flash_attn_func  # type: ignore[attr-defined]
+    attention._flash_attention_serves.cache_clear()
+
+
+def test_flash_attention_gets_its_layout_and_arguments(flash: StandIn) -> None:
+    q, k, v = random_qkv(2, 12, 3, 16, dtype=torch.bfloat16)
+    actual = causal_attention(q, k, v, dropout_p=0.125)
+    assert flash.calls == [{"dropout_p": 0.125, "softmax_scale": None, "causal": True, "shape": (2, 12, 3, 16)}]
+    torch.testing.assert_close(actual, explicit_attention(q, k, v), atol=3e-2, rtol=3e-2)
+
+
+def test_flash_attention_is_left_alone_when_the_tensors_do_not_qualify(flash: StandIn) -> None:
+    q, k, v = random_qkv(2, 12, 3, 16)
+    torch.testing.assert_close(causal_attention(q, k, v), explicit_attention(q, k, v))
+    assert not flash.calls
+
+
+def test_flash_attention_is_a_constant_of_compilation(flash: StandIn) -> None:
+    q, k, v = random_qkv(2, 12, 3, 16, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), causal_attention(q, k, v))
+    assert len(flash.calls) == 2
+
+
+def test_absent_flash_attention_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it now raises ModuleNotFoundError
+    assert not attention._flash_attention_serves.__wrapped__(torch.device("cpu"))
+
+
+def test_broken_flash_attention_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("import a_library_that_flash_attn_misses\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_flash_attn_misses"):
+        attention._flash_attention_serves.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "head_dim", "qualifies"),
+    [
+        (True, torch.bfloat16, 64, True),
+        (True, torch.float16, 256, True),
+        (True, torch.float32, 64, False),
+        (True, torch.bfloat16, 264, False),
+        (True, torch.bfloat16, 60, False),
+        (False, torch.bfloat16, 64, False),
+    ],
+)
+def test_which_tensors_qualify_for_flash_attention(
+    cuda: bool, dtype: torch.dtype, head_dim: int, qualifies: bool
+) -> None:
+    q: Any = types.SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(2, 8, 4, head_dim))
+    assert attention.qualifies_for_flash_attention(q) is qualifies
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_flash_attention_needs_ampere(
+    flash: StandIn, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], serves: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._flash_attention_serves.__wrapped__(torch.device("cuda")) is serves
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [((2, 8, 4), (2, 8, 4)), ((2, 8, 4, 8), (2, 9, 4, 8)), ((2, 8, 4, 8), (2, 8, 2, 8))])
+def test_rejects_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match=r"q, k and v must have one shape \[B, T, H, head_dim\]"):
+        causal_attention(torch.zeros(shapes[0]), torch.zeros(shapes[1]), torch.zeros(shapes[1]))
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.0])
+def test_rejects_dropout(dropout_p: float) -> None:
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\)"):
+        causal_attention(*random_qkv(1, 4, 1, 4), dropout_p=dropout_p)
+
+
+# Rotary positions -----------------------------------------------------------------------------------------------------
+
+
+def test_rotation_is_a_complex_product() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 50, 3, 16)
+    cos, sin = rotary_table(50, 16, 1000.0, torch.device("cpu"))
+    assert cos.shape == sin.shape == (50, 8)
+    assert cos.dtype == sin.dtype == torch.float32
+
+    frequencies = 1000.0 ** (-torch.arange(8, dtype=torch.float64) * 2 / 16)
+    phases = torch.polar(torch.ones(50, 8).double(), torch.arange(50).double()[:, None] * frequencies)
+    turned = torch.complex(x[..., :8].double(), x[..., 8:].double()) * phases[:, None]
+    expected = torch.cat((turned.real, turned.imag), dim=-1).float()
+    torch.testing.assert_close(rotate(x, cos, sin), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 40, 1, 32)
+    table = rotary_table(40, 32, 10000.0, torch.device("cpu"))
+    products = torch.einsum("bthd,bshd->ts", rotate(q, *table), rotate(k, *table))
+    for distance in (0, 3, 20):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    assert products[:, 0].std() > 0.1
+
+
+def test_rotation_is_done_in_fp32() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4000, 1, 64).bfloat16()
+    table = rotary_table(4000, 64, 10000.0, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = rotate(x, *table)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, rotate(x.float(), *table).bfloat16())  # rounded once
+
+
+# The module -----------------------------------------------------------------------------------------------------------
+
+
+def small_config(**changes: Any) -> LoopedConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": 32,
+        "d_model": 24,
+        "n_heads": 3,
+        "n_layers": 1,
+        "d_ff": 32,
+        "max_seq_len": 16,
+        "dropout": 0.5,
+    }
+    return LoopedConfig(**{**shape, **changes})
+
+
+def test_projection_holds_q_then_k_then_v_with_heads_inside() -> None:
+    torch.manual_seed(0)
+    module = SelfAttention(small_config()).eval()
+    x = torch.randn(2, 7, 24)
+    q, k, v = (
+        torch.stack([x @ module.qkv.weight[part * 24 + h * 8 : part * 24 + h * 8 + 8].T for h in range(3)], dim=2)
+        for part in range(3)
+    )
+    expected = explicit_attention(q, k, v).reshape(2, 7, 24) @ module.output.weight.T
+    torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    original = functools.partial(causal_attention)
+
+    def record(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float) -> Tensor:
+        seen.append(dropout_p)
+        return original(q, k, v, dropout_p=dropout_p)
+
+    monkeypatch.setattr(attention, "causal_attention", record)
+    module = SelfAttention(small_config())
+    module(torch.randn(1, 4, 24))
+    module.eval()(torch.randn(1, 4, 24))
+    assert seen == [0.5, 0.0]

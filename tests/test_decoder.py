@@ -1,0 +1,448 @@
+"""The decoder against an independent reference, fused against plain, and everything that forward promises."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from looped import attention
+from looped.config import PRESETS, LoopedConfig
+from looped.decoder import LoopedDecoder
+
+V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
+
+
+def config(**changes: Any) -> LoopedConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": V,
+        "d_model": D,
+        "n_heads": HEADS,
+        "n_layers": LAYERS,
+        "d_ff": FF,
+        "max_seq_len": LENGTH,
+        "n_loops": 3,
+        "dropout": 0.0,
+    }
+    return LoopedConfig(**{**shape, **changes})
+
+
+def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecoder:
+    """A decoder with norms away from 1, so that a forgotten weight shows."""
+    torch.manual_seed(seed)
+    decoder = LoopedDecoder(config(**changes), fused=fused)
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return decoder
+
+
+def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
+    return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(decoder: LoopedDecoder, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Of a function that sees every state, with a weight of its own for every element."""
+    generator = torch.Generator().manual_seed(2)
+    loss = torch.stack([(state * torch.randn(state.shape, generator=generator)).mean() for state in states]).sum()
+    decoder.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        scale = wanted.abs().max().item()
+        torch.testing.assert_close(
+            actual[name], wanted, atol=tolerance * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# An independent reference, from the equations -------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def turn(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions of x [B, H, T, head_dim], pair by pair."""
+    half = x.shape[-1] // 2
+    out = x.clone()
+    for t, i in itertools.product(range(x.shape[2]), range(half)):
+        angle = t * theta ** (-2 * i / x.shape[-1])
+        a, b = x[:, :, t, i], x[:, :, t, i + half]
+        out[:, :, t, i] = a * math.cos(angle) - b * math.sin(angle)
+        out[:, :, t, i + half] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def reference_block(weights: dict[str, Tensor], x: Tensor, config: LoopedConfig) -> Tensor:
+    batch, length, d_model = x.shape
+    y = rms_norm(x, weights["attention_norm.weight"])
+    q_weight, k_weight, v_weight = weights["attention.qkv.weight"].split(d_model)
+    q, k, v = (
+        (y @ w.T).view(batch, length, config.n_heads, -1).transpose(1, 2) for w in (q_weight, k_weight, v_weight)
+    )
+    if config.positions == "rotary":
+        q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)
+    scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, d_model)
+    x = x + mixed @ weights["attention.output.weight"].T
+    y = rms_norm(x, weights["mlp_norm.weight"])
+    gate, up = y @ weights["mlp.w1.weight"].T, y @ weights["mlp.w3.weight"].T
+    return x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.w2.weight"].T
+
+
+def reference_states(decoder: LoopedDecoder, tokens: Tensor, n_loops: int) -> list[Tensor]:
+    weights = decoder.state_dict()
+    x = weights["embedding.weight"][tokens]
+    if decoder.config.positions == "learned":
+        x = x + weights["positions.weight"][: tokens.shape[1]]
+    states = []
+    for loop in range(n_loops):
+        if loop > 0 and decoder.config.inter_loop_norm:
+            x = rms_norm(x, weights["loop_norm.weight"])
+        for layer in range(decoder.config.n_layers):
+            prefix = f"blocks.{layer}."
+            block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            x = reference_block(block, x, decoder.config)
+        states.append(x)
+    return states
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"positions": "rotary", "rope_theta": 100.0},
+    {"inter_loop_norm": True},
+    {"positions": "rotary", "inter_loop_norm": True, "tied": False},
+    {"readout": "raw", "tied": False, "embedding_std": 0.02},
+]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_states_are_those_of_the_equations(changes: dict[str, Any], fused: bool) -> None:
+    decoder = model(fused=fused, **changes)
+    states = decoder(tokens())
+    expected = reference_states(decoder, tokens(), 3)
+    assert len(states) == 3
+    for state, wanted in zip(states, expected, strict=True):
+        torch.testing.assert_close(state, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_fused_and_plain_agree(changes: dict[str, Any]) -> None:
+    plain, fused = model(fused=False, **changes), model(fused=True, **changes)
+    fused.load_state_dict(plain.state_dict())
+    plain_states, fused_states = plain(tokens()), fused(tokens())
+    for a, b in zip(fused_states, plain_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(gradients(fused, fused_states), gradients(plain, plain_states))
+
+
+def test_fused_and_plain_draw_the_same_dropout() -> None:
+    results = []
+    for fused in (False, True):
+        decoder = model(fused=fused, dropout=0.3)
+        torch.manual_seed(7)
+        states = decoder(tokens())
+        results.append((states[-1], gradients(decoder, states)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    assert_same_gradients(results[1][1], results[0][1])
+
+
+def test_fused_may_change_at_any_time() -> None:
+    decoder = model(fused=True)
+    fused = decoder(tokens())[-1]
+    decoder.fused = False
+    torch.testing.assert_close(decoder(tokens())[-1], fused, atol=1e-5, rtol=1e-5)
+
+
+# Parameters and operations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "readout", "count"),
+    [
+        ("paper-44m", "rmsnorm", 43_934_208),
+        ("paper-44m", "final-only", 43_934_208),
+        ("paper-44m", "raw", 43_933_696),
+        ("paper-129m", "rmsnorm", 128_822_016),
+        ("paper-129m", "raw", 128_821_248),
+        ("paper-129m", "layernorm", 128_822_016 + 768),
+    ],
+)
+def test_parameter_counts_of_the_paper(preset: str, readout: Any, count: int) -> None:
+    with torch.device("meta"):
+        decoder = LoopedDecoder(dataclasses.replace(PRESETS[preset], readout=readout))
+    assert decoder.parameter_count() == count
+
+
+def test_demo_and_ouro_sizes() -> None:
+    with torch.device("meta"):
+        assert 1_500_000 < LoopedDecoder(PRESETS["demo"]).parameter_count() < 4_000_000
+        assert 1_350_000_000 < LoopedDecoder(PRESETS["ouro-1.4b"]).parameter_count() < 1_450_000_000
+
+
+def test_flops_are_those_of_the_matrix_multiplications() -> None:
+    decoder = model(fused=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        states = decoder(tokens(length=LENGTH), n_loops=3)
+        F.linear(states[-1], decoder.head_weight)
+    triangle = 3 * LAYERS * 2 * LENGTH * D  # the masked half of attention, which PyTorch multiplies and counts too
+    counted = counter.get_total_flops() / (2 * LENGTH)
+    assert decoder.flops_per_token(3, n_readouts=1, training=False) == counted - triangle
+
+
+def test_flops_formula() -> None:
+    decoder = model()
+    stack = LAYERS * (2 * (4 * D * D + 3 * D * FF) + 2 * 10 * D)
+    assert decoder.flops_per_token(seq_len=10, training=False) == 3 * (stack + 2 * V * D)
+    assert decoder.flops_per_token(5, n_readouts=1, seq_len=10) == 3 * (5 * stack + 2 * V * D)
+    assert decoder.flops_per_token(5, seq_len=10, training=False) == 5 * (stack + 2 * V * D)
+    assert decoder.flops_per_token() == decoder.flops_per_token(3, n_readouts=3, seq_len=LENGTH)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    demo = LoopedDecoder(PRESETS["demo"])
+    assert demo.embedding.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert demo.positions is not None
+    assert demo.positions.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    paper = LoopedDecoder(dataclasses.replace(PRESETS["paper-44m"], n_layers=1))
+    assert paper.embedding.weight.std().item() == pytest.approx(1.0, rel=0.01)
+    first = paper.eval()(torch.randint(20_000, (1, 64)), n_loops=1)[0]
+    logits = F.linear(first, paper.head_weight)
+    assert logits.std().item() == pytest.approx((2 * 512) ** 0.5, rel=0.15)  # embedding + position: sqrt(2 d)
+
+
+# State dict -----------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_names() -> None:
+    block = [
+        "attention_norm.weight",
+        "attention.qkv.weight",
+        "attention.output.weight",
+        "mlp_norm.weight",
+        "mlp.w1.weight",
+        "mlp.w2.weight",
+        "mlp.w3.weight",
+    ]
+    names = {f"blocks.{layer}.{name}" for layer in range(LAYERS) for name in block} | {"embedding.weight"}
+    assert set(model().state_dict()) == names | {"positions.weight", "readout_norm.weight"}
+    assert set(model(readout="raw", positions="rotary").state_dict()) == names
+    full = model(readout="layernorm", inter_loop_norm=True, tied=False)
+    extra = {"positions.weight", "readout_norm.weight", "readout_norm.bias", "loop_norm.weight", "head.weight"}
+    assert set(full.state_dict()) == names | extra
+
+
+def test_fused_and_plain_start_equal_and_exchange_checkpoints() -> None:
+    for changes in VARIANTS:
+        torch.manual_seed(3)
+        fused = LoopedDecoder(config(**changes), fused=True, checkpoint_loops=True)
+        torch.manual_seed(3)
+        plain = LoopedDecoder(config(**changes), fused=False)
+        assert fused.state_dict().keys() == plain.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters(), strict=True))
+        plain.load_state_dict(model(seed=9, **changes).state_dict())
+        fused.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(fused(tokens())[-1], plain(tokens())[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_head_is_the_embedding_when_tied() -> None:
+    tied, untied = model(tied=True), model(tied=False)
+    assert tied.head_weight is tied.embedding.weight
+    assert untied.head_weight.shape == (V, D)
+    assert untied.head_weight is not untied.embedding.weight
+    assert untied.parameter_count() == tied.parameter_count() + V * D
+
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inter_loop_norm", [False, True])
+def test_any_number_of_loops(inter_loop_norm: bool) -> None:
+    decoder = model(inter_loop_norm=inter_loop_norm).eval()
+    many = decoder(tokens(), n_loops=9)
+    assert [len(decoder(tokens(), n_loops=k)) for k in (1, 2)] == [1, 2]
+    assert len(decoder(tokens())) == 3
+    for state, wanted in zip(many, reference_states(decoder, tokens(), 9), strict=True):
+        torch.testing.assert_close(state, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(decoder(tokens(), n_loops=2)[1], many[1])
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_causality(positions: Any, fused: bool) -> None:
+    decoder = model(fused=fused, positions=positions).eval()
+    before = decoder(tokens())
+    changed = tokens()
+    changed[:, 6] = (changed[:, 6] + 1) % V
+    after = decoder(changed)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :6], b[:, :6])
+        assert (a[:, 6:] != b[:, 6:]).any(-1).all()
+
+
+def test_rotary_positions_may_exceed_max_seq_len() -> None:
+    decoder = model(positions="rotary").eval()
+    expected = reference_states(decoder, tokens(length=3 * LENGTH), 3)
+    torch.testing.assert_close(decoder(tokens(length=3 * LENGTH))[-1], expected[-1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoint_loops_gives_equal_gradients(fused: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 4 * 11 * 11)  # six pairs: two blocks
+    results = []
+    for checkpoint_loops in (False, True):
+        decoder = model(fused=fused, dropout=dropout, positions="rotary", inter_loop_norm=True)
+        decoder.checkpoint_loops = checkpoint_loops
+        torch.manual_seed(5)
+        states = decoder(tokens())
+        torch.rand(5)
+        results.append((states, gradients(decoder, states)))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert_same_gradients(results[1][1], results[0][1], tolerance=1e-6)
+
+
+def test_checkpoint_loops_keeps_only_the_states() -> None:
+    def saved_elements(checkpoint_loops: bool) -> int:
+        decoder = model()
+        decoder.checkpoint_loops = checkpoint_loops
+        parameters = {parameter.data_ptr() for parameter in decoder.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if x.data_ptr() not in parameters:
+                saved[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            states = decoder(tokens(), n_loops=6)
+        del states
+        return sum(saved.values())
+
+    assert saved_elements(True) < saved_elements(False) / 10
+
+
+# Dropout, autocast, devices, compilation ------------------------------------------------------------------------------
+
+
+def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = model(dropout=0.25)
+    dropped: list[tuple[float, bool]] = []
+    original = F.dropout
+
+    def record(x: Tensor, p: float, training: bool) -> Tensor:
+        dropped.append((p, training))
+        return original(x, p, training)
+
+    monkeypatch.setattr(F, "dropout", record)
+    decoder(tokens(), n_loops=2)
+    assert dropped == [(0.25, True)] * (1 + 2 * LAYERS)  # attention's is inside SDPA
+    state = decoder._embed(tokens())
+    assert 0.1 < (state == 0).float().mean() < 0.4
+    evaluated = decoder.eval()(tokens())[-1]
+    torch.testing.assert_close(evaluated, reference_states(decoder, tokens(), 3)[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
+def test_autocast_keeps_the_residual_stream_in_fp32(fused: bool, changes: dict[str, Any]) -> None:
+    decoder = model(fused=fused, **changes)
+    inputs = tokens(8, LENGTH)
+    exact = decoder(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = decoder(inputs)
+        between = decoder._between_loops(states[0])
+    assert between.dtype == torch.float32
+    torch.testing.assert_close(between, LoopedDecoder._between_loops(decoder, states[0]), atol=0, rtol=0)
+    for state, wanted in zip(states, exact, strict=True):
+        assert state.dtype == torch.float32
+        assert not torch.equal(state, wanted)
+        torch.testing.assert_close(state, wanted, atol=0.1, rtol=0.05)
+    assert all(torch.isfinite(g).all() for g in gradients(decoder, states).values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bfloat16_parameters(fused: bool) -> None:
+    decoder = model(fused=fused, inter_loop_norm=True, positions="rotary")
+    exact = decoder(tokens())[-1]
+    low = decoder.bfloat16()(tokens())
+    assert all(state.dtype == torch.bfloat16 for state in low)
+    torch.testing.assert_close(low[-1].float(), exact, atol=0.3, rtol=0.1)
+
+
+def test_builds_on_the_meta_device_and_loads_later() -> None:
+    source = model(positions="rotary", inter_loop_norm=True)
+    with torch.device("meta"):
+        decoder = LoopedDecoder(source.config, fused=False)
+    decoder.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(decoder(tokens())[-1], source(tokens())[-1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
+def test_compiles_into_one_graph(fused: bool, autocast: bool, changes: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    decoder = model(fused=fused, **changes)
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = decoder(tokens())
+        states = compiled(tokens())
+    for a, b in zip(states, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(gradients(decoder, states), gradients(decoder, expected), 1e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_with_checkpointed_loops_and_dropout(fused: bool) -> None:
+    torch._dynamo.reset()
+    decoder = model(fused=fused, dropout=0.2)
+    decoder.checkpoint_loops = True
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    found = gradients(decoder, compiled(tokens()))
+    assert found.keys() == {name for name, _ in decoder.named_parameters()} - {"readout_norm.weight"}
+    assert all(torch.isfinite(g).all() for g in found.values())
+
+
+# Rejections -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [V, V + 5, -1])
+def test_rejects_tokens_out_of_range(token: int) -> None:
+    inputs = tokens()
+    inputs[1, 3] = token
+    with pytest.raises(ValueError, match=rf"tokens must be in \[0, vocab_size={V}\)\. Got {token}\."):
+        model()(inputs)
+
+
+def test_rejects_a_sequence_longer_than_the_learned_positions() -> None:
+    with pytest.raises(ValueError, match=rf"longer than max_seq_len .* Got T={LENGTH + 1}, max_seq_len={LENGTH}"):
+        model()(tokens(length=LENGTH + 1))
+    model()(tokens(length=LENGTH))
+
+
+@pytest.mark.parametrize("n_loops", [0, -1])
+def test_rejects_n_loops(n_loops: int) -> None:
+    with pytest.raises(ValueError, match=rf"n_loops must be at least 1\. Got n_loops={n_loops}"):
+        model()(tokens(), n_loops=n_loops)
+
+
+def test_rejects_rank_and_dtype() -> None:
+    with pytest.raises(ValueError, match=r"tokens must have shape \[B, T\]\. Got \[11\]"):
+        model()(tokens()[0])
+    with pytest.raises(TypeError, match=r"tokens must be int64\. Got torch\.int32"):
+        model()(tokens().int())

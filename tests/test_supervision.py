@@ -1,0 +1,446 @@
+"""The loss from its definition, fused against plain, what terminal supervision spares, statistics, evaluation."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looped.config import LoopedConfig
+from looped.decoder import LoopedDecoder
+from looped.supervision import LoopedLoss, evaluation_losses, looped_loss, readout_logits
+
+V, D, K, BATCH, LENGTH = 67, 24, 3, 2, 11
+READOUTS = ["rmsnorm", "layernorm", "raw", "final-only"]
+
+
+def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecoder:
+    """A decoder with norms away from 1 and a bias away from 0, so that a forgotten parameter shows."""
+    shape: dict[str, Any] = {
+        "vocab_size": V,
+        "d_model": D,
+        "n_heads": 3,
+        "n_layers": 2,
+        "d_ff": 40,
+        "max_seq_len": 16,
+        "n_loops": K,
+        "dropout": 0.0,
+        "embedding_std": 0.3,
+    }
+    torch.manual_seed(seed)
+    decoder = LoopedDecoder(LoopedConfig(**{**shape, **changes}), fused=fused)
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return decoder
+
+
+def batch(ignored: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(V, (BATCH, LENGTH + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets.view(-1)[torch.randperm(targets.numel(), generator=generator)[:ignored]] = -100
+    return tokens[:, :-1], targets
+
+
+def gradients(decoder: LoopedDecoder) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+def run(decoder: LoopedDecoder, n_loops: int | None = None, **options: Any) -> tuple[LoopedLoss, dict[str, Tensor]]:
+    tokens, targets = batch()
+    decoder.zero_grad()
+    result = looped_loss(decoder, decoder(tokens, n_loops=n_loops), targets, **options)
+    result.loss.backward()
+    return result, gradients(decoder)
+
+
+def expected_logits(decoder: LoopedDecoder, state: Tensor, loop: int, n_loops: int) -> Tensor:
+    """The readouts from their equations, in the state's dtype."""
+    readout = decoder.config.readout
+    norm = {name: p.to(state.dtype) for name, p in decoder.named_parameters() if name.startswith("readout_norm")}
+    if readout == "layernorm":
+        state = state - state.mean(-1, keepdim=True)
+    if readout in ("rmsnorm", "layernorm") or (readout == "final-only" and loop == n_loops - 1):
+        state = state / (state.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm["readout_norm.weight"]
+    if readout == "layernorm":
+        state = state + norm["readout_norm.bias"]
+    head = decoder.embedding.weight if decoder.head is None else decoder.head.weight
+    return state @ head.to(state.dtype).T
+
+
+def expected_losses(decoder: LoopedDecoder, states: Any, targets: Tensor) -> Tensor:
+    """[K] mean cross-entropies in float64."""
+    rows = []
+    for loop, state in enumerate(states):
+        log_p = expected_logits(decoder, state.detach().double(), loop, len(states)).log_softmax(-1)
+        kept = [(b, t) for b, t in itertools.product(range(BATCH), range(LENGTH)) if targets[b, t] != -100]
+        rows.append(torch.stack([-log_p[b, t, targets[b, t]] for b, t in kept]).mean())
+    return torch.stack(rows)
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_loss_is_its_definition(readout: Any, tied: bool, fused: bool) -> None:
+    decoder = model(fused=fused, readout=readout, tied=tied)
+    tokens, targets = batch()
+    states = decoder(tokens)
+    ce = expected_losses(decoder, states, targets)
+    square = torch.stack([state.detach().double().square().mean() for state in states]).mean()
+
+    per_loop = looped_loss(decoder, states, targets, penalty=0.25)
+    torch.testing.assert_close(per_loop.loss.double(), ce.mean() + 0.25 * square, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(per_loop.per_loop.double(), ce, atol=1e-5, rtol=1e-5)
+    terminal = looped_loss(decoder, states, targets, supervision="terminal", penalty=0.25)
+    torch.testing.assert_close(terminal.loss.double(), ce[-1] + 0.25 * square, atol=1e-5, rtol=1e-5)
+    for result in (per_loop, terminal):
+        assert result.loss.shape == ()
+        assert result.loss.dtype == torch.float32
+        assert result.per_loop.dtype == torch.float32
+        assert not result.per_loop.requires_grad
+        assert result.statistics is None
+
+
+# Every readout with every supervision, with and without a penalty; the rest of the options in turn.
+COMBINATIONS = [
+    {"readout": readout, "supervision": supervision, "penalty": penalty, **rest}
+    for (readout, supervision, penalty), rest in zip(
+        itertools.product(READOUTS, ["per-loop", "terminal"], [0.0, 0.05]),
+        itertools.cycle(
+            [
+                {"tied": True, "positions": "learned", "inter_loop_norm": False},
+                {"tied": False, "positions": "rotary", "inter_loop_norm": True},
+                {"tied": False, "positions": "learned", "inter_loop_norm": True},
+                {"tied": True, "positions": "rotary", "inter_loop_norm": False},
+                {"tied": True, "positions": "learned", "inter_loop_norm": True},
+            ]
+        ),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_fused_and_plain_agree(options: dict[str, Any]) -> None:
+    training = {"supervision": options["supervision"], "penalty": options["penalty"]}
+    shape = {name: value for name, value in options.items() if name not in training}
+    plain, plain_gradients = run(model(fused=False, **shape), **training)
+    fused, fused_gradients = run(model(fused=True, **shape), **training)
+    torch.testing.assert_close(fused.loss, plain.loss, atol=0, rtol=1e-5)
+    torch.testing.assert_close(fused.per_loop, plain.per_loop, atol=0, rtol=1e-5, equal_nan=True)
+    assert fused_gradients.keys() == plain_gradients.keys()
+    for name, wanted in plain_gradients.items():
+        tolerance = 2e-5 * wanted.abs().max().item()
+        torch.testing.assert_close(
+            fused_gradients[name], wanted, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_those_of_float64(fused: bool) -> None:
+    decoder = model(fused=fused, readout="final-only", positions="rotary")
+    _, found = run(decoder, penalty=0.05)
+    exact = model(fused=False, readout="final-only", positions="rotary").double()
+    exact.load_state_dict(decoder.state_dict())
+    _, truth = run(exact, penalty=0.05)
+    for name, wanted in truth.items():
+        torch.testing.assert_close(
+            found[name].double(), wanted, atol=2e-5 * wanted.abs().max().item(), rtol=1e-4, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_more_loops_than_trained(fused: bool) -> None:
+    decoder = model(fused=fused)
+    result, _ = run(decoder, n_loops=7)
+    assert result.per_loop.shape == (7,)
+    torch.testing.assert_close(result.loss, result.per_loop.mean())
+    single, _ = run(decoder, n_loops=1)
+    torch.testing.assert_close(single.loss, result.per_loop[0])
+
+
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_targets_ignored(fused: bool, supervision: Any) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    result = looped_loss(decoder, decoder(tokens), torch.full_like(targets, -100), supervision=supervision)
+    assert result.loss == 0
+    assert result.per_loop[-1] == 0
+    result.loss.backward()
+    assert all((gradient == 0).all() for gradient in gradients(decoder).values())
+
+
+def test_twenty_steps_agree() -> None:
+    def train(fused: bool) -> Tensor:
+        decoder = model(fused=fused, dropout=0.1)
+        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
+        losses = []
+        for step in range(20):
+            tokens, targets = batch(seed=step % 2)
+            optimizer.zero_grad()
+            loss = looped_loss(decoder, decoder(tokens), targets, penalty=0.01).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    plain, fused = train(False), train(True)
+    torch.testing.assert_close(fused, plain, atol=0, rtol=1e-5)
+    assert plain[-5:].mean() < plain[:5].mean()
+
+
+# Terminal supervision -------------------------------------------------------------------------------------------------
+
+
+def readout_flops(function: Callable[[], None]) -> int:
+    """Operations of the matrix products that have the vocabulary as a dimension."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    flops = 0
+    for event in profile.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            first = 0 if event.name == "aten::mm" else 1  # addmm's first matrix is added
+            left, right = event.input_shapes[first : first + 2]
+            if V in (*left, *right):
+                flops += 2 * left[0] * left[1] * right[1]
+    return flops
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_terminal_reads_out_one_loop(fused: bool) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    one = 6 * BATCH * LENGTH * D * V  # logits, and the gradients of state and head
+
+    def work(**options: Any) -> Callable[[], None]:
+        states = decoder(tokens)
+        return lambda: looped_loss(decoder, states, targets, penalty=0.1, **options).loss.backward()
+
+    assert readout_flops(work(supervision="terminal")) == one
+    assert readout_flops(work(supervision="per-loop")) == K * one
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_terminal_says_which_loops_it_read(fused: bool) -> None:
+    result, _ = run(model(fused=fused), supervision="terminal")
+    assert result.per_loop.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_penalty_sees_the_loops_that_terminal_does_not_read(fused: bool) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    states = [state.detach().requires_grad_() for state in decoder(tokens)]
+    result = looped_loss(decoder, states, targets, supervision="terminal", penalty=0.5)
+    found = torch.autograd.grad(result.loss, states)
+    for state, gradient in zip(states[:-1], found, strict=False):
+        torch.testing.assert_close(gradient, 0.5 * 2 * state.detach() / (K * state.numel()))
+
+
+# Precision, checkpoints, compilation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_autocast_loss_is_close(readout: Any, fused: bool) -> None:
+    decoder = model(fused=fused, readout=readout)
+    exact, exact_gradients = run(decoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, low_gradients = run(decoder)
+    assert low.loss.dtype == torch.float32
+    assert low.loss != exact.loss
+    torch.testing.assert_close(low.loss, exact.loss, atol=0, rtol=5e-3)
+    torch.testing.assert_close(low.per_loop, exact.per_loop, atol=0, rtol=1e-2)
+    for name, wanted in exact_gradients.items():
+        assert low_gradients[name].dtype == torch.float32
+        assert (low_gradients[name] - wanted).norm() < 0.05 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_with_its_model(fused: bool) -> None:
+    torch._dynamo.reset()
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        return looped_loss(decoder, decoder(tokens), targets, penalty=0.01).loss
+
+    _, expected = run(decoder, penalty=0.01)
+    decoder.zero_grad()
+    loss = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(tokens, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, loss_of(tokens, targets))
+    for name, gradient in gradients(decoder).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_statistics_of_fused_and_plain_agree(readout: Any, supervision: Any) -> None:
+    options = {"supervision": supervision, "penalty": 0.1, "statistics": True}
+    plain, _ = run(model(fused=False, readout=readout), **options)
+    fused, _ = run(model(fused=True, readout=readout), **options)
+    assert plain.statistics is not None
+    assert fused.statistics is not None
+    assert fused.statistics._fields == plain.statistics._fields
+    for name, found, wanted in zip(plain.statistics._fields, fused.statistics, plain.statistics, strict=True):
+        assert found is not None, name
+        assert wanted is not None, name
+        assert found.shape == wanted.shape == (K, BATCH, LENGTH), name
+        assert found.dtype == wanted.dtype == (torch.int64 if name == "top1" else torch.float32), name
+        assert not found.requires_grad, name
+        assert not wanted.requires_grad, name
+        tolerance = 1e-6 if name.startswith("radial") else 1e-5
+        torch.testing.assert_close(
+            found, wanted, atol=tolerance, rtol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_statistics_are_their_definitions(fused: bool) -> None:
+    decoder = model(fused=fused, readout="raw")
+    tokens, targets = batch()
+    states = decoder(tokens)
+    found = looped_loss(decoder, states, targets, penalty=0.3, statistics=True).statistics
+    assert found is not None
+    for loop, state in enumerate(states):
+        h = state.detach().double().requires_grad_()
+        logits = expected_logits(decoder, h, loop, K)
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        g = torch.autograd.grad(ce.sum() / (targets != -100).sum() / K, h)[0]
+        p = logits.softmax(-1)
+        ordered = logits.sort(-1, descending=True)
+        radial = (g * h).sum(-1)
+        fraction = (radial.abs() / (g.norm(dim=-1) * h.norm(dim=-1))).nan_to_num(0.0)
+        wanted = {
+            "loss": ce,
+            "lse": logits.exp().sum(-1).log(),
+            "entropy": -(p * p.log()).sum(-1),
+            "margin": ordered.values[..., 0] - ordered.values[..., 1],
+            "mean_square": h.square().mean(-1),
+            "radial_dot": radial,
+            "radial_fraction": fraction,
+        }
+        for name, truth in wanted.items():
+            actual = getattr(found, name)[loop].double()
+            torch.testing.assert_close(actual, truth.detach(), atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(found.top1[loop], ordered.indices[..., 0])
+        assert fraction.median() > 1e-3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_normalised_readouts_do_not_see_the_scale(fused: bool) -> None:
+    fractions = {}
+    for readout in ("rmsnorm", "layernorm", "raw", "final-only"):
+        statistics = run(model(fused=fused, readout=readout), statistics=True)[0].statistics
+        assert statistics is not None
+        assert statistics.radial_fraction is not None
+        fractions[readout] = statistics.radial_fraction.flatten(1).median(dim=1).values
+    assert fractions["rmsnorm"].max() < 1e-4
+    assert fractions["raw"].min() > 1e-2
+    assert fractions["final-only"][:-1].min() > 1e-2
+    assert fractions["final-only"][-1] < 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_statistics_change_neither_loss_nor_gradients(fused: bool) -> None:
+    without, expected = run(model(fused=fused), penalty=0.1)
+    result, found = run(model(fused=fused), penalty=0.1, statistics=True)
+    assert torch.equal(result.loss, without.loss)
+    assert torch.equal(result.per_loop, without.per_loop)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_statistics_without_gradients_have_no_radial_part(fused: bool) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    with torch.no_grad():
+        result = looped_loss(decoder, decoder(tokens), targets, statistics=True)
+    assert result.statistics is not None
+    assert result.statistics.radial_dot is None
+    assert result.statistics.radial_fraction is None
+    torch.testing.assert_close(result.statistics.loss.sum((1, 2)) / (targets != -100).sum(), result.per_loop)
+
+
+# Logits and evaluation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_logits(readout: Any, tied: bool) -> None:
+    decoder = model(readout=readout, tied=tied)
+    state = 3 * torch.randn(2, 5, D)
+    for final, loop in ((True, K - 1), (False, 0)):
+        logits = readout_logits(decoder, state, final=final)
+        assert logits.shape == (2, 5, V)
+        torch.testing.assert_close(logits, expected_logits(decoder, state, loop, K), atol=1e-5, rtol=1e-5)
+    assert torch.equal(readout_logits(decoder, state), readout_logits(decoder, state, final=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_evaluation_reads_every_loop_as_the_last(readout: Any, fused: bool) -> None:
+    decoder = model(fused=fused, readout=readout)
+    tokens, targets = batch()
+    states = decoder(tokens)
+    losses = evaluation_losses(decoder, states, targets)
+    assert losses.shape == (K, BATCH, LENGTH)
+    assert losses.dtype == torch.float32
+    assert not losses.requires_grad
+    for loop, state in enumerate(states):
+        logits = expected_logits(decoder, state.double(), K - 1, K).flatten(0, 1)
+        wanted = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        torch.testing.assert_close(losses[loop].double(), wanted.detach(), atol=1e-5, rtol=1e-5)
+        stopped_here = looped_loss(decoder, states[: loop + 1], targets, supervision="terminal").loss
+        torch.testing.assert_close(losses[loop].sum() / (targets != -100).sum(), stopped_here, atol=1e-5, rtol=1e-5)
+    assert (losses[:, targets == -100] == 0).all()
+
+
+# Rejections -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rejects(fused: bool) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    states = decoder(tokens)
+    with pytest.raises(ValueError, match=r"supervision must be one of per-loop, terminal\. Got 'last'"):
+        looped_loss(decoder, states, targets, supervision="last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"penalty must be at least 0\. Got penalty=-0\.1"):
+        looped_loss(decoder, states, targets, penalty=-0.1)
+    with pytest.raises(ValueError, match="penalty must be at least 0"):
+        looped_loss(decoder, states, targets, penalty=float("nan"))
+    for function in (looped_loss, evaluation_losses):
+        with pytest.raises(ValueError, match="states must hold the states of at least one loop"):
+            function(decoder, (), targets)
+        with pytest.raises(ValueError, match=r"targets the shape \[\.\.\.\]\. Got .*targets \[2, 10\]"):
+            function(decoder, states, targets[:, 1:])
+        with pytest.raises(ValueError, match="states must have one shape"):
+            function(decoder, (states[0], states[1][:1]), targets)
+        with pytest.raises(TypeError, match=r"targets must be int64\. Got torch\.int32"):
+            function(decoder, states, targets.int())
+
+
+@pytest.mark.parametrize("target", [V, -1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_rejects_targets_out_of_range(fused: bool, target: int) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    targets[1, 2] = target
+    states = decoder(tokens)
+    for function in (looped_loss, evaluation_losses):
+        with pytest.raises((ValueError, IndexError), match=rf"{target}"):
+            function(decoder, states, targets)
