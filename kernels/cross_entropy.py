@@ -311,9 +311,10 @@ def cross_entropy_(
     """Write the results of rows `first_row, first_row + 1, ...` whose logits [R, V] are given.
 
     A row is stride(0) elements long in memory: a length past V that is a multiple of 16 keeps a GPU's accesses wide
-    for any V, and what lies past V is ignored and may be overwritten.  targets [n_tokens] serves row r with `targets[r % n_tokens]`; omega and the results are indexed by r.  With
-    omega the logits are overwritten by `omega * dCE/dlogits`; without it their content is undefined afterwards.
-    A target outside [0, V) that is not `ignore_index` is never read: its loss is nan (Triton); callers check on CPU.
+    for any V; what lies past V is ignored and may be overwritten.  targets [n_tokens] serves row r with
+    `targets[r % n_tokens]`; omega and the results are indexed by r.  With omega the logits are overwritten by
+    `omega * dCE/dlogits`; without it their content is undefined afterwards.  A target outside [0, V) that is not
+    `ignore_index` is never read: its loss is nan (Triton); callers check on CPU.
     """
     run = _cross_entropy_triton if uses_triton(logits) else _cross_entropy_cpu
     run(logits, targets, omega, bias, options, results, first_row)

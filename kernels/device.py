@@ -17,6 +17,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `tensor` runs now: autocast's, or its own."""
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return tensor.dtype

@@ -395,7 +395,8 @@ def looped_cross_entropy(
     loss = total if eager else _spread(coefficient * ce, active, n_loops, shape, 0.0)
     if not statistics:
         return LoopedCrossEntropy(loss, per_loop, None)
-    columns = [_spread(column, active, n_loops, shape, torch.nan) for column in (detached, *row_statistics.detach().unbind(0))]
+    measured = (detached, *row_statistics.detach().unbind(0))
+    columns = [_spread(column, active, n_loops, shape, torch.nan) for column in measured]
     cross_entropy, lse, entropy, margin, mean_square, dot, fraction = columns
     radial = (dot, fraction) if any(needed(state) for state in rows) else (None, None)
     best = _spread(top1, active, n_loops, shape, -1)

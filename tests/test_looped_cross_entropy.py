@@ -295,11 +295,12 @@ def test_trap_noncontiguous_and_expanded_inputs(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_trap_loss_scaling(device, backend, dtype):
-    """A loss scale reaches float16 gradients that would be subnormal without it: 1/(K n) alone is 2e-4 here."""
-    case = Case((2, 2500, 16, 31), device, dtype)
-    scaled, _ = case.run(looped_cross_entropy, upstream=4096.0)
-    truth, _ = case.run(looped_cross_entropy_reference, torch.float64, upstream=4096.0)
-    plain, _ = case.run(looped_cross_entropy_reference, upstream=4096.0)
+    """A loss scale reaches float16 gradients that would be subnormal without it."""
+    case = Case((2, 300, 16, 31), device, dtype, reduction="sum", weights=[2e-6, 2e-6])
+    scale = 2.0**19
+    scaled, _ = case.run(looped_cross_entropy, upstream=scale)
+    truth, _ = case.run(looped_cross_entropy_reference, torch.float64, upstream=scale)
+    plain, _ = case.run(looped_cross_entropy_reference, upstream=scale)
     for name in ("states", "head", "norm_weight"):
         assert_no_worse_than(scaled[name], plain[name], truth[name], name=name)
 
