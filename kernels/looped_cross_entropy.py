@@ -231,6 +231,19 @@ def _(
     return total, ce, unit, *parameters, stats, top1, dstates
 
 
+@torch.library.custom_op("looped::scaled", mutates_args=())
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale [], the product formed in float32 and rounded once; a new tensor, whatever the scale."""
+    if scale.is_cuda:  # one element, not a scalar: a scalar tensor would be rounded to the gradient's dtype first
+        return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=torch.empty_like(gradient))
+    return gradient * scale.item()
+
+
+@_scaled.register_fake
+def _(gradient: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     states, head, targets, coefficient, norm_weight, norm_bias, bias, *options = inputs
     _, ce, unit, *parameters, _, top1, dstates = output
@@ -266,11 +279,7 @@ def _backward(ctx, dtotal, dce, *_):
         )  # fmt: skip
         gradients, dcoefficient, dtotal = [*gradients, *dstates], None, dce.new_ones(())
     scale = dtotal * unit
-    # a one-element matrix, not a scalar: the product is then formed in float32 and rounded once
-    scaled = [
-        torch.mul(g, scale.view((1,) * g.dim()), out=torch.empty_like(g)) if g.numel() or g.dim() > 1 else None
-        for g in gradients
-    ]
+    scaled = [_scaled(g, scale) if g.numel() or g.dim() > 1 else None for g in gradients]
     dhead, dnorm_weight, dnorm_bias, dbias, *dstates = scaled
     return dstates, dhead, None, dcoefficient, dnorm_weight, dnorm_bias, dbias, *none
 
