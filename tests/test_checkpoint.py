@@ -1,0 +1,159 @@
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from train.checkpoint import FILES, CheckpointError, Progress, load, save
+
+
+def make(seed: int = 0, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model after two steps of its optimiser."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(11, width), nn.Dropout(0.5), nn.Linear(width, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(2):
+        take_step(model, optimizer)
+    return model, optimizer
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad()
+    loss = model(torch.arange(11)).square().sum()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_continues_bit_for_bit(tmp_path):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    expected = [take_step(model, optimizer) for _ in range(3)]
+    other, other_optimizer = make(seed=1)
+    assert load(tmp_path, other, other_optimizer) == Progress(2, "text")
+    assert [take_step(other, other_optimizer) for _ in range(3)] == expected
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+def test_weights_alone_leave_the_generators(tmp_path):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    other, _ = make(seed=1)
+    before = torch.get_rng_state()
+    load(tmp_path, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    load(tmp_path, model, optimizer)
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["checkpoint.json", *FILES]
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_at(call: int, monkeypatch) -> None:
+    """Make the ``call``-th of all calls that change the disk, before it does anything, end the process."""
+    calls = iter(range(call + 1))
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            if next(calls, call) == call:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for module, name in (
+        (os, "rename"),
+        (os, "fsync"),
+        (shutil, "rmtree"),
+        (safetensors.torch, "save_file"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+    ):
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def test_killed_at_any_moment_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
+    survived: list[int] = []
+    for call in range(100):
+        run = tmp_path / str(call)
+        run.mkdir()
+        model, optimizer = make()
+        save(run, model, optimizer, Progress(2, "text"))
+        expected = {2: [value.clone() for value in model.parameters()]}
+        take_step(model, optimizer)
+        expected[3] = [value.clone() for value in model.parameters()]
+        with monkeypatch.context() as context:
+            die_at(call, context)
+            try:
+                save(run, model, optimizer, Progress(3, "text"))
+                finished = True
+            except Killed:
+                finished = False
+
+        other, other_optimizer = make(seed=1)
+        step = load(run, other, other_optimizer).step
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), expected[step], strict=True))
+        survived.append(step)
+        # Whatever was left behind, the next checkpoint is written and read.
+        save(run, model, optimizer, Progress(4, "text"))
+        assert load(run, other, other_optimizer).step == 4
+        assert os.listdir(run) == ["checkpoint"]
+        if finished:
+            break
+    assert finished
+    assert len(survived) > 12  # every stage was reached
+    assert survived == sorted(survived)
+    assert set(survived) == {2, 3}
+
+
+@pytest.mark.parametrize("name", [*FILES, "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_torn_checkpoints_are_recognised(tmp_path, name, damage):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    path = tmp_path / "checkpoint" / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flipped" else content[:-1])
+    before = [value.clone() for value in model.parameters()]
+    take_step(model, optimizer)
+    after = [value.clone() for value in model.parameters()]
+    with pytest.raises(CheckpointError, match="is torn") as error:
+        load(tmp_path, model, optimizer)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), after, strict=True))
+    assert not torch.equal(before[0], after[0])
+
+
+def test_missing_checkpoint(tmp_path):
+    model, optimizer = make()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load(tmp_path, model, optimizer)
+
+
+def test_another_shape_names_the_first_difference(tmp_path):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    with pytest.raises(CheckpointError, match=r"0.weight is \[11, 8\] in the checkpoint and \[11, 16\] in the model"):
+        load(tmp_path, make(width=16)[0])
+    with pytest.raises(CheckpointError, match=r"2.bias is \[3\] in the checkpoint and missing in the model"):
+        load(tmp_path, model[:2])
+    with pytest.raises(CheckpointError, match=r"3.weight is missing in the checkpoint and \[2, 3\] in the model"):
+        load(tmp_path, nn.Sequential(*model, nn.Linear(3, 2)))

@@ -1,0 +1,144 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tiny_run import text
+from tokenizers import models, pre_tokenizers
+
+from train import data as data_module
+from train.corpus import Corpus
+from train.data import cache_directory, load_data
+from train.tokenizer import pieces
+
+CORPUS = Corpus([text(1500, seed=1), text(700, seed=1)], [text(300, seed=1)])
+
+
+def load(cache: Path, corpus: Corpus = CORPUS, **options):
+    return load_data(corpus, **{"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "cache": cache} | options)
+
+
+def test_documents_are_joined_by_the_end_of_document_token(tmp_path):
+    data = load(tmp_path)
+    for split, documents in ((data.train, CORPUS.train), (data.validation, CORPUS.validation)):
+        assert split.tokens.dtype == np.uint16
+        assert isinstance(split.tokens, np.memmap)
+        assert len(split.bounds) == len(documents) + 1
+        for document, start, end in zip(documents, split.bounds[:-1], split.bounds[1:], strict=True):
+            ids = split.tokens[start:end].astype(np.int64)
+            assert ids[-1] == data.tokenizer.eos
+            assert data.tokenizer.decode(ids[:-1]) == document
+        assert split.bounds[-1] == len(split.tokens)
+    assert data.lossless
+
+
+def test_long_documents_are_encoded_piece_by_piece(tmp_path, monkeypatch):
+    whole = load(tmp_path / "whole")
+    monkeypatch.setattr(data_module, "CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(data_module, "pieces", lambda document: pieces(document, 300))
+    parts = load(tmp_path / "parts")
+    assert np.array_equal(whole.train.tokens, parts.train.tokens)
+    assert np.array_equal(whole.train.bounds, parts.train.bounds)
+
+
+def test_encoded_text_is_found_again(tmp_path, monkeypatch):
+    first = load(tmp_path)
+    entries = os.listdir(tmp_path)
+    monkeypatch.setattr(data_module, "_encode", None)  # nothing is encoded a second time
+    second = load(tmp_path)
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+    assert second.fingerprint == first.fingerprint
+    assert os.listdir(tmp_path) == entries
+
+
+def test_other_text_and_other_tokenizers_have_their_own_entries(tmp_path):
+    variants = [
+        load(tmp_path),
+        load(tmp_path, Corpus(CORPUS.train, [text(400, seed=1)])),
+        load(tmp_path, vocab_size=301),
+        load(tmp_path, tokenizer="paper", vocab_size=50),
+    ]
+    assert len({data.fingerprint for data in variants}) == len(variants)
+    assert len(os.listdir(tmp_path)) == len(variants)
+
+
+@pytest.mark.parametrize(
+    "name", ["train.tokens", "validation.tokens", "meta.json", "train.bounds.npy", "tokenizer.json"]
+)
+def test_torn_entries_are_encoded_again(tmp_path, name):
+    expected = load(tmp_path).train.tokens.copy()
+    (entry,) = tmp_path.iterdir()
+    (entry / name).write_bytes((entry / name).read_bytes()[:-3] if name != "tokenizer.json" else b"")
+    assert np.array_equal(load(tmp_path).train.tokens, expected)
+
+
+def test_validation_text_does_not_reach_the_tokenizer(tmp_path):
+    other = Corpus(CORPUS.train, ["ωψχ φυτ " * 200])
+    assert load(tmp_path, other).tokenizer.model.to_str() == load(tmp_path).tokenizer.model.to_str()
+    paper = load(tmp_path, other, tokenizer="paper", vocab_size=50)
+    assert paper.tokenizer.model.to_str() == load(tmp_path, tokenizer="paper", vocab_size=50).tokenizer.model.to_str()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "message"),
+    [
+        (CORPUS, {"vocab_size": 100_000}, "vocab_size must be at most"),
+        (CORPUS, {"seq_len": 10_000}, "too short: its train split has"),
+        (Corpus(CORPUS.train, ["a few words"]), {}, "too short: its validation split has"),
+    ],
+)
+def test_failures_leave_nothing_in_the_cache(tmp_path, corpus, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "cache", corpus, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cached_text_may_be_too_short_for_longer_windows(tmp_path):
+    load(tmp_path)
+    with pytest.raises(ValueError, match=r"takes seq_len \+ 1 = 10001"):
+        load(tmp_path, seq_len=10_000)
+
+
+def word_level(path: Path, vocabulary: dict[str, int]) -> str:
+    model = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save(str(path))
+    return str(path)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, 70_000)}
+    path = word_level(tmp_path / "words.json", vocabulary)
+    data = load(tmp_path, Corpus(["w69999 " * 50], ["w65537 " * 50]), tokenizer=path, vocab_size=None)
+    assert data.train.tokens.dtype == np.uint32
+    assert data.train.tokens[0] == 69_999
+    assert data.validation.tokens.tolist() == [65_537] * 50 + [1]
+    assert not data.lossless
+
+
+def test_vocabulary_smaller_than_the_tokenizer(tmp_path):
+    path = word_level(tmp_path / "words.json", {"<unk>": 0, "<eos>": 1, "far": 40})
+    assert load(tmp_path, tokenizer=path, vocab_size=50).tokenizer.vocab_size == 41
+    with pytest.raises(
+        ValueError, match=r"vocab_size must be at least 41, or tokens .* out of range. Got vocab_size=40"
+    ):
+        load(tmp_path, tokenizer=path, vocab_size=40)
+
+
+def test_tokens_beyond_the_vocabulary_in_the_cache(tmp_path):
+    load(tmp_path)
+    (entry,) = tmp_path.iterdir()
+    meta = json.loads((entry / "meta.json").read_text())
+    np.full(meta["train"], 5000, dtype=np.uint16).tofile(entry / "train.tokens")
+    with pytest.raises(ValueError, match=r"tokens must be below vocab_size=300. Got 5000"):
+        load(tmp_path)
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    assert cache_directory(tmp_path) == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory(None) == tmp_path / "looped-lm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory(None) == Path.home() / ".cache" / "looped-lm"

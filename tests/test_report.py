@@ -1,0 +1,55 @@
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from train.report import draw, environment, table
+from train.step import LoopResult
+
+RESULTS = [
+    LoopResult(1, 1.5, math.exp(1.5), 1.25, 20.0, 80_000.0),
+    LoopResult(2, 1.25, math.exp(1.25), None, 39_207.0, 41_000.0),
+]
+
+
+def row(step: int, **fields):
+    defaults = {"loss": 8.0 / step, "ce": [8.0 / step, 7.0 / step], "state_norm": [20.0, 30.0 * step]}
+    return {"step": step} | defaults | fields
+
+
+def test_table():
+    lines = table(RESULTS).splitlines()
+    assert lines[0].split() == ["K", "CE", "PPL", "bits/byte", "||H_K||", "tokens/s"]
+    assert lines[1].split() == ["1", "1.5000", "4.482", "1.2500", "20", "80,000"]
+    assert lines[2].split() == ["2", "1.2500", "3.49", "-", "3.921e+04", "41,000"]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(1), row(10), row(20)],
+        [row(1)],
+        [],
+        [row(1), row(10, loss=None, ce=[None, 1.0], state_norm=[None, None])],  # terminal supervision; divergence
+        [row(step, state_norm=[10.0**step, 10.0 ** (2 * step)]) for step in range(1, 4)],
+    ],
+)
+def test_figure_is_drawn(tmp_path, rows):
+    draw(tmp_path / "report.png", rows, RESULTS, "title\nof two lines")
+    image = plt.imread(tmp_path / "report.png")
+    assert image.shape[1] > 1500
+    for panel in range(3):
+        third = image[100:, panel * image.shape[1] // 3 : (panel + 1) * image.shape[1] // 3, :3]
+        assert (third < 0.9).mean() > 0.003  # something is drawn in each of the three
+    assert not plt.get_fignums()
+
+
+def test_environment():
+    values = environment(torch.device("cpu"))
+    assert values["device"].startswith("cpu: ")
+    assert values["versions"]["torch"] == torch.__version__
+    assert values["versions"]["python"].count(".") == 2
+    assert 50e6 < values["peak_memory_bytes"] < 1e12
+    assert values["commit"] is None or len(values["commit"].removesuffix("-dirty")) == 40

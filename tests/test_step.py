@@ -1,0 +1,171 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from looped.config import LoopedConfig
+from looped.decoder import LoopedDecoder
+from looped.supervision import readout_logits
+from train.batches import Windows
+from train.step import evaluate, learning_rate, state_norms, training_step
+
+V, B, T = 50, 4, 8
+
+
+def make(*, fused: bool = True, seed: int = 0, **options) -> LoopedDecoder:
+    torch.manual_seed(seed)
+    shape = {"d_model": 32, "n_heads": 2, "n_layers": 2, "n_loops": 3, "d_ff": 64, "dropout": 0.0} | options
+    return LoopedDecoder(LoopedConfig(vocab_size=V, max_seq_len=T, **shape), fused=fused)
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def take(model, optimizer, data, **options):
+    defaults = {"supervision": "per-loop", "penalty": 0.01, "dtype": torch.float32}
+    return training_step(model, optimizer, *data, **(defaults | options))
+
+
+def adamw(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.1, 0.5, 1, 1, 1, 1]), ("warmup-cosine", [0.1, 0.5, 1, 0.55, 0.1, 0.1])],
+)
+def test_learning_rate(schedule, expected):
+    rates = [
+        learning_rate(step, peak=1.0, schedule=schedule, warmup_steps=10, steps=110)
+        for step in (1, 5, 10, 60, 110, 200)
+    ]
+    assert rates == pytest.approx(expected)
+    assert learning_rate(1, peak=2.0, schedule=schedule, warmup_steps=0, steps=1000) == pytest.approx(2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize("readout", ["rmsnorm", "layernorm", "raw", "final-only"])
+def test_fused_and_plain_train_alike(readout, supervision):
+    losses = []
+    for fused in (True, False):
+        model = make(fused=fused, readout=readout, dropout=0.1)
+        optimizer = adamw(model)
+        torch.manual_seed(1)
+        losses.append([take(model, optimizer, batch(step), supervision=supervision).loss for step in range(20)])
+    fused_losses, plain_losses = (torch.stack(values) for values in losses)
+    assert ((fused_losses - plain_losses).abs() <= 1e-5 * plain_losses.abs()).all()
+    assert len(set(fused_losses.tolist())) == 20
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_accumulation_does_not_change_the_gradient(fused):
+    models = [make(fused=fused) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    whole = take(models[0], optimizers[0], batch(0), measure=True)
+    parts = take(models[1], optimizers[1], batch(0), measure=True, grad_accumulation=4)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_clipped_and_its_norm_is_from_before():
+    free, clipped = make(), make()
+    before = [value.detach().clone() for value in clipped.parameters()]
+    norm = take(free, torch.optim.SGD(free.parameters(), lr=1.0), batch(0), grad_clip=1e9).grad_norm
+    same = take(clipped, torch.optim.SGD(clipped.parameters(), lr=1.0), batch(0), grad_clip=0.5 * norm.item()).grad_norm
+    assert norm == same
+    change = [a.detach() - b for a, b in zip(clipped.parameters(), before, strict=True)]
+    assert torch.cat([value.flatten() for value in change]).norm() == pytest.approx(0.5 * norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_measured_step_reports(fused):
+    model = make(fused=fused)
+    with torch.no_grad():
+        states = model(batch(0)[0])
+    norms = torch.stack([state.norm(dim=-1).mean() for state in states])
+    torch.testing.assert_close(state_norms(states), norms)
+    result = take(model, adamw(model), batch(0), measure=True)
+    torch.testing.assert_close(result.state_norm, norms)
+    penalty = 0.01 * torch.stack(states).square().mean()
+    torch.testing.assert_close(result.loss, result.per_loop.mean() + penalty)
+    assert result.radial_fraction.shape == (3,)
+    assert (result.radial_fraction < 1e-4).all()  # the RMSNorm readout does not see the scale
+    assert (result.radial_fraction > 0).all()
+    plain = take(model, adamw(model), batch(1))
+    assert plain.state_norm is None
+    assert plain.radial_fraction is None
+
+
+def test_terminal_supervision_reads_the_last_loop_only():
+    model = make()
+    result = take(model, adamw(model), batch(0), supervision="terminal", penalty=0.0, measure=True)
+    assert result.per_loop.isnan().tolist() == [True, True, False]
+    assert result.radial_fraction.isnan().tolist() == [True, True, False]
+    assert result.loss == pytest.approx(result.per_loop[2].item())
+
+
+@pytest.mark.parametrize("readout", ["rmsnorm", "raw", "final-only"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_evaluation_at_every_loop(fused, readout):
+    model = make(fused=fused, readout=readout, dropout=0.5)
+    tokens = np.random.default_rng(0).integers(0, V, 10 * T + 1)
+    windows = Windows(tokens, T, T)
+    sizes = np.arange(V)
+    results = evaluate(
+        model,
+        windows,
+        np.arange(10),
+        batch_size=4,  # 10 windows: the last batch is smaller
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        bytes_per_token=sizes,
+    )
+    inputs, targets = windows.gather(np.arange(10))
+    for n_loops, result in enumerate(results, start=1):
+        with torch.no_grad():
+            state = model(inputs, n_loops=n_loops)[-1]
+            logits = readout_logits(model, state)
+        ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+        assert result.n_loops == n_loops
+        assert result.ce == pytest.approx(ce, rel=1e-5)
+        assert result.ppl == pytest.approx(math.exp(ce), rel=1e-4)
+        bits = ce * targets.numel() / math.log(2) / sizes[targets.numpy()].sum()
+        assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
+        assert result.state_norm == pytest.approx(state.norm(dim=-1).mean().item(), rel=1e-5)
+        assert result.tokens_per_second > 0
+
+
+def test_evaluation_without_bytes():
+    model = make()
+    windows = Windows(np.arange(T + 1), T, T)
+    (first, *_) = evaluate(
+        model,
+        windows,
+        np.array([0]),
+        batch_size=2,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        bytes_per_token=None,
+    )
+    assert first.bits_per_byte is None
+    assert math.isfinite(first.ce)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_does_not_wait_for_the_device():
+    model = make().cuda()
+    optimizer = adamw(model)
+    data = tuple(tensor.cuda() for tensor in batch(0))
+    take(model, optimizer, data, dtype=torch.bfloat16, measure=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for measure in (False, True):
+            take(model, optimizer, data, dtype=torch.bfloat16, measure=measure, grad_accumulation=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,167 @@
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_run import arguments
+
+from train import trainer
+from train.metrics import read_metrics
+from train.run import main
+
+
+def rows_of(run: Path) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    return [{key: row[key] for key in row if key != "tokens_per_second"} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "checkpoint" / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert rows_of(a) == rows_of(b)
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    evaluations = [json.loads((run / "summary.json").read_text())["evaluation"] for run in (a, b)]
+    for one, other in zip(*evaluations, strict=True):
+        assert one["ce"] == other["ce"]
+
+
+def signal_at(step: int, signum: int, monkeypatch) -> None:
+    """Have a signal arrive while ``step`` is being taken."""
+    take_step = trainer._step
+
+    def wrapped(run, measure):
+        if run.step + 1 == step:
+            signal.raise_signal(signum)
+        return take_step(run, measure)
+
+    monkeypatch.setattr(trainer, "_step", wrapped)
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_half_and_resumed_half_are_the_whole(tmp_path, fused, log_every):
+    options = (fused, "--log-every", str(log_every))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(arguments(tmp_path, *options, "--out", str(whole))) == 0
+    assert main(arguments(tmp_path, *options, "--out", str(halves), "--steps", "4")) == 0
+    assert rows_of(halves)[-1]["step"] == 4  # the last step is logged, whatever its number
+    assert main(["--resume", str(halves), "--steps", "8"]) == 0
+    assert_same_run(whole, halves)
+    assert json.loads((halves / "config.json").read_text())["train"]["steps"] == 8
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_the_run_can_be_continued(tmp_path, monkeypatch, capsys, signum):
+    options = ("--schedule", "warmup-cosine", "--warmup-steps", "2", "--log-every", "2")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(arguments(tmp_path, *options, "--out", str(whole))) == 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as context:
+        signal_at(5, signum, context)
+        assert main(arguments(tmp_path, *options, "--out", str(stopped))) == 128 + signum
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    output = capsys.readouterr().out
+    assert "stopped at step 5 of 8" in output
+    assert output.rstrip().endswith(f"train/run.py --resume {stopped}")
+    assert json.loads((stopped / "checkpoint" / "checkpoint.json").read_text())["step"] == 5
+    assert not (stopped / "summary.json").exists()
+    assert main(["--resume", str(stopped)]) == 0
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_killed_after_its_last_checkpoint_repeats_the_steps_since(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(arguments(tmp_path, "--out", str(whole))) == 0
+
+    class Killed(BaseException):
+        pass
+
+    def die(run, measure, take_step=trainer._step):
+        if run.step == 5:
+            raise Killed
+        return take_step(run, measure)
+
+    with monkeypatch.context() as context:
+        context.setattr(trainer, "_step", die)
+        with pytest.raises(Killed):
+            main(arguments(tmp_path, "--out", str(killed), "--save-every", "3"))
+    assert json.loads((killed / "checkpoint" / "checkpoint.json").read_text())["step"] == 3
+    assert rows_of(killed)[-1]["step"] == 5
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    assert main(["--resume", str(killed)]) == 0
+    assert rows_of(killed) == rows_of(whole)
+    assert all(torch.equal(value, weights_of(killed)[name]) for name, value in weights_of(whole).items())
+
+
+def test_interrupted_evaluation_is_all_that_is_repeated(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as context:
+        context.setattr(trainer, "_evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
+        assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
+    assert "stopped at step 8" in capsys.readouterr().out
+    before = rows_of(run)
+    assert main(["--resume", str(run)]) == 0
+    assert rows_of(run) == before
+    assert (run / "summary.json").exists()
+
+
+def test_runs_continue_fused_or_not(tmp_path):
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    assert main(arguments(tmp_path, "--out", str(whole), "--no-fused")) == 0
+    assert main(arguments(tmp_path, "--out", str(mixed), "--no-fused", "--steps", "4")) == 0
+    assert main(["--resume", str(mixed), "--steps", "8", "--fused"]) == 0
+    for one, other in zip(rows_of(whole), rows_of(mixed), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_the_seed_decides(tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(arguments(tmp_path, "--out", str(tmp_path / name), "--seed", seed, "--steps", "3")) == 0
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+    assert rows_of(tmp_path / "a") != rows_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--checkpoint-loops"],
+        ["--grad-accumulation", "2", "--dropout", "0"],
+        ["--log-every", "4"],
+    ],
+)
+def test_options_that_do_not_change_what_is_trained(tmp_path, options):
+    shared = ["--dropout", "0"] if "--dropout" in options else []
+    assert main(arguments(tmp_path, *shared, "--out", str(tmp_path / "a"))) == 0
+    assert main(arguments(tmp_path, *options, "--out", str(tmp_path / "b"))) == 0
+    expected = {row["step"]: row["loss"] for row in rows_of(tmp_path / "a")}
+    for row in rows_of(tmp_path / "b"):
+        assert row["loss"] == pytest.approx(expected[row["step"]], rel=1e-5)
+
+
+def test_epochs_count_passes_over_the_windows(tmp_path):
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "steps"), "--steps", "1")) == 0
+    argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--epochs", "0.02")
+    del argv[argv.index("--steps") : argv.index("--steps") + 2]
+    assert main(argv) == 0
+    entry = next((tmp_path / "cache").iterdir())
+    windows = (json.loads((entry / "meta.json").read_text())["train"] - 17) // 16 + 1
+    assert rows_of(tmp_path / "run")[-1]["step"] == math.ceil(0.02 * windows / 4)
+
+
+def test_divergence_stops_with_one_line(tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ("--learning-rate", "1e30", "--grad-clip", "1e30", "--warmup-steps", "0")
+    assert main(arguments(tmp_path, "--out", str(run), *options)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the loss is")
+    assert error.count("\n") == 1
+    assert not (run / "summary.json").exists()
+    assert not (run / "checkpoint").exists()

@@ -1,0 +1,48 @@
+"""Windows over a token array, and which windows make up the batch of a step."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of ``seq_len`` + 1 tokens, ``stride`` apart: window i is tokens[i*stride : i*stride + seq_len + 1].
+
+    With ``stride`` = ``seq_len`` every token but the first is a target exactly once, which is what evaluation uses.
+    """
+
+    tokens: np.ndarray
+    seq_len: int
+    stride: int
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - self.seq_len - 1) // self.stride + 1)
+
+    def gather(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, int64 [B, seq_len] each, of the windows [B]; targets are one token ahead."""
+        rows = self.tokens[indices[:, None] * self.stride + np.arange(self.seq_len + 1)].astype(np.int64)
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+
+
+def batch_indices(n_windows: int, *, seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Windows [batch_size] int64 of optimisation step ``step`` (from 0): a function of its arguments alone.
+
+    Every epoch is a permutation of all windows seeded by (seed, epoch); step s takes samples s*batch_size onwards, so
+    a batch may end one epoch and begin the next.
+    """
+    samples = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([_permutation(n_windows, seed, sample // n_windows)[sample % n_windows] for sample in samples])
+
+
+@lru_cache(maxsize=2)
+def _permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+
+def spread(n_windows: int, limit: int) -> np.ndarray:
+    """At most ``limit`` of the windows, evenly spread and in order: int64."""
+    count = min(limit, n_windows)
+    return np.arange(count) * n_windows // count

@@ -1,0 +1,279 @@
+"""The configuration of a run: one frozen dataclass, which is also the command line.
+
+Its defaults are the demo preset's; ``preset_config`` has those of the others. ``complete`` fills in what depends on
+other options and ``validate`` checks everything, both before anything is read or written.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from looped.config import PRESETS, LoopedConfig, Positions, Readout
+from looped.supervision import Supervision
+
+Schedule = Literal["constant", "warmup-cosine"]
+Dtype = Literal["fp32", "bf16"]
+
+_DEMO = PRESETS["demo"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a looped language model, evaluate it at K = 1..n_loops, and leave everything measured in one directory."""
+
+    preset: str = "demo"
+    """Whose defaults to take: demo, paper-44m, paper-129m or ouro-1.4b (see them with --preset NAME --help)."""
+    fused: bool = True
+    """Train through the fused per-loop readout, or through plain PyTorch. Both read the same checkpoints."""
+
+    data: str = "sotu"
+    """sotu, wikitext-103, or a path or (quoted) glob of .txt, .jsonl or .parquet files."""
+    tokenizer: str = "bpe"
+    """bpe, paper, or the path of a tokenizer.json."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary. None: the preset's; with a tokenizer.json, its own."""
+
+    n_loops: int = _DEMO.n_loops
+    """K, how often the stack is applied."""
+    d_model: int = _DEMO.d_model
+    """Channels of a state."""
+    n_heads: int = _DEMO.n_heads
+    """Attention heads; must divide d_model."""
+    n_layers: int = _DEMO.n_layers
+    """Blocks in the stack."""
+    d_ff: int = _DEMO.d_ff
+    """Hidden channels of SwiGLU."""
+    seq_len: int = _DEMO.max_seq_len
+    """Tokens of a window, in training and evaluation."""
+    dropout: float = _DEMO.dropout
+    """Dropout probability."""
+    readout: Readout = _DEMO.readout
+    """What is done to a state before the head."""
+    inter_loop_norm: bool = _DEMO.inter_loop_norm
+    """Normalise the state between loops (the scale-removing recurrence)."""
+    tied: bool = _DEMO.tied
+    """The head is the token embedding."""
+    positions: Positions = _DEMO.positions
+    """Learned absolute positions, or rotary ones in every attention."""
+
+    supervision: Supervision = "per-loop"
+    """Cross-entropy at every loop, or at the last one only."""
+    penalty: float = 0.01
+    """Norm penalty: this times the mean of H_k^2 is added to the loss. 0 leaves the scale of the state free."""
+
+    steps: int | None = None
+    """Optimisation steps. None: the preset's, or as many as epochs makes."""
+    epochs: float | None = None
+    """Passes over the training windows, instead of steps."""
+    batch_size: int = 16
+    """Sequences of one optimisation step."""
+    grad_accumulation: int = 1
+    """Micro-batches that a step's sequences are divided into: less memory, the same mean gradient."""
+    learning_rate: float = 3e-3
+    """AdamW's learning rate, after warm-up."""
+    schedule: Schedule = "constant"
+    """What the learning rate does after warm-up; warmup-cosine falls to a tenth at the last step."""
+    warmup_steps: int = 40
+    """Steps over which the learning rate rises linearly, with either schedule."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on every parameter."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    seed: int = 42
+    """Seed of the weights, the dropout and the order of the windows."""
+    stride: int | None = None
+    """Tokens between the starts of two training windows. None: seq_len. Validation windows never overlap."""
+
+    dtype: Dtype | None = None
+    """Arithmetic of the forward and backward pass, by autocast; weights stay fp32. None: bf16 where the device has
+    instructions for it, else fp32."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda or cuda:N."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpoint_loops: bool = False
+    """Recompute each loop in the backward pass instead of keeping its activations."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; the device is waited for only then."""
+    eval_tokens: int | None = 131_072
+    """Validation tokens to evaluate on, in windows spread evenly over the split. None: all of it."""
+    save_every: int = 1000
+    """Steps between two checkpoints; 0 for one at the end only."""
+    out: Path | None = None
+    """Directory the run is left in. None: runs/<preset>-<time>."""
+    resume: Path | None = None
+    """Directory of a run to continue with its own configuration; of the options only those of length and execution
+    may be given beside it."""
+    cache: Path | None = None
+    """Directory for tokenizers and encoded text. None: looped-lm in $XDG_CACHE_HOME or ~/.cache."""
+
+
+# Fields of LoopedConfig that have the same name here; the other two are vocab_size and max_seq_len (seq_len).
+MODEL_FIELDS = (
+    "n_loops", "d_model", "n_heads", "n_layers", "d_ff", "dropout", "readout", "inter_loop_norm", "tied", "positions",
+)  # fmt: skip
+
+# What may change when a run is continued: how it is carried out and how long, not what is trained.
+RESUMABLE = (
+    "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
+    "log_every", "eval_tokens", "save_every", "resume", "cache",
+)  # fmt: skip
+
+# Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
+# 2606.24898); of Ouro only the shape is taken, with defaults for one large GPU. The demo's schedule is constant, so
+# that it can be continued as if its steps had been higher from the start.
+_TRAINING: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "paper-44m": {
+        "data": "wikitext-103", "tokenizer": "paper", "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 0,
+        "stride": 128, "dtype": "bf16",
+    },
+    "paper-129m": {
+        "data": "wikitext-103", "tokenizer": "paper", "batch_size": 32, "learning_rate": 3e-4, "warmup_steps": 0,
+        "stride": 128, "dtype": "bf16",
+    },
+    "ouro-1.4b": {
+        "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
+        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
+    },
+}  # fmt: skip
+_LENGTH: dict[str, dict[str, float]] = {
+    "demo": {"steps": 400},
+    "paper-44m": {"epochs": 4},
+    "paper-129m": {"epochs": 4},
+    "ouro-1.4b": {"epochs": 1},
+}
+
+
+def preset_config(preset: str) -> TrainConfig:
+    """The defaults of a preset. Raises ValueError for an unknown one."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}. Got preset={preset!r}.")
+    model = PRESETS[preset]
+    shape = {name: getattr(model, name) for name in MODEL_FIELDS}
+    return TrainConfig(preset=preset, seq_len=model.max_seq_len, **shape, **_TRAINING[preset])
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
+    be trained, from the preset; ``stride``; ``dtype``; and ``out``, named after the preset and the time.
+
+    Raises ValueError if steps and epochs are both given, or ``device`` is not there.
+    """
+    if config.steps is not None and config.epochs is not None:
+        raise ValueError(f"give steps or epochs, not both. Got steps={config.steps}, epochs={config.epochs}.")
+    filled: dict[str, Any] = {}
+    if config.steps is None and config.epochs is None:
+        filled |= _LENGTH[config.preset]
+    if config.vocab_size is None and config.tokenizer in ("bpe", "paper"):
+        filled["vocab_size"] = PRESETS[config.preset].vocab_size
+    if config.stride is None:
+        filled["stride"] = config.seq_len
+    if config.dtype is None:
+        filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
+    if config.out is None:
+        filled["out"] = config.resume or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    return dataclasses.replace(config, **filled)
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration in a run's config.json. Raises ValueError if there is none, or none of this version."""
+    path = run / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["train"]
+        cache = None if stored["cache"] is None else Path(stored["cache"])
+        return TrainConfig(**(stored | {"cache": cache}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume must be the directory of a run. {path} cannot be used ({error!r:.120}).") from error
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> LoopedConfig:
+    """The model of a run. Raises LoopedConfig's ValueError if its fields contradict each other."""
+    return dataclasses.replace(
+        PRESETS[config.preset],
+        vocab_size=vocab_size,
+        max_seq_len=config.seq_len,
+        **{name: getattr(config, name) for name in MODEL_FIELDS},
+    )
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that ``config.device`` names. Raises ValueError if there is no such device."""
+    name, count = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N. Got device={name!r}.")
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name} was asked for, and PyTorch sees {count} CUDA devices. Use --device cpu.")
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether matrix multiplications in bf16 are faster than in fp32: elsewhere they are emulated, and far slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.cpu.get_capabilities()
+    return any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def validate(config: TrainConfig) -> None:
+    """Check a complete configuration, the device and the out directory.
+
+    Raises ValueError naming the option, the rule and the value.
+    """
+    for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "vocab_size"):
+        _check(config, name, lambda value: value >= 1, "at least 1")
+    for name in ("seq_len", "n_loops", "d_model", "n_heads", "n_layers", "d_ff"):
+        _check(config, name, lambda value: value >= 1, "at least 1")
+    for name in ("epochs", "learning_rate", "grad_clip"):
+        _check(config, name, lambda value: 0 < value < math.inf, "finite and above 0")
+    for name in ("penalty", "weight_decay"):
+        _check(config, name, lambda value: 0 <= value < math.inf, "finite and at least 0")
+    for name in ("warmup_steps", "save_every"):
+        _check(config, name, lambda value: value >= 0, "at least 0")
+    _check(config, "seed", lambda value: 0 <= value < 2**63, "in [0, 2^63)")
+    if config.batch_size % config.grad_accumulation:
+        raise ValueError(
+            "batch_size must be divisible by grad_accumulation. "
+            f"Got batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
+        )
+    if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
+        raise ValueError(
+            f"tokenizer must be bpe, paper or the path of a tokenizer.json. Got tokenizer={config.tokenizer!r}."
+        )
+    model_config(config, config.vocab_size or 1)
+    device_of(config)
+    if config.resume is None and config.out is not None:
+        _check_out_directory(config.out)
+
+
+def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not holds(value):
+        raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
+
+
+def _check_out_directory(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise ValueError(f"out directory {out} already holds a run. Continue it with --resume {out}, or name another.")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out directory {out} must be empty or not exist yet, and is neither.")
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    try:
+        # Tried, not asked: os.access lets root write anywhere.
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"out directory {out} is not writable ({error.strerror}).") from error

@@ -1,0 +1,141 @@
+"""What a finished run leaves for a reader: summary.json, report.png, and the same as a table on the terminal."""
+
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
+
+from train.step import LoopResult
+
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "safetensors")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit of the project (None outside a git checkout) and peak memory of this process, bytes."""
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        name = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "device": f"{device.type}: {name}",
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "commit": _commit(),
+        "peak_memory_bytes": peak,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # triton exists on Linux only
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def table(results: Sequence[LoopResult]) -> str:
+    """The evaluation, one line for each K."""
+    lines = [f"{'K':>4} {'CE':>9} {'PPL':>10} {'bits/byte':>10} {'||H_K||':>10} {'tokens/s':>10}"]
+    for result in results:
+        bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        lines.append(
+            f"{result.n_loops:>4} {result.ce:>9.4f} {result.ppl:>10.4g} {bits:>10} "
+            f"{result.state_norm:>10.4g} {result.tokens_per_second:>10,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
+    """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation."""
+    figure, (losses, norms, frontier) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    colours = plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(results)))
+    if rows:
+        _draw_losses(losses, rows, colours)
+        _draw_norms(norms, rows, colours)
+    _draw_frontier(frontier, results, colours)
+    for axes in (losses, norms, frontier):
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """[rows] or [rows, K] float64 of one field; null is nan, which is not drawn."""
+    return np.array([row[key] for row in rows], dtype=np.float64)
+
+
+def _draw_losses(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
+    steps = _series(rows, "step")
+    for loop, (ce, colour) in enumerate(zip(_series(rows, "ce").T, colours, strict=True), start=1):
+        if np.isfinite(ce).any():
+            axes.plot(steps, ce, color=colour, linewidth=1.4, label=f"CE after loop {loop}")
+    axes.plot(steps, _series(rows, "loss"), color="0.25", linewidth=1.1, linestyle="--", label="loss with penalty")
+    axes.set(title="Training loss", xlabel="step", ylabel="nats per token")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
+    steps, norms = _series(rows, "step"), _series(rows, "state_norm")
+    for loop, (norm, colour) in enumerate(zip(norms.T, colours, strict=True), start=1):
+        axes.plot(steps, norm, color=colour, linewidth=1.4, label=f"$H_{{{loop}}}$")
+    axes.set_yscale("log")
+    seen = norms[np.isfinite(norms) & (norms > 0)]
+    if seen.size:
+        # Whole decades, so that norms in the tens look like it.
+        low = np.floor(np.log10(seen.min()))
+        high = max(np.ceil(np.log10(seen.max())), low + 1)
+        axes.set_ylim(10**low, 10**high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low <= 2 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.set(title="Size of the state", xlabel="step", ylabel=r"mean $\|H_k\|_2$")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_frontier(axes: Axes, results: Sequence[LoopResult], colours: np.ndarray) -> None:
+    rates = [result.tokens_per_second for result in results]
+    perplexities = [result.ppl for result in results]
+    axes.plot(rates, perplexities, color="0.7", linewidth=1.2, zorder=1)
+    axes.scatter(rates, perplexities, c=colours, s=55, zorder=2)
+    for result in results:
+        axes.annotate(
+            f"K = {result.n_loops}",
+            (result.tokens_per_second, result.ppl),
+            textcoords="offset points",
+            xytext=(7, 7),
+            fontsize=10,
+        )
+    axes.margins(0.15)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(title="Validation perplexity against speed", xlabel="forward tokens/s", ylabel="perplexity")

@@ -1,0 +1,182 @@
+"""One optimisation step, and evaluation at K = 1..n_loops. Only the end of an evaluation waits for the device."""
+
+import math
+import time
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from looped.decoder import LoopedDecoder
+from looped.supervision import Supervision, evaluation_losses, looped_loss, readout_logits
+from train.batches import Windows
+from train.config import Schedule
+
+FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends
+
+
+class StepResult(NamedTuple):
+    """Tensors on the device, detached. loss: scalar, penalty included. per_loop: [K] cross-entropy in nats, nan for
+    loops that were not read. grad_norm: scalar, before clipping. Only when measured: state_norm [K], mean over tokens
+    of ||H_k||_2; radial_fraction [K], mean over tokens of the immediate gradient's radial share, nan where unread.
+    """
+
+    loss: Tensor
+    per_loop: Tensor
+    grad_norm: Tensor
+    state_norm: Tensor | None
+    radial_fraction: Tensor | None
+
+
+class LoopResult(NamedTuple):
+    """What stopping after ``n_loops`` loops gives on the validation split.
+
+    ce: mean cross-entropy in nats; ppl: its exponential; bits_per_byte: None for tokenizers that lose text;
+    state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state.
+    """
+
+    n_loops: int
+    ce: float
+    ppl: float
+    bits_per_byte: float | None
+    state_norm: float
+    tokens_per_second: float
+
+
+def learning_rate(step: int, *, peak: float, schedule: Schedule, warmup_steps: int, steps: int) -> float:
+    """Rate of step ``step`` (from 1): rises linearly to ``peak`` at ``warmup_steps``; then constant, or a half cosine
+    that reaches a tenth of it at ``steps``."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """bf16 where autocast allows it, or with ``dtype`` torch.float32 nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def training_step(
+    model: LoopedDecoder,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    supervision: Supervision,
+    penalty: float,
+    dtype: torch.dtype,
+    grad_accumulation: int = 1,
+    grad_clip: float = 1.0,
+    measure: bool = False,
+) -> StepResult:
+    """One step of the optimiser on inputs and targets [B, T], taken in ``grad_accumulation`` equal micro-batches.
+
+    All micro-batches hold the same number of targets, so the mean of their gradients is the batch's gradient.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    parts: list[list[Tensor]] = []
+    for part_inputs, part_targets in zip(
+        inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True
+    ):
+        with autocast(inputs.device, dtype):
+            states = model(part_inputs)
+            result = looped_loss(
+                model, states, part_targets, supervision=supervision, penalty=penalty, statistics=measure
+            )
+        (result.loss / grad_accumulation).backward()
+        parts.append([result.loss.detach(), result.per_loop])
+        if measure:
+            assert result.statistics is not None
+            assert result.statistics.radial_fraction is not None
+            parts[-1] += [state_norms(states), result.statistics.radial_fraction.flatten(1).mean(1)]
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    loss, per_loop, *measured = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
+    state_norm, radial_fraction = measured if measure else (None, None)
+    return StepResult(loss, per_loop, grad_norm, state_norm, radial_fraction)
+
+
+@torch.no_grad()
+def state_norms(states: tuple[Tensor, ...]) -> Tensor:
+    """[K] fp32: mean over tokens of ||H_k||_2."""
+    return torch.stack([torch.linalg.vector_norm(state.float(), dim=-1).mean() for state in states])
+
+
+@torch.no_grad()
+def evaluate(
+    model: LoopedDecoder,
+    windows: Windows,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    bytes_per_token: np.ndarray | None,
+) -> list[LoopResult]:
+    """Evaluate the windows ``indices`` at K = 1..n_loops; one pass gives the losses of all K.
+
+    ``bytes_per_token``: [V], or None if bits per byte are not defined. Bits per byte charge the end-of-document
+    tokens, which stand for no bytes, to the text: all bits over all bytes.
+    """
+    model.eval()
+    n_loops = model.config.n_loops
+    losses = torch.zeros(n_loops, dtype=torch.float64, device=device)
+    norms = torch.zeros(n_loops, dtype=torch.float64, device=device)
+    n_tokens = n_bytes = 0
+    groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
+        inputs, targets = windows.gather(group)
+        n_tokens += targets.numel()
+        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[targets.numpy()].sum())
+        with autocast(device, dtype):
+            states = model(to_device(inputs, device))
+            losses += evaluation_losses(model, states, to_device(targets, device)).flatten(1).double().sum(1)
+        norms += state_norms(states).double() * targets.numel()
+    rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype)
+    results = []
+    for loop, (total, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
+        ce = total / n_tokens
+        bits = total / math.log(2) / n_bytes if n_bytes else None
+        results.append(LoopResult(loop + 1, ce, _exp(ce), bits, norm / n_tokens, rates[loop]))
+    return results
+
+
+@torch.no_grad()
+def throughput(model: LoopedDecoder, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5) -> list[float]:
+    """Tokens per second at K = 1..n_loops: the forward pass of K loops and the logits of the last state, [B, T, V].
+
+    The K take turns, so that a machine that is busy for a while is so for all of them; the median round counts, after
+    one that warms up.
+    """
+
+    loops = range(1, model.config.n_loops + 1)
+    seconds: list[list[float]] = [[] for _ in loops]
+    for _ in range(rounds + 1):
+        for loop in loops:
+            _synchronise(inputs.device)
+            start = time.perf_counter()
+            with autocast(inputs.device, dtype):
+                readout_logits(model, model(inputs, n_loops=loop)[-1])
+            _synchronise(inputs.device)
+            seconds[loop - 1].append(time.perf_counter() - start)
+    return [inputs.numel() / median(times[1:]) for times in seconds]
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: a copy from memory that is not pinned would wait for everything queued on the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

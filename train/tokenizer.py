@@ -1,0 +1,165 @@
+"""Text to token ids and back.
+
+- ``bpe``: byte-level byte-pair encoding; loses nothing.
+- ``paper``: the word-level tokenizer of Sharma & Vu (arXiv 2606.24898): matches of ``\\s+|[A-Za-z0-9_]+|[^\\w\\s]``,
+  so whitespace runs are tokens too; the most frequent ones that occur at least twice. It loses rare words (to
+  ``<unk>``) and letters outside the regex, so its perplexity compares with nothing else.
+- the path of a tokenizer.json of the ``tokenizers`` library.
+
+Both trained kinds see the training split only.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+PAPER_REGEX = r"\s+|[A-Za-z0-9_]+|[^\w\s]"
+PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+# What tokenizers call the token that ends a document; the first one in the vocabulary is taken.
+EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "[SEP]")
+PIECE = 1 << 20  # characters encoded at once
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A ``tokenizers`` tokenizer, its end-of-document token and the bytes that each token stands for.
+
+    ``lossless``: byte-level, and decoding gave back what was encoded, on the sample that it was made with.
+    ``vocab_size``: one more than the largest id.
+    """
+
+    name: str
+    model: tokenizers.Tokenizer
+    eos: int
+    vocab_size: int
+    lossless: bool
+
+    @cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        """[V] int64: UTF-8 bytes that each token stands for; 0 for special tokens. For byte-level tokenizers only."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self.model.get_added_tokens_decoder()
+        for token, index in self.model.get_vocab(with_added_tokens=True).items():
+            if index not in added:
+                sizes[index] = len(token)  # the byte-level alphabet writes every byte as one character
+            elif not added[index].special:
+                sizes[index] = len(added[index].content.encode())
+        return sizes
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, int64, without special tokens."""
+        return [
+            np.asarray(encoding.ids, dtype=np.int64)
+            for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids, special tokens included."""
+        return self.model.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def pieces(document: str, size: int = PIECE) -> Iterator[str]:
+    """A document in pieces of about ``size`` characters, so that one huge file is encoded in bounded memory.
+
+    Cut before a single blank between words, where bpe and paper begin a new token anyhow, so their ids do not depend
+    on the cut; where there is none near, at ``size``.
+    """
+    start = 0
+    while len(document) - start > size:
+        end = start + size
+        for candidate in range(end, max(start + size // 2, end - 10_000), -1):
+            if document[candidate] == " " and len(document[candidate - 1 : candidate + 2].split()) == 2:
+                end = candidate
+                break
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE with ``vocab_size`` tokens, ``<eos>`` among them.
+
+    Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, or the text has too few pairs to merge.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be at least 257 for bpe: 256 bytes and <eos>. Got vocab_size={vocab_size}.")
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    model.train_from_iterator(documents, trainer, length=len(documents))
+    _check_size(model, vocab_size)
+    return _finish("bpe", model, documents)
+
+
+def train_paper(documents: list[str], vocab_size: int) -> Tokenizer:
+    """Count the words of the paper's regex and keep the ``vocab_size`` most frequent, special tokens included.
+
+    Raises ValueError if fewer words occur twice.
+    """
+    model = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+    # Inverted: what the regex does not match is removed, as in re.findall.
+    model.pre_tokenizer = pre_tokenizers.Split(Regex(PAPER_REGEX), behavior="removed", invert=True)
+    model.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=PAPER_SPECIALS, show_progress=sys.stderr.isatty()
+    )
+    model.train_from_iterator(documents, trainer, length=len(documents))
+    _check_size(model, vocab_size)
+    return _finish("paper", model, documents)
+
+
+def load_tokenizer(path: Path, sample: list[str], *, name: str | None = None) -> Tokenizer:
+    """Load a tokenizer.json; ``sample`` are documents on which to see whether it is lossless, ``name`` is for messages.
+
+    Raises ValueError if it cannot be read or has no token that ends a document.
+    """
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer {path} cannot be read ({error}).") from error
+    return _finish(name or str(path), model, sample)
+
+
+def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
+    if model.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"vocab_size must be at most {model.get_vocab_size()}, which is all that the training text allows. "
+            f"Got vocab_size={vocab_size}."
+        )
+
+
+def _finish(name: str, model: tokenizers.Tokenizer, sample: list[str]) -> Tokenizer:
+    model.encode_special_tokens = True  # "<eos>" in the text is text
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    eos = next((vocabulary[token] for token in EOS_NAMES if token in vocabulary), None)
+    if eos is None:
+        raise ValueError(f"tokenizer {name} must have a token that ends a document: one of {', '.join(EOS_NAMES)}.")
+    lossless = _gives_back(model, sample)
+    if name == "bpe" and not lossless:
+        raise ValueError("tokenizer bpe does not decode what it encodes; this version of tokenizers cannot be used.")
+    return Tokenizer(name, model, eos, max(vocabulary.values()) + 1, lossless)
+
+
+def _gives_back(model: tokenizers.Tokenizer, sample: list[str]) -> bool:
+    """Whether a byte-level tokenizer decodes the first piece of each of a few documents exactly."""
+    if "ByteLevel" not in json.dumps(json.loads(model.to_str())["decoder"]):
+        return False
+    texts = [next(pieces(document)) for document in sample[:: max(1, len(sample) // 8)]]
+    encodings = model.encode_batch_fast(texts, add_special_tokens=False)
+    return all(
+        model.decode(encoding.ids, skip_special_tokens=False) == text
+        for encoding, text in zip(encodings, texts, strict=True)
+    )
