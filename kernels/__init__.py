@@ -1,3 +1,13 @@
+"""Fused operations for models that read a recurrent state out several times through one head.
+
+looped_cross_entropy  K states, one head: norm, norm penalty, logits, cross-entropy and every gradient, in chunks
+readout_statistics    loss, log-sum-exp, entropy, margin and top-1 of K states, without logits or gradients
+rms_norm_penalty      residual add, RMSNorm and the mean square of the state, in one pass
+radial_gradient       how much of a gradient points along its state
+
+Triton on CUDA and ROCm, the same algorithms in ATen on the CPU; kernels/README.md derives the equations.
+"""
+
 from kernels.looped_cross_entropy import LoopedCrossEntropy, LoopedStatistics, looped_cross_entropy
 from kernels.radial import RadialGradient, radial_gradient
 from kernels.rms_norm import RMSNormPenalty, rms_norm_penalty

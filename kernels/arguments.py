@@ -6,7 +6,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
 from kernels.device import uses_triton
 from kernels.readout import Readout
@@ -148,6 +147,10 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
 
 def plain_head(head: Tensor) -> Tensor:
     """A sharded head (FSDP2, tensor parallel) gathered; its gradient goes back to the shards, summed over ranks."""
+    if type(head) in (Tensor, torch.nn.Parameter):
+        return head
+    from torch.distributed.tensor import DTensor, Partial  # slow to import, and who has one has imported it
+
     if isinstance(head, DTensor):
         return head.full_tensor(grad_placements=[Partial()] * head.device_mesh.ndim)
     return head
