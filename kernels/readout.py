@@ -33,7 +33,7 @@ from kernels.row_norm import Norm, norm_backward, norm_forward
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ELEMENTS = 1 << 24
-HEAD_ROWS = 8192  # rows of dW that a CPU product of low-precision operands forms at once, before the float32 sum
+HEAD_ROWS = 8192  # rows of dW formed at once in low precision, where no product gives float32, before its sum
 
 
 class Piece(NamedTuple):
@@ -116,7 +116,7 @@ def _accumulate(total: Tensor, g: Tensor, y: Tensor) -> None:
     """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32."""
     if total.dtype == y.dtype:
         total.addmm_(g.t(), y)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
         torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
     else:
         for block in range(0, total.shape[0], HEAD_ROWS):
