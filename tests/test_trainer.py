@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from tiny_run import arguments
 
-from train import trainer
+from train import data, trainer
 from train.metrics import read_metrics
 from train.run import main
 
@@ -106,11 +106,29 @@ def test_interrupted_evaluation_is_all_that_is_repeated(tmp_path, monkeypatch, c
     with monkeypatch.context() as context:
         context.setattr(trainer, "_evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
         assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
-    assert "stopped at step 8" in capsys.readouterr().out
+    assert f"To continue from the checkpoint:\n  {trainer.resume_command(run)}" in capsys.readouterr().out
     before = rows_of(run)
     assert main(["--resume", str(run)]) == 0
     assert rows_of(run) == before
     assert (run / "summary.json").exists()
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+    def signals(run, measure):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "_step", signals)
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"))) == 128 + signal.SIGTERM
+    assert "before the first checkpoint" in capsys.readouterr().out
+
+
+def test_a_signal_while_setting_up_leaves_nothing(tmp_path, monkeypatch, capsys):
+    argv = arguments(tmp_path, "--out", str(tmp_path / "run"))
+    monkeypatch.setattr(data, "_check_length", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    assert main(argv) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: SIGTERM\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_runs_continue_fused_or_not(tmp_path):

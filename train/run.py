@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except NotFiniteError as error:
             return _fail(error, 1)
         except Interrupted as interrupted:
-            print(f"\nstopped at step {run.step}. To continue:\n  {resume_command(run.out)}")
+            if (run.out / "checkpoint").exists():
+                print(f"\nstopped at once. To continue from the checkpoint:\n  {resume_command(run.out)}")
+            else:
+                print(f"\nstopped at once, before the first checkpoint: {run.out} cannot be continued.")
             return 128 + interrupted.signum
 
 
