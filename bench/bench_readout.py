@@ -1,21 +1,17 @@
 """Readout, forward and backward: fused against every competitor, in one process, on the same inputs, in turn.
 
-Each benchmark times one implementation and, before each of its rounds, the fused one: `ratio_to_fused` is the median
-of the paired quotients, which a busy machine cannot move as it moves absolute times.
+`ratio_to_fused` is the median of paired quotients: above 1, the fused readout is that much faster.
 """
 
-import platform
-import subprocess
-import time
 from functools import cache
-from statistics import median
 
 import pytest
 import torch
 
-from bench.readouts import IMPLEMENTATIONS, Errors, Implementation, Inputs, Loss, errors, fused, plain, run
+from bench.readouts import IMPLEMENTATIONS, Errors, Implementation, Inputs, errors, fused, plain, run
+from bench.records import environment, time_in_turn
 from bench.roofs import readout_floor
-from bench.shapes import DEVICE, READOUTS, SMOKE_READOUT, ReadoutShape
+from bench.shapes import READOUTS, SMOKE_READOUT, ReadoutShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,18 +32,6 @@ def plain_errors(shape: ReadoutShape, dtype: torch.dtype) -> Errors:
     return errors(plain, inputs_of(shape, dtype))
 
 
-def environment() -> dict[str, str | int]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
-
-
 def judge(found: Errors, allowed: Errors) -> bool:
     """No worse than plain PyTorch in the same dtype by more than a factor of 2."""
     return all(a <= 2 * b + 1e-5 for a, b in zip(found, allowed, strict=True))
@@ -57,28 +41,16 @@ def measure(benchmark, implementation: Implementation, shape: ReadoutShape, dtyp
     if implementation.missing:
         pytest.skip(f"{implementation.name}: {implementation.missing}")
     inputs = inputs_of(shape, dtype)
-    loss: Loss = implementation.make()
-    found = errors(loss, inputs)  # which also warms up and compiles
+    loss = implementation.make()
+    found = errors(loss, inputs)
     correct = judge(found, plain_errors(shape, dtype))
-    if loss is fused:
-        assert correct, f"fused is wrong: {found}, plain PyTorch {plain_errors(shape, dtype)}"
-    run(fused, inputs)
-    references: list[float] = []
-
-    def time_fused() -> None:
-        start = time.perf_counter()
-        run(fused, inputs)
-        references.append(time.perf_counter() - start)
-
-    benchmark.pedantic(lambda: run(loss, inputs), setup=time_fused, rounds=rounds, warmup_rounds=0)
-    times = benchmark.stats.stats.data
-    middle = median(times)
-    floor = floor_of(shape, dtype)
+    assert correct or loss is not fused, f"fused is wrong: {found}, plain PyTorch {plain_errors(shape, dtype)}"
+    paired = time_in_turn(benchmark, lambda: run(loss, inputs), lambda: run(fused, inputs), rounds)
     benchmark.extra_info.update(
         environment(),
-        gflops_per_second=round(shape.flops / middle / 1e9, 1),
-        share_of_gemm_floor=round(floor / middle, 3),
-        ratio_to_fused=round(median(t / r for t, r in zip(times, references, strict=True)), 3),
+        gflops_per_second=round(shape.flops / paired.seconds / 1e9, 1),
+        share_of_gemm_floor=round(floor_of(shape, dtype) / paired.seconds, 3),
+        ratio_to_fused=round(paired.ratio, 3),
         correct=correct,
         loss_error=found.loss,
         states_gradient_error=found.states,

@@ -132,8 +132,6 @@ def run(loss: Loss, inputs: Inputs) -> Tensor:
         tensor.grad = None
     result = loss(inputs)
     result.backward()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
     return result.detach()
 
 

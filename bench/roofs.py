@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from bench.records import synchronised
 from bench.shapes import DEVICE, ReadoutShape
 
 CHUNKS = (512, 1024, 2048, 4096)
@@ -16,13 +17,10 @@ CHUNKS = (512, 1024, 2048, 4096)
 def seconds(function: Callable[[], object], rounds: int = 3) -> float:
     """Median time of a call, after one that warms up."""
     times = []
+    function = synchronised(function)
     for _ in range(rounds + 1):
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return median(times[1:])
 
@@ -42,7 +40,6 @@ def best_product(a: Tensor, b: Tensor) -> float:
 
 def readout_floor(shape: ReadoutShape, dtype: torch.dtype) -> float:
     """Seconds of the three products `h W^T`, `g W`, `g^T h` over all K N rows, each in its best layout and chunk."""
-    floor = 0.0
     n_rows = shape.n_loops * shape.n_tokens
     best = [float("inf")] * 3
     for rows in CHUNKS:
@@ -54,5 +51,4 @@ def readout_floor(shape: ReadoutShape, dtype: torch.dtype) -> float:
         g = torch.randn(rows, shape.vocabulary, dtype=torch.float32).to(DEVICE, dtype)
         for index, (a, b) in enumerate(((h, head.t()), (g, head), (g.t(), h))):
             best[index] = min(best[index], best_product(a, b) * n_rows / rows)
-    floor = sum(best)
-    return floor
+    return sum(best)

@@ -28,3 +28,20 @@ READOUTS = {
     "cuda": [ReadoutShape(4, 8192, 768, 20_000), ReadoutShape(4, 8192, 2048, 128_256)],
 }[DEVICE.type]
 SMOKE_READOUT = ReadoutShape(2, 96, 64, 1000)
+
+
+class StepShape(NamedTuple):
+    """An optimisation step of a preset."""
+
+    preset: str
+    batch: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"{self.preset}-{self.batch}x{self.seq_len}"
+
+
+STEPS = {
+    "cpu": [StepShape("paper-44m", 4, 256)],
+    "cuda": [StepShape("paper-44m", 64, 256), StepShape("paper-129m", 32, 256)],
+}[DEVICE.type]
