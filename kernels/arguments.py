@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from kernels.device import uses_triton
+from kernels.device import autocasts, uses_triton
 from kernels.readout import Readout
 
 States = Tensor | Sequence[Tensor]
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 MAX_COLUMNS = 32768  # a row of a state must fit a program's registers
 
 
@@ -38,10 +39,25 @@ def check_vector(name: str, vector: Tensor | None, like: Tensor, length: int) ->
         raise ValueError(f"{name} must be on {like.device}. Got {vector.device}.")
 
 
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raise unless value is a finite number in [low, high], or above low."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number. Got {value!r}.")
+    if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+        bound = "" if low == -math.inf else f" and {'>' if above else '>='} {low:g}"
+        rule = f"finite{bound}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {rule}. Got {value}.")
+
+
 def check_eps(eps: float) -> None:
     """Raise unless eps is a finite number >= 0."""
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and >= 0. Got {eps}.")
+    check_number("eps", eps, 0)
+
+
+def check_index(ignore_index: int) -> None:
+    """Raise unless ignore_index is an integer."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer. Got {ignore_index!r}.")
 
 
 def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
@@ -67,23 +83,23 @@ def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
     return [state.reshape(shape.numel(), state.shape[-1]) for state in states], shape
 
 
-def check_tensors(
-    rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor | None, compute_dtype: torch.dtype
-) -> None:
+def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor | None) -> None:
     """Raise unless head [V, d] and targets [...] fit the states."""
     h = rows[0]
-    if not isinstance(head, Tensor) or not head.is_floating_point():
-        raise TypeError(f"head must be a floating tensor. Got {getattr(head, 'dtype', type(head).__name__)}.")
+    if not isinstance(head, Tensor) or not head.is_floating_point() or head.layout != torch.strided:
+        raise TypeError(f"head must be a dense floating tensor. Got {getattr(head, 'dtype', type(head).__name__)}.")
     if head.dim() != 2 or head.shape[0] < 1 or head.shape[1] != h.shape[-1]:
         raise ValueError(f"head must have shape [V, {h.shape[-1]}] with V >= 1. Got {tuple(head.shape)}.")
     if head.device != h.device:
         raise ValueError(f"head must be on the states' device {h.device}. Got {head.device}.")
-    if head.dtype != h.dtype and compute_dtype == h.dtype:
+    if head.dtype != h.dtype and not autocasts(h):
         raise TypeError(f"head must have the states' dtype {h.dtype} outside autocast. Got {head.dtype}.")
     if targets is None:
         return
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be an int64 tensor. Got {getattr(targets, 'dtype', type(targets).__name__)}.")
+        raise TypeError(
+            f"targets must be an int64 or int32 tensor. Got {getattr(targets, 'dtype', type(targets).__name__)}."
+        )
     if targets.shape != shape:
         raise ValueError(f"targets must have the tokens' shape {tuple(shape)}. Got {tuple(targets.shape)}.")
     if targets.device != h.device:
@@ -104,27 +120,29 @@ def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | 
 
 
 def check_options(
-    penalty: float, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str, chunk_rows: int | None
-) -> None:
-    """Raise unless every number is in its range."""
-    for name, value in (("penalty", penalty), ("z_loss", z_loss)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0. Got {value}.")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1]. Got {label_smoothing}.")
+    penalty: float, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str,
+    chunk_rows: int | None, ignore_index: int,
+) -> None:  # fmt: skip
+    """Raise unless every option is of its kind and in its range."""
+    check_number("penalty", penalty, 0)
+    check_number("z_loss", z_loss, 0)
+    check_number("label_smoothing", label_smoothing, 0, 1)
     check_softcap(softcap)
+    check_index(ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none. Got {reduction!r}.")
     if reduction == "none" and penalty > 0:
         raise ValueError(f"penalty is added to a sum and must be 0 for reduction='none'. Got {penalty}.")
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
+        raise TypeError(f"chunk_rows must be an integer or None. Got {chunk_rows!r}.")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1. Got {chunk_rows}.")
 
 
 def check_softcap(softcap: float | None) -> None:
     """Raise unless softcap is None or a finite number > 0."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be finite and > 0. Got {softcap}.")
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
 
 
 def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape: torch.Size, h: Tensor) -> None:
@@ -139,18 +157,26 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
             raise ValueError(f"weights must have shape {expected}. Got {tuple(weights.shape)}.")
         if weights.device != h.device:
             raise ValueError(f"weights must be on the states' device {h.device}. Got {weights.device}.")
-    elif len(weights) != n_loops:
+        return
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise TypeError(f"weights must be a tensor, a sequence of numbers or None. Got {weights!r}.")
+    if len(weights) != n_loops:
         raise ValueError(f"weights must have one number for each of the {n_loops} loops. Got {len(weights)}.")
-    elif not all(-math.inf < weight < math.inf for weight in weights):
-        raise ValueError(f"weights must be finite. Got {list(weights)}.")
+    for loop, weight in enumerate(weights):
+        check_number(f"weights[{loop}]", weight, -math.inf, above=True)
+    if not any(weights):
+        raise ValueError(f"weights must have a number other than 0. Got {list(weights)}.")
 
 
-def plain_head(head: Tensor) -> Tensor:
-    """A sharded head (FSDP2, tensor parallel) gathered; its gradient goes back to the shards, summed over ranks."""
-    if type(head) in (Tensor, torch.nn.Parameter):
-        return head
+def gathered(tensor: OptionalTensor) -> OptionalTensor:
+    """A sharded parameter (FSDP2, tensor parallel) as a whole; its gradient goes back averaged over ranks.
+
+    The mean is what FSDP2 makes of its own parameters' gradients, and right for ranks that hold the same rows.
+    """
+    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
     from torch.distributed.tensor import DTensor, Partial  # slow to import, and who has one has imported it
 
-    if isinstance(head, DTensor):
-        return head.full_tensor(grad_placements=[Partial()] * head.device_mesh.ndim)
-    return head
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+    return tensor

@@ -12,7 +12,7 @@ CE = 0 and g = 0.  The pass can also leave the row's entropy `lse - sum_j p_j z_
 the margin to the second largest.
 
 Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
-written once where a row fits a program's registers (V <= 16384), read twice otherwise.
+written once where a row fits a program's registers (V <= 16384, with statistics V <= 8192), read twice otherwise.
 
 Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., arXiv 2204.02311.  Online softmax:
 Milakov & Gimelshein, arXiv 1805.02867.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.device import accumulator, uses_triton
 
-WHOLE_ROW_COLUMNS = 16384  # the longest row that a program keeps in registers
+WHOLE_ROW_COLUMNS = 16384  # the longest row that a program keeps in registers; half as long with statistics
 CPU_BLOCK_ELEMENTS = 1 << 19  # float32 logits in work at once on the CPU: 2 MiB, two cores' second-level caches
 
 
@@ -61,7 +61,9 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, bias: Tensor | None
     ignored = targets == options.ignore_index
     target = z.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     smoothing = options.label_smoothing
-    loss = (1 - smoothing) * (lse - target) + smoothing * (lse - z.mean(-1)) + options.z_loss * lse.square()
+    loss = (1 - smoothing) * (lse - target) + options.z_loss * lse.square()
+    if smoothing:
+        loss = loss + smoothing * (lse - z.mean(-1))
     log_p = z - lse.unsqueeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     top = z.topk(min(2, z.shape[-1]), -1)
@@ -102,11 +104,11 @@ def fold_softmax(z, maximum, total):
 
 
 @triton.jit
-def fold_moment(z, e, in_columns, maximum, total, new_maximum, moment):
-    """`moment` = sum_j exp(z_j - maximum) * (z_j - maximum), carried over to the new maximum."""
+def fold_moment(z, e, maximum, total, new_maximum, moment):
+    """`moment` = sum_j exp(z_j - maximum) * (z_j - maximum), carried over to the new maximum; -inf logits add 0."""
     shift = maximum - new_maximum
     carried = tl.exp(shift) * (moment + total * shift)
-    return carried + tl.sum(tl.where(in_columns[None, :], e * (z - new_maximum[:, None]), 0.0), axis=1)
+    return carried + tl.sum(tl.where(e > 0, e * (z - new_maximum[:, None]), 0.0), axis=1)
 
 
 @triton.jit
@@ -144,6 +146,7 @@ def cross_entropy_kernel(
     maximum = tl.full((BLOCK_ROWS,), -1.0e38, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     moment = tl.zeros((BLOCK_ROWS,), tl.float32)
+    pivot = tl.zeros((BLOCK_ROWS,), tl.float32)  # the first block's maximum: sums of z - pivot stay exact
     sum_z = tl.zeros((BLOCK_ROWS,), tl.float32)
     z_target = tl.zeros((BLOCK_ROWS,), tl.float32)
     top1 = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
@@ -158,10 +161,11 @@ def cross_entropy_kernel(
         z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
         new_maximum, e, new_total = fold_softmax(z, maximum, total)
         if HAS_STATISTICS:
-            moment = fold_moment(z, e, in_columns, maximum, total, new_maximum, moment)
+            moment = fold_moment(z, e, maximum, total, new_maximum, moment)
             top1, best, top2 = fold_top2(z, column, top1, best, top2)
         maximum, total = new_maximum, new_total
-        sum_z += tl.sum(tl.where(in_columns[None, :], z, 0.0), axis=1)
+        pivot = tl.where(start == 0, new_maximum, pivot)
+        sum_z += tl.sum(tl.where(in_columns[None, :], z - pivot[:, None], 0.0), axis=1)
         z_target += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
         if WHOLE_ROW:  # one block holds the row: its gradient needs no second read
             lse = maximum + tl.log(total)
@@ -172,7 +176,9 @@ def cross_entropy_kernel(
 
     lse = maximum + tl.log(total)
     ignored = target == ignore_index
-    loss = (1.0 - smoothing) * (lse - z_target) + smoothing * (lse - sum_z / n_columns) + z_loss * lse * lse
+    # differences from the maximum, not from lse, which a large common offset would round
+    loss = tl.log(total) + (1.0 - smoothing) * (maximum - z_target) + z_loss * lse * lse
+    loss += tl.where(smoothing > 0, smoothing * (maximum - pivot - sum_z / n_columns), 0.0)
     loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
     tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
     if HAS_STATISTICS:
@@ -193,10 +199,10 @@ def cross_entropy_kernel(
             tl.store(logits_row + column[None, :], g.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def cross_entropy_blocks(n_columns: int) -> dict[str, int | bool]:
-    """Tile and warps of a program for a vocabulary of `n_columns`."""
-    whole_row = n_columns <= WHOLE_ROW_COLUMNS
-    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 8192
+def cross_entropy_blocks(n_columns: int, statistics: bool) -> dict[str, int | bool]:
+    """Tile and warps of a program for a vocabulary of `n_columns`: whole rows where registers hold them."""
+    whole_row = n_columns <= (WHOLE_ROW_COLUMNS // 2 if statistics else WHOLE_ROW_COLUMNS)
+    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 4096
     block_rows = max(1, min(8, 2048 // block_vocab))
     warps = min(16, max(4, block_rows * block_vocab // 1024))
     return {"WHOLE_ROW": whole_row, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": block_vocab, "num_warps": warps}
@@ -207,7 +213,7 @@ def _cross_entropy_triton(
     results: RowResults, first_row: int,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    blocks = cross_entropy_blocks(n_columns)
+    blocks = cross_entropy_blocks(n_columns, results.lse is not None)
     cross_entropy_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),)](
         logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
         loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
@@ -249,15 +255,19 @@ def _cross_entropy_block_cpu(
     ignored = targets == options.ignore_index
     target = targets.masked_fill(ignored, 0).unsqueeze(-1)
     z_target = z.gather(-1, target).squeeze(-1)
-    mean_z = z.mean(-1) if smoothing else z_target
     maximum = z.amax(-1)
+    mean_gap = (maximum.unsqueeze(-1) - z).mean(-1) if smoothing else None
     p = torch.softmax(z, -1, out=z if results.entropy is None else torch.empty_like(z))
-    lse = maximum - p.amax(-1).log()  # the largest probability is 1 / sum_j exp(z_j - maximum)
-    loss = lse - (1 - smoothing) * z_target - smoothing * mean_z + options.z_loss * lse.square()
+    log_total = -p.amax(-1).log()  # the largest probability is 1 / sum_j exp(z_j - maximum)
+    lse = maximum + log_total
+    # differences from the maximum, not from lse, which a large common offset would round
+    loss = log_total + (1 - smoothing) * (maximum - z_target) + options.z_loss * lse.square()
+    if mean_gap is not None:
+        loss += smoothing * mean_gap
     results.loss[rows] = loss.masked_fill_(ignored, 0.0)
     if results.lse is not None and results.entropy is not None:
         results.lse[rows] = lse
-        results.entropy[rows] = lse - z.mul_(p).nan_to_num_(nan=0.0).sum(-1)
+        results.entropy[rows] = log_total - z.sub_(maximum.unsqueeze(-1)).mul_(p).nan_to_num_(nan=0.0).sum(-1)
     if omega is None:
         return
     weight = omega[rows]

@@ -14,9 +14,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast decides now in which dtype a matrix product of `tensor` runs."""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `tensor` runs now: autocast's, or its own."""
-    kind = tensor.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type) if autocasts(tensor) else tensor.dtype

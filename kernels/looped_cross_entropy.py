@@ -18,7 +18,7 @@ from kernels.arguments import (
     check_tensors,
     check_vector,
     check_weights,
-    plain_head,
+    gathered,
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype
@@ -111,9 +111,15 @@ def check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
 
 
 # The op ---------------------------------------------------------------------------------------------------------------
-# Outputs: total [], ce [A, N], unit [], the gradients of head, norm_weight, norm_bias and bias, the row statistics
-# [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], the states' gradients in
-# units of `unit`.  A = len(active), the loops that are read.  What is not asked for is an empty vector.
+# Outputs: total [], ce [A, N], the gradients of head, norm_weight, norm_bias and bias, the row statistics [6, A, N]
+# (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], the states' gradients; A = len(active)
+# loops are read.  What is not asked for is an empty vector.  Gradients of float16 tensors are float32 until the
+# upstream gradient, a loss scale perhaps, is known.
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradient of a tensor of `dtype` waits for the upstream gradient."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _state_gradients(
@@ -123,23 +129,27 @@ def _state_gradients(
     if states[0].dim() == 3:
         if not need_states[0]:
             return [states[0].new_empty(0)], [None] * len(states[0])
-        stacked = states[0].new_empty(states[0].shape)
+        stacked = states[0].new_empty(states[0].shape, dtype=_stored(states[0].dtype))
         return [stacked], list(stacked.unbind(0))
     wanted = [need and (penalty > 0 or k in active) for k, need in enumerate(need_states)]
-    buffers = [s.new_empty(s.shape) if want else s.new_empty(0) for s, want in zip(states, wanted, strict=True)]
+    kind = _stored(states[0].dtype)
+    buffers = [s.new_empty(s.shape if want else 0, dtype=kind) for s, want in zip(states, wanted, strict=True)]
     return buffers, [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
 
 
-def _row_statistics(
-    rows: RowResults, mean_square: Tensor, radial: Tensor, active: list[int], unit: Tensor, d: int
-) -> Tensor:
-    """[6, A, N] of the op's outputs; the radial sums [2, K, N] are in units of the stored gradients."""
+def _of_loops(values: Tensor, active: list[int]) -> Tensor:
+    """values [K, N] of the active loops; not by an index, whose copy to a GPU the host would wait for."""
+    return values if len(active) == len(values) else torch.cat([values[:0], *(values[k : k + 1] for k in active)])
+
+
+def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, active: list[int], d: int) -> Tensor:
+    """[6, A, N] of the op's outputs, from the row results and what was summed of all loops [K, N]."""
     shape = (len(active), mean_square.shape[1])
-    dot, grad_norm = radial[0, active], radial[1, active].sqrt()
-    norms = grad_norm * (mean_square[active] * d).sqrt()
+    (dot, grad_square), mean_square = (_of_loops(x, active) for x in radial), _of_loops(mean_square, active)
+    norms = grad_square.sqrt() * (mean_square * d).sqrt()
     fraction = torch.where(norms == 0, 0.0, dot.abs() / norms)
     per_row = [column.view(shape) for column in (rows.lse, rows.entropy, rows.margin) if column is not None]
-    return torch.stack([*per_row, mean_square[active], dot * unit, fraction])
+    return torch.stack([*per_row, mean_square, dot, fraction])
 
 
 @torch.library.custom_op("looped::cross_entropy", mutates_args=())
@@ -148,7 +158,7 @@ def _cross_entropy(
     norm_bias: Tensor | None, bias: Tensor | None, active: list[int], need_states: list[bool], needs: list[bool],
     statistics: bool, readout: str, eps: float, penalty: float, ignore_index: int, label_smoothing: float,
     softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_range(targets, head.shape[0], ignore_index)
     states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
     vectors = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias)]
@@ -170,15 +180,14 @@ def _cross_entropy(
     )
     scales = None
     if coefficient is not None and gradients.any:
-        scales = Scales.of(coefficient, torch.float16 in (loops[0].dtype, head.dtype))
-    unit = buffer(fill=1.0) if scales is None else scales.unit.clone()
+        scales = Scales.of(coefficient)
     rows = RowResults(buffer(n_rows))
     if statistics:
         top1 = head.new_empty(n_rows, dtype=torch.int64)
         rows = RowResults(rows.loss, buffer(n_rows), buffer(n_rows), buffer(n_rows), top1)
     mean_square = buffer(n_loops, n_tokens) if statistics or penalty > 0 else None
     radial = buffer(2, n_loops, n_tokens, fill=torch.nan) if statistics else None
-    dmean_square = (penalty / max(1, n_loops * n_tokens)) / unit if penalty > 0 else None
+    dmean_square = buffer(fill=penalty / max(1, n_loops * n_tokens)) if penalty > 0 else None
 
     with torch.autocast(head.device.type, enabled=False):
         reader = ReadoutPass(loops, head, vectors[0], vectors[1], readout=readout, eps=eps, compute_dtype=compute_dtype)
@@ -203,14 +212,14 @@ def _cross_entropy(
             parameters.append(head.new_empty(0))
             continue
         summed = gradient.sum(0) if gradient.dim() > like.dim() else gradient
-        parameters.append((summed if scales is None else summed.mul_(scales.reference / scales.unit)).to(like.dtype))
+        parameters.append((summed if scales is None else summed.mul_(scales.reference)).to(_stored(like.dtype)))
     stats = head.new_empty(0, dtype=wide)
     if mean_square is not None and radial is not None:
-        stats = _row_statistics(rows, mean_square, radial, active, unit, d)
+        stats = _row_statistics(rows, mean_square, radial, active, d)
     top1 = rows.top1.view(len(active), n_tokens) if rows.top1 is not None else head.new_empty(0, dtype=torch.int64)
     dhead, dnorm_weight, dnorm_bias, dbias = parameters
     loss = rows.loss.view(len(active), n_tokens)
-    return total, loss, unit, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
+    return total, loss, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
 
 
 @_cross_entropy.register_fake
@@ -221,65 +230,72 @@ def _(
     wide = accumulator(head.dtype)
     shape = (len(active), targets.shape[0])
     parameters = [
-        like.new_empty(like.shape) if need and like is not None else head.new_empty(0)
+        like.new_empty(like.shape, dtype=_stored(like.dtype)) if need and like is not None else head.new_empty(0)
         for need, like in zip(needs, (head, norm_weight, norm_bias, bias), strict=True)
     ]
     dstates, _ = _state_gradients(states, need_states, active, penalty)
     stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
     top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
-    total, ce, unit = (head.new_empty(size, dtype=wide) for size in ((), shape, ()))
-    return total, ce, unit, *parameters, stats, top1, dstates
+    total, ce = (head.new_empty(size, dtype=wide) for size in ((), shape))
+    return total, ce, *parameters, stats, top1, dstates
 
 
 @torch.library.custom_op("looped::scaled", mutates_args=())
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * scale [], the product formed in float32 and rounded once; a new tensor, whatever the scale."""
     if scale.is_cuda:  # one element, not a scalar: a scalar tensor would be rounded to the gradient's dtype first
-        return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=torch.empty_like(gradient))
-    return gradient * scale.item()
+        out = torch.empty_like(gradient, dtype=dtype)
+        return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=out)
+    return (gradient * scale.item()).to(dtype)
 
 
 @_scaled.register_fake
-def _(gradient: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
+def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     states, head, targets, coefficient, norm_weight, norm_bias, bias, *options = inputs
-    _, ce, unit, *parameters, _, top1, dstates = output
+    total, ce, *parameters, statistics, top1, dstates = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(top1)
     ctx.options, ctx.n_states = options, len(states)
+    ctx.dtypes = [None if t is None else t.dtype for t in (head, norm_weight, norm_bias, bias, *states)]
     ctx.eager = coefficient is not None  # then `total` is differentiated, else the row losses
+    other = ce if ctx.eager else total
+    ctx.mark_non_differentiable(other, *parameters, statistics, top1, *dstates)
     if ctx.eager:
-        ctx.save_for_backward(ce, unit, *parameters, *dstates)
+        ctx.save_for_backward(ce, *parameters, *dstates)
     else:
         ctx.save_for_backward(head, targets, norm_weight, norm_bias, bias, *states)
 
 
+def _again(ctx, dce: Tensor) -> list[Tensor]:
+    """The gradients of sum dce * ce, by the same pass with dce for coefficients."""
+    head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
+    active, _, _, _, readout, eps, _, *loss_options, chunk_rows, compute_dtype = ctx.options
+    wanted = ctx.needs_input_grad
+    need_states = [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
+    _, _, *parameters, _, _, dstates = _cross_entropy(
+        states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
+        [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, *loss_options, chunk_rows, compute_dtype,
+    )  # fmt: skip
+    return [*parameters, *dstates]
+
+
 def _backward(ctx, dtotal, dce, *_):
-    none = (None,) * (len(ctx.options))
+    none = (None,) * len(ctx.options)
+    if dtotal is None and dce is None:
+        return [None] * ctx.n_states, *((None,) * 6), *none
+    dcoefficient = None
     if ctx.eager:
-        if dtotal is None:
-            return [None] * ctx.n_states, *((None,) * 6), *none
-        ce, unit, *gradients = ctx.saved_tensors
+        ce, *gradients = ctx.saved_tensors
         dcoefficient = dtotal * ce if ctx.needs_input_grad[3] else None
     else:
-        if dce is None:
-            return [None] * ctx.n_states, *((None,) * 6), *none
-        head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
-        active, _, _, _, readout, eps, _, *loss_options, chunk_rows, compute_dtype = ctx.options
-        wanted = ctx.needs_input_grad
-        need_states = (
-            [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
-        )
-        _, _, unit, *gradients, _, _, dstates = _cross_entropy(
-            states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
-            [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, *loss_options, chunk_rows, compute_dtype,
-        )  # fmt: skip
-        gradients, dcoefficient, dtotal = [*gradients, *dstates], None, dce.new_ones(())
-    scale = dtotal * unit
-    scaled = [_scaled(g, scale) if g.numel() or g.dim() > 1 else None for g in gradients]
+        gradients, dtotal = _again(ctx, dce), dce.new_ones(())
+    scaled = [
+        _scaled(gradient, dtotal, dtype) if gradient.numel() or gradient.dim() > 1 else None
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+    ]
     dhead, dnorm_weight, dnorm_bias, dbias, *dstates = scaled
     return dstates, dhead, None, dcoefficient, dnorm_weight, dnorm_bias, dbias, *none
 
@@ -305,7 +321,8 @@ def _spread(values: Tensor, active: list[int], n_loops: int, shape: torch.Size, 
     """Row results [A, N] as [K, ...], `fill` for the loops that were not read."""
     if len(active) < n_loops:
         spread = values.new_full((n_loops, values.shape[-1]), fill)
-        spread[active] = values
+        for row, loop in enumerate(active):  # not by an index, whose copy to a GPU the host would wait for
+            spread[loop] = values[row]
         values = spread
     return values.view(n_loops, *shape)
 
@@ -369,12 +386,12 @@ def looped_cross_entropy(
         TypeError, ValueError: an argument of another kind, dtype, shape, device or range than stated; a target
             outside [0, V) (on a GPU an assertion on the device, which does not wait).
     """
-    head = plain_head(head)
+    head, norm_weight, norm_bias, bias = gathered(head), gathered(norm_weight), gathered(norm_bias), gathered(bias)
     rows, shape = as_rows(states)
     compute_dtype = autocast_dtype(rows[0])
-    check_tensors(rows, shape, head, targets, compute_dtype)
+    check_tensors(rows, shape, head, targets)
     check_readout(readout, norm_weight, norm_bias, eps, rows[0])
-    check_options(penalty, label_smoothing, softcap, z_loss, reduction, chunk_rows)
+    check_options(penalty, label_smoothing, softcap, z_loss, reduction, chunk_rows, ignore_index)
     n_loops = len(rows) if rows[0].dim() == 2 else rows[0].shape[0]
     check_weights(weights, n_loops, shape, rows[0])
     check_vector("bias", bias, rows[0], head.shape[0])
@@ -393,7 +410,7 @@ def looped_cross_entropy(
     def needed(tensor: Tensor | None) -> bool:
         return eager and torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
-    total, ce, _, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
+    total, ce, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
         rows, head, targets, coefficient if eager else None, norm_weight, norm_bias, bias, active,
         [needed(state) for state in rows], [needed(t) for t in (head, norm_weight, norm_bias, bias)], statistics,
         readout, eps, penalty, ignore_index, label_smoothing, softcap, z_loss,

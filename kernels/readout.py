@@ -98,18 +98,18 @@ class Gradients(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The units of a pass: coefficient = omega * reference; a stored state gradient times `unit` is the true one."""
+    """The units of a pass: coefficient = omega * reference, the reference being the largest finite |coefficient|."""
 
     omega: Tensor
     reference: Tensor
-    unit: Tensor
 
     @classmethod
-    def of(cls, coefficient: Tensor, low_range: bool) -> "Scales":
-        largest = coefficient.abs().amax() if coefficient.numel() else coefficient.new_zeros(())
+    def of(cls, coefficient: Tensor) -> "Scales":
+        magnitude = coefficient.abs()
+        finite = torch.where(magnitude.isfinite(), magnitude, 0.0)
+        largest = finite.amax() if finite.numel() else finite.new_zeros(())
         reference = torch.where(largest > 0, largest, 1.0)
-        unit = reference if low_range else torch.ones_like(reference)
-        return cls((coefficient / reference).flatten(), reference, unit)
+        return cls((coefficient / reference).flatten(), reference)
 
 
 def _accumulate(total: Tensor, g: Tensor, y: Tensor) -> None:
@@ -119,8 +119,10 @@ def _accumulate(total: Tensor, g: Tensor, y: Tensor) -> None:
     elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
         torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
     else:
+        if y.dtype == torch.float16:  # whose range a sum over the chunk's rows may leave
+            y = y.float()
         for block in range(0, total.shape[0], HEAD_ROWS):
-            total[block : block + HEAD_ROWS] += torch.mm(g[:, block : block + HEAD_ROWS].t(), y)
+            total[block : block + HEAD_ROWS] += torch.mm(g[:, block : block + HEAD_ROWS].t().to(y.dtype), y)
 
 
 class ReadoutPass:
@@ -181,7 +183,7 @@ class ReadoutPass:
             dh = gradients.loops[piece.loop]
             norm_backward(
                 dy[piece.rows], self.loops[piece.loop][piece.tokens], weight, eps=self.eps, norm=norm,
-                scale=scales.reference / scales.unit,
+                scale=scales.reference,
                 dmean_square=None if dmean_square is None else dmean_square.expand(piece.stop - piece.start),
                 dh=None if dh is None else dh[piece.tokens],
                 dweight=None if norm == "none" else gradients.norm_weight,

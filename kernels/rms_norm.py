@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import check_eps, check_rows, check_vector
+from kernels.arguments import check_eps, check_rows, check_vector, gathered
 from kernels.device import accumulator, autocast_dtype
 from kernels.row_norm import norm_backward, norm_forward, partial_sums, rows_of
 
@@ -45,17 +45,15 @@ def _rms_norm_penalty(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, weight = rows_of(x), None if weight is None else weight.contiguous()
-    y = torch.empty(rows.shape, dtype=y_dtype, device=x.device)
-    mean_square = torch.empty(rows.shape[0], dtype=accumulator(x.dtype), device=x.device)
-    total = None
-    if residual is not None:
-        total = torch.empty(rows.shape, dtype=residual.dtype, device=x.device)
-        residual = rows_of(residual)
+    y = x.new_empty(x.shape, dtype=y_dtype)
+    mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
     norm_forward(
-        rows, weight, None, eps=eps, norm="rmsnorm", residual=residual, y=y, total=total, mean_square=mean_square
-    )
-    total = x.new_empty(0) if total is None else total.view(x.shape)
-    return y.view(x.shape), mean_square.view(x.shape[:-1]), total
+        rows, weight, None, eps=eps, norm="rmsnorm", residual=None if residual is None else rows_of(residual),
+        y=y.view(rows.shape), total=None if residual is None else total.view(rows.shape),
+        mean_square=mean_square.view(-1),
+    )  # fmt: skip
+    return y, mean_square, total
 
 
 @_rms_norm_penalty.register_fake
@@ -71,18 +69,17 @@ def _rms_norm_penalty_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (in x_dtype), dresidual (in h's dtype; empty where it equals dx), dweight (empty unless needed)."""
     rows, weight = rows_of(h), None if weight is None else weight.contiguous()
-    dh = torch.empty(rows.shape, dtype=h.dtype, device=h.device)
-    dx = torch.empty(rows.shape, dtype=x_dtype, device=h.device) if x_dtype != h.dtype else None
+    dh = h.new_empty(h.shape)
+    dx = h.new_empty(h.shape, dtype=x_dtype) if x_dtype != h.dtype else None
     dweight = partial_sums(rows) if need_dweight else None
     norm_backward(
         None if dy is None else rows_of(dy), rows, weight, eps=eps, norm="rmsnorm",
         dmean_square=None if dmean_square is None else dmean_square.reshape(-1),
-        dtotal=None if dtotal is None else rows_of(dtotal), dh=dh, dx=dx, dweight=dweight,
+        dtotal=None if dtotal is None else rows_of(dtotal), dh=dh.view(rows.shape),
+        dx=None if dx is None else dx.view(rows.shape), dweight=dweight,
     )  # fmt: skip
     summed = h.new_empty(0) if dweight is None or weight is None else dweight.sum(0).to(weight.dtype)
-    if dx is None:
-        return dh.view(h.shape), h.new_empty(0), summed
-    return dx.view(h.shape), dh.view(h.shape), summed
+    return (dh, h.new_empty(0), summed) if dx is None else (dx, dh, summed)
 
 
 @_rms_norm_penalty_backward.register_fake
@@ -144,6 +141,7 @@ def rms_norm_penalty(
     kernels/README.md.
     """
     check_rows("x", x)
+    weight = gathered(weight)
     check_vector("weight", weight, x, x.shape[-1])
     check_eps(eps)
     if residual is not None:

@@ -9,9 +9,9 @@ into the rows' running maximum, sum, first moment, target logit and two largest 
 With few rows the vocabulary is split between programs, and a second kernel folds their partial results.  On the CPU
 the logits of one chunk of rows are formed and folded at a time.
 
-FLOPs: 2 K N d V.  Bytes on a GPU: the normed rows once a split; the head once a block of rows,
-`ceil(K N / BLOCK_ROWS) V d`, from the second-level cache where the blocks run side by side; results 28 bytes a row
-and split.
+FLOPs: 2 K N d V.  Bytes on a GPU: the head once a block of rows, `ceil(K N / BLOCK_ROWS) V d`, and the normed rows once
+a tile of the vocabulary, `ceil(V / BLOCK_VOCAB) K N d`, both from cache where the blocks run side by side; results 28
+bytes a row and split.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import as_rows, check_readout, check_softcap, check_tensors, check_vector, plain_head
+from kernels.arguments import as_rows, check_index, check_readout, check_softcap, check_tensors, check_vector, gathered
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
 from kernels.device import accumulator, autocast_dtype, uses_triton
 from kernels.looped_cross_entropy import check_range
@@ -83,7 +83,7 @@ def stream_kernel(
             z = tl.dot(y, head, z, input_precision=PRECISION)
         z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
         new_maximum, e, new_total = fold_softmax(z, maximum, total)
-        moment = fold_moment(z, e, in_columns, maximum, total, new_maximum, moment)
+        moment = fold_moment(z, e, maximum, total, new_maximum, moment)
         top1, best, top2 = fold_top2(z, column, top1, best, top2)
         maximum, total = new_maximum, new_total
         z_target += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
@@ -139,22 +139,24 @@ def combine_kernel(
     lse = maximum + tl.log(total)
     if HAS_TARGETS:
         target = tl.load(targets_ptr + (first_row + row) % n_tokens, mask=in_rows, other=0)
-        tl.store(loss_ptr + first_row + row, tl.where(target == ignore_index, 0.0, lse - z_target), mask=in_rows)
+        loss = tl.log(total) + (maximum - z_target)
+        tl.store(loss_ptr + first_row + row, tl.where(target == ignore_index, 0.0, loss), mask=in_rows)
     tl.store(lse_ptr + first_row + row, lse, mask=in_rows)
     tl.store(entropy_ptr + first_row + row, tl.log(total) - moment / total, mask=in_rows)
     tl.store(margin_ptr + first_row + row, top1 - top2, mask=in_rows)
     tl.store(top1_ptr + first_row + row, best.to(tl.int64), mask=in_rows)
 
 
-def stream_blocks(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile, warps and pipeline depth of `stream_kernel`."""
-    block_rows = max(16, min(64 if dtype == torch.float32 else 128, triton.next_power_of_2(n_rows)))
-    deep = 32 if dtype == torch.float32 else 64
+def stream_blocks(n_rows: int, d: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+    """Tile, warps and pipeline depth of `stream_kernel`: the largest tile whose registers do not spill."""
+    single = dtype == torch.float32
+    depth = 64 if not single else 32 if precision == "tf32" else 16  # full precision multiplies from registers
+    block_rows = 64 if single or n_rows <= 64 else 128
     return {
         "BLOCK_ROWS": block_rows,
-        "BLOCK_VOCAB": 64 if dtype == torch.float32 else 128,
-        "BLOCK_D": max(16, min(deep, triton.next_power_of_2(d))),
-        "num_warps": 8 if block_rows == 128 else 4,
+        "BLOCK_VOCAB": 128 if torch.version.hip and not single else 64,
+        "BLOCK_D": max(16, min(depth, triton.next_power_of_2(d))),
+        "num_warps": 8 if single or block_rows == 128 else 4,
         "num_stages": 2 if torch.version.hip else 3,
     }
 
@@ -171,7 +173,8 @@ def _stream_triton(
     n_tokens: int, first_row: int,
 ) -> None:  # fmt: skip
     (n_rows, d), n_columns = y.shape, head.shape[0]
-    blocks = stream_blocks(n_rows, d, y.dtype)
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    blocks = stream_blocks(n_rows, d, y.dtype, precision)
     splits = stream_splits(n_rows, n_columns, blocks, y.device)
     per_split = triton.cdiv(triton.cdiv(n_columns, splits), blocks["BLOCK_VOCAB"]) * blocks["BLOCK_VOCAB"]
     splits = triton.cdiv(n_columns, per_split)
@@ -184,7 +187,7 @@ def _stream_triton(
         stride_y_row=y.stride(0), stride_head_row=head.stride(0),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_TARGETS=targets is not None,
         UPCAST=not y.is_cuda and y.dtype == torch.bfloat16,  # the interpreter multiplies bfloat16 bit patterns
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", **blocks,
+        PRECISION=precision, **blocks,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(n_rows, 128),)](
         partial_ptr=partial, best_ptr=best, targets_ptr=targets, loss_ptr=results.loss, lse_ptr=results.lse,
@@ -277,12 +280,13 @@ def readout_statistics(
     Raises:
         TypeError, ValueError: as `looped_cross_entropy`.
     """
-    head = plain_head(head)
+    head, norm_weight, norm_bias, bias = gathered(head), gathered(norm_weight), gathered(norm_bias), gathered(bias)
     rows, shape = as_rows(states)
     compute_dtype = autocast_dtype(rows[0])
-    check_tensors(rows, shape, head, targets, compute_dtype)
+    check_tensors(rows, shape, head, targets)
     check_readout(readout, norm_weight, norm_bias, eps, rows[0])
     check_softcap(softcap)
+    check_index(ignore_index)
     check_vector("bias", bias, rows[0], head.shape[0])
     flat = None if targets is None else targets.reshape(-1).long()
     with torch.no_grad():

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse_than
 
-from kernels import looped_cross_entropy
+from kernels import looped_cross_entropy, readout_statistics
 from kernels.looped_cross_entropy import looped_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -305,15 +305,73 @@ def test_trap_loss_scaling(device, backend, dtype):
         assert_no_worse_than(scaled[name], plain[name], truth[name], name=name)
 
 
+def test_trap_float16_sums_over_many_tokens_do_not_overflow(backend, device):
+    """The head's gradient is a mean, of order one, whatever the sum over tokens is before it is divided."""
+    states = torch.full((1, 3000, 16), 60.0, device=device).half().requires_grad_()
+    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(3000, dtype=torch.int64)
+    looped_cross_entropy(states, head, targets.to(device), readout="raw").loss.backward()
+    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -40.0, device=device))
+
+
 def test_trap_common_logit_offset(backend, device):
+    """Logits of 1e4 and a little, exact in float32: the loss keeps the precision of the differences."""
+    head = torch.eye(31, device=device)
+    states = 1e4 + torch.randint(-64, 64, (2, 9, 31), device=device) / 64
+    targets = torch.randint(31, (9,), device=device)
+    truth = looped_cross_entropy_reference(states.double(), head.double(), targets, readout="raw", label_smoothing=0.1)
+    result = looped_cross_entropy(states, head, targets, readout="raw", label_smoothing=0.1)
+    torch.testing.assert_close(result.loss.double(), truth[0], rtol=1e-6, atol=0)
+    losses = readout_statistics(states, head, targets, readout="raw").loss
+    truth = looped_cross_entropy_reference(states.double(), head.double(), targets, readout="raw", reduction="none")
+    torch.testing.assert_close(losses.double(), truth[0] * 2, rtol=2e-6, atol=0)
+
+
+def test_trap_masked_vocabulary(backend, device):
+    """A bias of -inf takes words out of the vocabulary: everything else stays finite."""
     case = Case((2, 9, 24, 31), device)
-    states, head = case.tensors["states"], case.tensors["head"]
-    plain = looped_cross_entropy(states, head, case.targets, readout="raw", statistics=True)
-    offset = torch.full((31,), 1e4, device=device)
-    shifted = looped_cross_entropy(states, head, case.targets, readout="raw", bias=offset, statistics=True)
-    # float32 at 1e4 has a spacing of 1e-3
-    torch.testing.assert_close(shifted.loss, plain.loss, rtol=0, atol=1e-3)
-    torch.testing.assert_close(shifted.statistics.lse, plain.statistics.lse + 1e4, rtol=0, atol=2e-3)
+    bias = torch.zeros(31, device=device)
+    bias[[3, 30]] = -torch.inf
+    case.targets[case.targets == 3] = case.targets[case.targets == 30] = 5
+    _, result = case.run(looped_cross_entropy, bias=bias, statistics=True)
+    keep = [word for word in range(31) if word not in (3, 30)]
+    case.tensors["head"] = case.tensors["head"][keep]
+    case.targets = torch.tensor([keep.index(word) for word in case.targets.tolist()], device=device)
+    expected, small = case.run(looped_cross_entropy, statistics=True)
+    torch.testing.assert_close(result.loss, expected["loss"])
+    torch.testing.assert_close(result.statistics.entropy, small.statistics.entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_trap_an_infinite_upstream_gradient_stays_in_its_row(backend, device):
+    case = Case((1, 6, 24, 31), device, reduction="none")
+    upstream = torch.ones(1, 6, device=device)
+    expected, _ = case.run(looped_cross_entropy, upstream=upstream)
+    upstream[0, 2] = torch.inf
+    actual, _ = case.run(looped_cross_entropy, upstream=upstream)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(actual["states"][:, others], expected["states"][:, others])
+
+
+def test_trap_states_of_the_autocast_dtype(backend, device):
+    """A model whose last operation autocasts gives bfloat16 states beside a float32 head."""
+    case = Case((2, 9, 24, 31), device)
+    states = case.tensors["states"].bfloat16().requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = looped_cross_entropy(states, case.tensors["head"].requires_grad_(), case.targets).loss
+        assert readout_statistics(states, case.tensors["head"]).lse.isfinite().all()
+    expected, _ = looped_cross_entropy_reference(states.float(), case.tensors["head"], case.targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(loss, states)[0].dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_refused():
+    case = Case((2, 5, 8, 11), weights="token")
+    weights = case.tensors["weights"].requires_grad_()
+    states = case.tensors["states"].requires_grad_()
+    loss = looped_cross_entropy(states, case.tensors["head"], case.targets, weights=weights).loss
+    first = torch.autograd.grad(loss, [weights, states], create_graph=True)
+    assert not first[0].requires_grad
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first[1].square().sum(), states)
 
 
 def test_trap_autocast(backend, device):
@@ -481,7 +539,7 @@ def test_compiles_without_graph_breaks(reduction):
         (dict(head=torch.ones(5, 7)), ValueError, r"head must have shape \[V, 8\] with V >= 1. Got \(5, 7\)"),
         (dict(head=torch.ones(5, 8, dtype=torch.bfloat16)), TypeError, "head must have the states' dtype"),
         (dict(targets=torch.zeros(4, dtype=torch.int64)), ValueError, r"targets must have the tokens' shape \(3,\)"),
-        (dict(targets=torch.zeros(3)), TypeError, "targets must be an int64 tensor. Got torch.float32"),
+        (dict(targets=torch.zeros(3)), TypeError, "targets must be an int64 or int32 tensor. Got torch.float32"),
         (dict(readout="rms"), ValueError, "readout must be one of rmsnorm, .*Got 'rms'"),
         (dict(readout="raw", norm_weight=torch.ones(8)), ValueError, "norm_weight must be None for readout='raw'"),
         (dict(norm_weight=torch.ones(7)), ValueError, r"norm_weight must have shape \(8,\). Got \(7,\)"),
@@ -491,7 +549,15 @@ def test_compiles_without_graph_breaks(reduction):
         (dict(penalty=0.1, reduction="none"), ValueError, "penalty .* must be 0 for reduction='none'"),
         (dict(weights=torch.ones(3)), ValueError, r"weights must have shape \(2,\) or \(2, 3\). Got \(3,\)"),
         (dict(weights=[1.0]), ValueError, "weights must have one number for each of the 2 loops. Got 1"),
-        (dict(weights=[1.0, float("nan")]), ValueError, "weights must be finite"),
+        (dict(weights=[1.0, float("nan")]), ValueError, r"weights\[1\] must be finite. Got nan"),
+        (dict(weights=0.5), TypeError, "weights must be a tensor, a sequence of numbers or None. Got 0.5"),
+        (dict(weights=[None, 1.0]), TypeError, r"weights\[0\] must be a number. Got None"),
+        (dict(weights=[0.0, 0.0]), ValueError, "weights must have a number other than 0"),
+        (dict(penalty="much"), TypeError, "penalty must be a number. Got 'much'"),
+        (dict(eps=None), TypeError, "eps must be a number. Got None"),
+        (dict(chunk_rows=2.5), TypeError, "chunk_rows must be an integer or None. Got 2.5"),
+        (dict(ignore_index=None), TypeError, "ignore_index must be an integer. Got None"),
+        (dict(head=torch.ones(5, 8).to_sparse()), TypeError, "head must be a dense floating tensor"),
         (dict(weights=torch.ones(2, dtype=torch.int64)), TypeError, "weights must be a floating tensor"),
         (dict(bias=torch.ones(6)), ValueError, r"bias must have shape \(5,\). Got \(6,\)"),
         (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\]. Got 1.5"),
