@@ -106,6 +106,16 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
         raise ValueError(f"targets must be on the states' device {h.device}. Got {targets.device}.")
 
 
+def check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
+    """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it."""
+    bad = ((targets < 0) | (targets >= n_columns)) & (targets != ignore_index)
+    rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
+    if targets.is_cuda:
+        torch._assert_async(~bad.any(), rule)
+    elif bad.any():
+        raise ValueError(f"{rule} Got {targets[bad][0].item()}.")
+
+
 def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, h: Tensor) -> None:
     """Raise unless the readout is known and its norm's parameters fit it."""
     if readout not in get_args(Readout):

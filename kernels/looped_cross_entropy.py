@@ -32,7 +32,8 @@ class LoopedStatistics(NamedTuple):
     loss: cross-entropy; lse: log of the softmax's denominator; entropy: of the predicted distribution, in nats;
     margin: largest minus second largest logit; top1: the largest logit's id (int64; -1 for unread loops);
     mean_square: of the state before its norm; radial_dot, radial_fraction: <g, h> and |<g, h>| / (|g| |h|) of
-    g = dL/dh, the immediate gradient of the cross-entropy part of the loss (None where no state needs a gradient).
+    g = dL/dh, the immediate gradient of the cross-entropy part of the loss (None where no state needs a gradient and
+    for reduction="none"; nan for detached states).
     """
 
     loss: Tensor
@@ -98,16 +99,6 @@ def looped_cross_entropy_reference(
         return weighting * ce, per_loop
     total = (weighting * ce).sum() / (n if reduction == "mean" else 1)
     return total + penalty * torch.stack(squares).mean(), per_loop
-
-
-def check_range(targets: Tensor, n_columns: int, ignore_index: int) -> None:
-    """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it."""
-    bad = ((targets < 0) | (targets >= n_columns)) & (targets != ignore_index)
-    rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
-    if targets.is_cuda:
-        torch._assert_async(~bad.any(), rule)
-    elif bad.any():
-        raise ValueError(f"{rule} Got {targets[bad][0].item()}.")
 
 
 # The op ---------------------------------------------------------------------------------------------------------------
@@ -193,8 +184,9 @@ def _cross_entropy(
         reader = ReadoutPass(loops, head, vectors[0], vectors[1], readout=readout, eps=eps, compute_dtype=compute_dtype)
         options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
         reader.run(
-            active, targets, vectors[2], options, chunk_rows, rows, mean_square, gradients, scales, dmean_square, radial
-        )
+            active, targets, vectors[2], options, chunk_rows, rows, mean_square=mean_square, gradients=gradients,
+            scales=scales, dmean_square=dmean_square, radial=radial,
+        )  # fmt: skip
         for k in sorted(set(range(n_loops)) - set(active)):  # not read, but their scale may be penalised
             if mean_square is not None:
                 norm_forward(loops[k], None, None, eps=eps, norm="none", mean_square=mean_square[k])
@@ -359,7 +351,7 @@ def looped_cross_entropy(
     Args:
         states: the hidden states H_1..H_K before the readout norm: one tensor [K, ..., d] or a sequence of K tensors
             [..., d] (not copied into one).  float32, bfloat16, float16; under autocast the products run in its dtype.
-        head: [V, d], of the states' dtype outside autocast; a DTensor (FSDP2) is gathered.
+        head: [V, d], of the states' dtype outside autocast; sharded parameters (DTensor, FSDP2) are gathered.
         targets: [...] int64, shared by all loops.
         readout: "rmsnorm"; "layernorm"; "raw" (no norm); "final-only" (no norm before loop K, RMSNorm at K).
         norm_weight, norm_bias: [d], the norm's parameters; the bias is LayerNorm's.

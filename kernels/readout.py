@@ -193,10 +193,13 @@ class ReadoutPass:
 
     def run(
         self, active: Sequence[int], targets: Tensor, bias: Tensor | None, options: LossOptions, chunk_rows: int,
-        results: RowResults, mean_square: Tensor | None, gradients: Gradients, scales: Scales | None,
-        dmean_square: Tensor | None, radial: Tensor | None,
+        results: RowResults, *, mean_square: Tensor | None = None, gradients: Gradients | None = None,
+        scales: Scales | None = None, dmean_square: Tensor | None = None, radial: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Read out the active loops; results are [len(active) * N], everything else [K, N]."""
+        """Read out the active loops; results are [len(active) * N], mean_square and radial [K, N] of all loops.
+
+        Gradients are added up where `gradients` and `scales` are given.
+        """
         n_tokens, d = self.loops[0].shape
         rows = min(chunk_rows, max(1, len(active) * n_tokens))
         work = self.head.new_empty((rows, d))
@@ -210,5 +213,5 @@ class ReadoutPass:
             g = torch.mm(y, self.head.t(), out=logits[:n_rows])
             omega = None if scales is None else scales.omega
             cross_entropy_(g, targets, omega, bias, options, results, index * chunk_rows)
-            if scales is not None:
+            if scales is not None and gradients is not None:
                 self.backward(pieces, g, y, dy[:n_rows], gradients, scales, dmean_square, radial)

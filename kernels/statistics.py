@@ -22,11 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import as_rows, check_index, check_readout, check_softcap, check_tensors, check_vector, gathered
+from kernels.arguments import (
+    as_rows,
+    check_index,
+    check_range,
+    check_readout,
+    check_softcap,
+    check_tensors,
+    check_vector,
+    gathered,
+)
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
 from kernels.device import accumulator, autocast_dtype, uses_triton
-from kernels.looped_cross_entropy import check_range
-from kernels.readout import Gradients, Readout, ReadoutPass, chunks, default_chunk_rows
+from kernels.readout import Readout, ReadoutPass, chunks, default_chunk_rows
 
 STREAM_ROWS = 16384  # rows normed at once before their sweep
 
@@ -227,10 +235,8 @@ def _readout_statistics(
                 _stream_triton(y, reader.head, bias, targets, options, results, n_tokens, first_row)
         else:
             known = head.new_full((n_tokens,), ignore_index, dtype=torch.int64) if targets is None else targets
-            nothing = Gradients([None] * n_loops, None, None, None, None)
             chunk_rows = default_chunk_rows(head.device, head.shape[0])
-            loop_range = range(n_loops)
-            reader.run(loop_range, known, bias, options, chunk_rows, results, None, nothing, None, None, None)
+            reader.run(range(n_loops), known, bias, options, chunk_rows, results)
     shape = (n_loops, n_tokens)
     loss = loss.view(shape) if targets is not None else head.new_empty(0, dtype=loss.dtype)
     return loss, lse.view(shape), entropy.view(shape), margin.view(shape), results.top1.view(shape)  # type: ignore

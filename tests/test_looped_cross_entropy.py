@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse_than
@@ -398,25 +399,32 @@ def test_trap_recompiles_for_every_length():
     assert counter.frame_count == 1
 
 
-def test_trap_sharded_head(tmp_path):
+def _sharded_rank(rank: int, store: str) -> None:
+    """One of two ranks: half of the tokens, a sharded head and norm, against the whole batch on one process."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        case = Case((2, 5, 16, 31))
-        expected, _ = case.run(looped_cross_entropy)
-        mesh = init_device_mesh("cpu", (1,))
-        head = distribute_tensor(case.tensors["head"].clone(), mesh, [Shard(0)]).requires_grad_()
-        result = looped_cross_entropy(
-            case.tensors["states"], head, case.targets, norm_weight=case.tensors["norm_weight"]
-        )
-        result.loss.backward()
-        torch.testing.assert_close(result.loss, expected["loss"])
-        assert isinstance(head.grad, DTensor)
-        torch.testing.assert_close(head.grad.to_local(), expected["head"])
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    case = Case((2, 6, 16, 32))
+    expected, _ = case.run(looped_cross_entropy)
+    mesh = init_device_mesh("cpu", (2,))
+    head, weight = (
+        distribute_tensor(case.tensors[name].clone(), mesh, [Shard(0)]).requires_grad_()
+        for name in ("head", "norm_weight")
+    )
+    mine = slice(3 * rank, 3 * rank + 3)
+    states = case.tensors["states"][:, mine].clone().requires_grad_()
+    looped_cross_entropy(states, head, case.targets[mine], norm_weight=weight).loss.backward()
+    for name, parameter in (("head", head), ("norm_weight", weight)):
+        assert isinstance(parameter.grad, DTensor)
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(states.grad / 2, expected["states"][:, mine], rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_trap_sharded_head(tmp_path):
+    """FSDP2's parameters outside their module's forward: gathered, their gradients averaged over the ranks."""
+    torch.multiprocessing.spawn(_sharded_rank, args=(f"{tmp_path}/store",), nprocs=2)
 
 
 def peak_bytes(n_loops: int, n_tokens: int = 512, d: int = 16, vocabulary: int = 4000) -> int:
