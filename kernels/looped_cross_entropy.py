@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.arguments import (
     as_rows,
     check_options,
+    check_range,
     check_readout,
     check_tensors,
     check_vector,

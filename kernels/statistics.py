@@ -158,7 +158,9 @@ def combine_kernel(
 def stream_blocks(n_rows: int, d: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
     """Tile, warps and pipeline depth of `stream_kernel`: the largest tile whose registers do not spill."""
     single = dtype == torch.float32
-    depth = 64 if not single else 32 if precision == "tf32" else 16  # full precision multiplies from registers
+    depth = 32 if single else 64
+    if single and precision != "tf32" and not torch.version.hip:
+        depth = 16  # products of full precision take their operands from registers
     block_rows = 64 if single or n_rows <= 64 else 128
     return {
         "BLOCK_ROWS": block_rows,
