@@ -9,7 +9,7 @@ train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m pytest bench/ --benchmark-only $(ARGS)
