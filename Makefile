@@ -1,9 +1,9 @@
-# make train | test | bench | lint: each makes .venv first if it is missing or out of date.
+# make train | test | bench | gpu-check | lint: each makes .venv first if it is missing or out of date.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench gpu-check lint clean
 
 train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
@@ -13,6 +13,10 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m pytest bench/ --benchmark-only $(ARGS)
+
+# every kernel in every configuration for four GPUs, offline: tens of minutes; `make test` has a sample
+gpu-check: $(VENV)/.installed
+	GPU_CHECK=all $(PY) -m pytest tests/test_gpu_compile.py tests/test_gpu_path.py tests/test_gpu_bytes.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -64,7 +63,7 @@ TARGETS = {
 class Call:
     """One kernel that the device would run.
 
-    read_write_bytes: of the tensors it is given and returns, each once (Triton: of its tensor arguments).
+    read_write_bytes: of the tensors it reads and of those it writes, each once.
     """
 
     name: str
@@ -99,14 +98,14 @@ class Pointer:
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
-        self.offset_bytes = tensor.storage_offset() * tensor.element_size()
-        self.storage_bytes = tensor.untyped_storage().nbytes()
+        self.offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
+        self.storage_bytes = int(tensor.untyped_storage().nbytes())
 
     def data_ptr(self) -> int:
         return 512 + self.offset_bytes
 
     def ptr_range(self) -> int:
-        return int(self.storage_bytes)
+        return self.storage_bytes
 
 
 class StubDriver:
@@ -145,6 +144,12 @@ def _bytes_of(tensors: list[Tensor]) -> int:
     return sum(distinct.values())
 
 
+def _flops(func: Any, args: tuple, out: Any) -> int:
+    in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # which the registry does not know
+    formula = flop_registry.get(in_place.get(func._overloadpacket, func._overloadpacket))
+    return 0 if formula is None else formula(*(arg for arg in args if isinstance(arg, Tensor)), out_val=out)
+
+
 def _caller() -> str:
     """Where in this project the op under way was called."""
     here = Path(__file__).parents[1]
@@ -153,16 +158,16 @@ def _caller() -> str:
     return f"{Path(own[-1].filename).relative_to(here)}:{own[-1].lineno}" if own else "elsewhere"
 
 
-class Autocast(TorchFunctionMode):
+class Autocast:
     """Autocast and kernel choice of a CUDA build for the products that Python calls: F.linear and attention."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # of leaves, as autocast keeps them
+        self.plain_linear, self.plain_attention = F.linear, F.scaled_dot_product_attention
 
-    def cast(self, x: Any) -> Any:
+    def cast(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cuda")
-        if not torch.is_autocast_enabled("cuda") or not isinstance(x, Tensor) or x.dtype == dtype or not x.is_cuda:
+        if not torch.is_autocast_enabled("cuda") or x.dtype == dtype or not x.is_cuda:
             return x
         if not (x.is_leaf and x.requires_grad):
             return x.to(dtype)
@@ -170,14 +175,14 @@ class Autocast(TorchFunctionMode):
             self.casts[id(x)] = (x, x.to(dtype))
         return self.casts[id(x)][1]
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.linear, F.scaled_dot_product_attention):
-            args, kwargs = tree_map(self.cast, (args, kwargs))
-        if func is F.scaled_dot_product_attention and args[0].dtype in (torch.float16, torch.bfloat16):
-            dropout, causal = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args, dropout, causal)[0]
-        return func(*args, **kwargs)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.plain_linear(self.cast(x), self.cast(weight), None if bias is None else self.cast(bias))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
+        q, k, v = self.cast(q), self.cast(k), self.cast(v)
+        if q.dtype == torch.float32 or q.shape[-1] > 256:
+            return self.plain_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
 
 class FakeCUDA(FakeTensorMode):
@@ -231,18 +236,17 @@ class Recorder(TorchDispatchMode):
         returned = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in returned:
             self.watch(tensor)
-        devices = {t.device.type for t in (*given, *returned) if t.dim() > 0 or t.device.type == "cuda"}
-        moved = {t.device.type for t in given} != {t.device.type for t in returned} and given and returned
-        if "cuda" in devices and ("cpu" in devices or moved) and "optimizer" not in str(func):
+        copies = "copy" in str(func)  # other ops take a number on the host along as an argument
+        placed = [t for t in given if copies or t.dim() > 0 or t.device.type == "cuda"]
+        devices = {t.device.type for t in (*placed, *returned)}
+        if "cuda" in devices and "cpu" in devices:
             self.record.host_copies.append(f"{func}, {_caller()}")
         known = {id(t.untyped_storage()) for t in given}
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
-        allocates = "empty" in str(func) or "detach" in str(func)
-        if "cuda" in devices and not views and not allocates:
-            formula = flop_registry.get(func._overloadpacket)
-            operands = [arg for arg in args if isinstance(arg, Tensor)]
-            flops = 0 if formula is None else formula(*operands, out_val=out)
-            self.record.calls.append(Call(str(func), _bytes_of([*given, *returned]), flops))
+        if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
+            inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
+            read = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            self.record.calls.append(Call(str(func), _bytes_of(read) + _bytes_of(returned), _flops(func, args, out)))
         return out
 
     def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -256,6 +260,13 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+IN_PLACE = ("logits_ptr", "dweight_ptr", "dbias_ptr")  # arguments that a kernel reads and writes
+
+
+def _dot_flops(arguments: dict[str, Any]) -> int:
+    return 2 * arguments["n_rows"] * arguments["n_columns"] * arguments["d"]
+
+
 def _compile_launch(record: Record, target: Target, original: Callable) -> Callable:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
@@ -266,7 +277,9 @@ def _compile_launch(record: Record, target: Target, original: Callable) -> Calla
         constants = tuple((k, v) for k, v in kwargs.items() if k.isupper() or k in ("num_warps", "num_stages"))
         name = self.fn.__name__
         record.kernels.setdefault((name, kernel.hash), (kernel, constants, tuple(str(t.dtype) for t in tensors)))
-        record.calls.append(Call(name, _bytes_of(tensors), 0, tuple(grid), constants))
+        twice = [kwargs[name] for name in IN_PLACE if kwargs.get(name) is not None and kwargs.get("HAS_GRADIENT", True)]
+        flops = _dot_flops(kwargs) if name == "stream_kernel" else 0
+        record.calls.append(Call(name, _bytes_of(tensors) + _bytes_of(twice), flops, tuple(grid), constants))
         return kernel
 
     return run
@@ -285,6 +298,8 @@ def fake_gpu(target: Target) -> Iterator[Record]:
         "torch.cuda.get_device_capability": lambda *_: (9, 4) if target.is_amd else divmod(target.triton.arch, 10),
         "torch.version.hip": "6.4" if target.is_amd else None,
         "torch.clear_autocast_cache": autocast.casts.clear,
+        "torch.nn.functional.linear": autocast.linear,
+        "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, target, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:
@@ -299,5 +314,4 @@ def fake_gpu(target: Target) -> Iterator[Record]:
         driver.set_active(StubDriver(target))
         stack.enter_context(FakeCUDA())
         stack.enter_context(Recorder(record))
-        stack.enter_context(autocast)
         yield record

@@ -37,6 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Resources:
     """One compiled kernel.  Bytes: of one program (shared) or one thread (stack).
 
+    spilled_registers: on NVIDIA the instructions that access local memory, on AMD the vector registers kept there.
     accesses: instructions by width in bytes a thread, e.g. {"load 16": 8}; `matrix`: instructions of the matrix units.
     """
 
@@ -111,7 +112,7 @@ def _amd(kernel: Any) -> dict[str, Any]:
     return {
         "registers": field("vgpr_count"),
         "stack_bytes": field("private_segment_fixed_size"),
-        "spilled_registers": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spilled_registers": field("vgpr_spill_count"),  # scalar registers spill into vector registers, not to memory
         "matrix": len(re.findall(r"\bv_mfma_\w+", text)),
         "accesses": _widths([(kind, sizes[size]) for kind, size in accesses]),
     }
@@ -182,9 +183,10 @@ def statistics(d: int, n_columns: int, dtype: torch.dtype, everything: bool = Tr
             readout_statistics(states, head, norm_weight=_gpu(d))
             readout_statistics(states, head, targets, readout="raw", bias=bias, softcap=30.0)
         if everything and dtype == torch.float32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+            previous = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
             readout_statistics(states, head, targets, norm_weight=_gpu(d))
-            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cuda.matmul.fp32_precision = previous
 
 
 Case = tuple[str, Callable[[], None]]

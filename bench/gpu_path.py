@@ -11,11 +11,12 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.fake_gpu import TARGETS, Record, fake_gpu
+from kernels import looped_cross_entropy
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.supervision import Supervision, evaluation_losses
@@ -47,7 +48,18 @@ def _triton(record: Record) -> dict[str, int]:
     return dict(Counter(call.name for call in record.calls if call.name.startswith(TRITON_KERNELS)))
 
 
-def step_report(
+class StepRecord(NamedTuple):
+    """The second training step of a fresh model, and the numbers to hold it against."""
+
+    record: Record
+    expected_flops: int
+    state_bytes: int
+    gradients: int
+    parameters: int
+    tokens: int
+
+
+def step_record(
     preset: str,
     target_name: str,
     *,
@@ -59,10 +71,9 @@ def step_report(
     dtype: torch.dtype = torch.bfloat16,
     checkpoint_loops: bool = False,
     **changes: Any,
-) -> StepReport:
-    """The second training step of a preset on the target; `changes` are fields of its LoopedConfig."""
+) -> StepRecord:
+    """Take two training steps of a preset on the target; `changes` are fields of its LoopedConfig."""
     config = replace(PRESETS[preset], **changes)
-    options = {"fused": fused, "supervision": supervision, "measure": measure, "checkpoint_loops": checkpoint_loops}
     with fake_gpu(TARGETS[target_name]) as record:
         with torch.device("cuda"):
             model = LoopedDecoder(config, fused=fused, checkpoint_loops=checkpoint_loops)
@@ -80,21 +91,58 @@ def step_report(
         gradients = sum(parameter.grad is not None for parameter in model.parameters())
         readouts = None if supervision == "per-loop" else 1
         flops = inputs.numel() * model.flops_per_token(n_readouts=readouts, seq_len=config.max_seq_len)
-        return StepReport(
-            case=json.dumps({"preset": preset, "dtype": str(dtype), **options, **changes}),
-            target=target_name,
-            tokens=inputs.numel(),
-            launches=record.launches(),
-            triton_launches=_triton(record),
-            flops=sum(call.flops for call in record.calls),
-            expected_flops=flops,
-            read_write_bytes=sum(call.read_write_bytes for call in record.calls),
-            peak_bytes=record.peak_bytes,
-            state_bytes=state_bytes,
-            host_waits=record.host_copies,
-            gradients=gradients,
-            parameters=len(list(model.parameters())),
-        )
+        return StepRecord(record, flops, state_bytes, gradients, len(list(model.parameters())), inputs.numel())
+
+
+def step_report(preset: str, target_name: str, **options: Any) -> StepReport:
+    """The counts of `step_record`."""
+    step = step_record(preset, target_name, **options)
+    return StepReport(
+        case=f"{preset} {options}",
+        target=target_name,
+        tokens=step.tokens,
+        launches=step.record.launches(),
+        triton_launches=_triton(step.record),
+        flops=sum(call.flops for call in step.record.calls),
+        expected_flops=step.expected_flops,
+        read_write_bytes=sum(call.read_write_bytes for call in step.record.calls),
+        peak_bytes=step.record.peak_bytes,
+        state_bytes=step.state_bytes,
+        host_waits=step.record.host_copies,
+        gradients=step.gradients,
+        parameters=step.parameters,
+    )
+
+
+def readout_record(
+    d: int, n_columns: int, target_name: str, *, tokens: int = 8192, n_loops: int = 4
+) -> tuple[Record, int]:
+    """looped_cross_entropy alone, forward and backward, bfloat16, per-loop with the penalty; its temporary bytes."""
+    with fake_gpu(TARGETS[target_name]) as record:
+        half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+        states = [torch.empty(tokens, d, **half) for _ in range(n_loops)]
+        head, weight = torch.empty(n_columns, d, **half), torch.empty(d, device="cuda", requires_grad=True)
+        targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        record.clear()
+        before = record.live_bytes
+        looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.01).loss.backward()
+        return record, record.peak_bytes - before
+
+
+def readout_report(d: int, n_columns: int, target_name: str) -> dict[str, Any]:
+    """The counts of `readout_record`."""
+    record, temporary = readout_record(d, n_columns, target_name)
+    return {
+        "case": f"readout d={d} V={n_columns}",
+        "launches": record.launches(),
+        "matrix_products": sum(call.flops > 0 for call in record.calls),
+        "triton_launches": _triton(record),
+        "flops": sum(call.flops for call in record.calls),
+        "expected_flops": 6 * 4 * 8192 * d * n_columns,
+        "read_write_bytes": sum(call.read_write_bytes for call in record.calls),
+        "temporary_bytes": temporary,
+        "host_waits": record.host_copies,
+    }
 
 
 def evaluation_report(preset: str, target_name: str, *, batch: int) -> dict[str, Any]:
@@ -125,24 +173,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="sequences of a step")
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     given = parser.parse_args()
+    small = {"n_layers": 2}  # enough for every line; the first two have the preset's depth
     steps: dict[str, dict[str, Any]] = {
         "fused": {},
         "plain": {"fused": False},
-        "terminal": {"supervision": "terminal"},
-        "measured": {"measure": True},
-        "measured terminal": {"measure": True, "supervision": "terminal"},
-        "float32": {"dtype": torch.float32},
-        "checkpointed": {"checkpoint_loops": True},
-        "raw": {"readout": "raw"},
-        "final-only": {"readout": "final-only"},
-        "layernorm": {"readout": "layernorm"},
-        "rotary": {"positions": "rotary", "inter_loop_norm": True, "tied": False},
+        "terminal": {"supervision": "terminal", **small},
+        "measured": {"measure": True, **small},
+        "measured terminal": {"measure": True, "supervision": "terminal", **small},
+        "float32": {"dtype": torch.float32, **small},
+        "checkpointed": {"checkpoint_loops": True, **small},
+        "raw": {"readout": "raw", **small},
+        "final-only": {"readout": "final-only", **small},
+        "layernorm": {"readout": "layernorm", **small},
+        "rotary": {"positions": "rotary", "inter_loop_norm": True, "tied": False, **small},
     }
     report = {
         name: asdict(step_report(given.preset, given.target, batch=given.batch, **options))
         for name, options in steps.items()
     }
     report["evaluation"] = evaluation_report(given.preset, given.target, batch=given.batch)
+    report["readout 129m"] = readout_report(768, 20_000, given.target)
+    report["readout large"] = readout_report(2048, 128_256, given.target)
     json.dump(report, sys.stdout, indent=1)
 
 

@@ -202,7 +202,7 @@ def cross_entropy_kernel(
 def cross_entropy_blocks(n_columns: int, statistics: bool) -> dict[str, int | bool]:
     """Tile and warps of a program for a vocabulary of `n_columns`: whole rows where registers hold them."""
     whole_row = n_columns <= (WHOLE_ROW_COLUMNS // 2 if statistics else WHOLE_ROW_COLUMNS)
-    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 4096
+    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 2048
     block_rows = max(1, min(8, 2048 // block_vocab))
     warps = min(16, max(4, block_rows * block_vocab // 1024))
     return {"WHOLE_ROW": whole_row, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": block_vocab, "num_warps": warps}

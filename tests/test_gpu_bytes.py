@@ -1,0 +1,173 @@
+"""The bytes that every Triton kernel loads and stores, counted in the interpreter, against the least possible.
+
+The least is: each input read once, each output written once.  Rows of a matrix are read once by every kernel but the
+two that say otherwise.  A vector of length d that all rows share (a norm's weight) is read once a program, from cache.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accesses import Audit, Launch
+
+from kernels import radial_gradient
+from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_blocks
+from kernels.row_norm import norm_backward, norm_blocks, norm_forward, partial_sums
+from kernels.statistics import _stream_triton, stream_blocks, stream_splits
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's accesses")
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 37
+
+
+@pytest.fixture
+def audit(monkeypatch) -> Audit:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return Audit(monkeypatch)
+
+
+def check_safe(launch: Launch) -> None:
+    """No address shared by two programs where one writes it.  (An access out of bounds has raised.)"""
+    assert launch.conflicts() == 0
+    assert launch.atomics == 0
+
+
+def n_bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def total(launch: Launch, *, without: tuple[str, ...] = ()) -> int:
+    counts = (*launch.loaded.items(), *launch.stored.items())
+    return sum(count for name, count in counts if name not in without)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [100, 768])
+def test_norm_forward(audit, dtype, d):
+    x, residual, weight = torch.randn(ROWS, d).to(dtype), torch.randn(ROWS, d), torch.randn(d)
+    y, summed, mean_square = torch.empty_like(x), torch.empty_like(residual), torch.empty(ROWS)
+    norm_forward(
+        x, weight, None, eps=1e-6, norm="rmsnorm", residual=residual, y=y, total=summed, mean_square=mean_square
+    )
+    (launch,) = audit.launches
+    check_safe(launch)
+    least = n_bytes(x, residual, y, summed, mean_square)
+    assert least <= total(launch, without=("weight_ptr",)) <= 1.05 * least
+    programs = math.ceil(ROWS / norm_blocks(d)["BLOCK_ROWS"])
+    assert launch.loaded["weight_ptr"] == programs * n_bytes(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["none", "rmsnorm", "layernorm"])
+def test_norm_backward(audit, dtype, norm):
+    d = 100
+    dy, h, weight = torch.randn(ROWS, d).to(dtype), torch.randn(ROWS, d), torch.randn(d)
+    dmean_square, dtotal, scale = torch.randn(ROWS), torch.randn(ROWS, d), torch.ones(())
+    dh, dx, radial = torch.empty(ROWS, d), torch.empty(ROWS, d, dtype=dtype), torch.empty(2, ROWS)
+    dweight = None if norm == "none" else partial_sums(h)
+    norm_backward(
+        dy, h, None if norm == "none" else weight, eps=1e-6, norm=norm, dmean_square=dmean_square, dtotal=dtotal,
+        scale=scale, dh=dh, dx=dx, dweight=dweight, radial=radial,
+    )  # fmt: skip
+    (launch,) = audit.launches
+    check_safe(launch)
+    vectors = ("weight_ptr", "dweight_ptr", "scale_ptr")
+    least = n_bytes(dy, h, dmean_square, dtotal, dh, dx, radial)
+    assert least <= total(launch, without=vectors) <= 1.05 * least
+    if dweight is not None:  # each program adds its sums to one row
+        assert launch.loaded["dweight_ptr"] == launch.stored["dweight_ptr"] == launch.programs * 4 * d
+        assert launch.loaded["weight_ptr"] == launch.programs * 4 * d
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_radial(audit, dtype):
+    h, grad = torch.randn(ROWS, 100).to(dtype).requires_grad_(), torch.randn(ROWS, 100).to(dtype).requires_grad_()
+    sum(radial_gradient(h, grad)).sum().backward()
+    forward, backward = audit.launches
+    check_safe(forward)
+    check_safe(backward)
+    least = n_bytes(h, grad) + 12 * ROWS
+    assert least <= total(forward) <= 1.05 * least
+    assert least + n_bytes(h, grad) <= total(backward) <= 1.05 * (least + n_bytes(h, grad))
+
+
+def cross_entropy_launch(
+    audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, statistics: bool, backward: bool = True
+) -> Launch:
+    row_length = -(-n_columns // 16) * 16
+    logits = torch.randn(n_rows, row_length).to(dtype)[:, :n_columns]
+    targets = torch.arange(n_rows).mul(7).remainder(n_columns)
+    names = RowResults._fields if statistics else ("loss",)
+    results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if f == "top1" else torch.float32) for f in names))
+    omega = torch.ones(n_rows) if backward else None
+    cross_entropy_(logits, targets, omega, None, LossOptions(), results, 0)
+    (launch,) = audit.launches
+    check_safe(launch)
+    return launch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_columns", "statistics"), [(1003, False), (1003, True), (16_384, False), (8192, True)])
+def test_cross_entropy_of_rows_that_fit(audit, dtype, n_columns, statistics):
+    """The logits read once, their gradient written once over them."""
+    n_rows = 3
+    launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics)
+    least = n_rows * (2 * n_columns * dtype.itemsize + 8 + 4 + 4 + (20 if statistics else 0))
+    assert least <= total(launch) <= 1.05 * least
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_columns", "statistics"), [(20_011, False), (9000, True)])
+def test_cross_entropy_of_longer_rows(audit, dtype, n_columns, statistics):
+    """Longer rows are read twice and written once: 1.5 times the least, the second time from cache."""
+    n_rows = 2
+    assert not cross_entropy_blocks(n_columns, statistics)["WHOLE_ROW"]
+    launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics)
+    row = -(-n_columns // 16) * 16 * dtype.itemsize
+    assert launch.loaded["logits_ptr"] == 2 * n_rows * row
+    assert launch.stored["logits_ptr"] == n_rows * row
+
+
+def test_cross_entropy_without_gradient(audit):
+    launch = cross_entropy_launch(audit, 2, 20_011, torch.float32, True, backward=False)
+    assert launch.loaded["logits_ptr"] == 2 * 20_016 * 4
+    assert launch.stored["logits_ptr"] == 0
+
+
+@pytest.mark.parametrize(("n_rows", "n_columns"), [(70, 300), (5, 1000)])
+def test_statistics(audit, n_rows, n_columns):
+    """The head once a block of rows, the rows once a tile of the vocabulary: no logits."""
+    d = 40
+    y, head = torch.randn(n_rows, d), torch.randn(n_columns, d)
+    results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if i == 4 else torch.float32) for i in range(5)))
+    targets = torch.arange(n_rows)
+    _stream_triton(y, head, None, targets, LossOptions(), results, n_rows, 0)
+    stream, combine = audit.launches
+    check_safe(stream)
+    check_safe(combine)
+    blocks = stream_blocks(n_rows, d, y.dtype, "ieee")
+    row_blocks = math.ceil(n_rows / blocks["BLOCK_ROWS"])
+    assert stream.loaded["head_ptr"] == row_blocks * n_bytes(head)
+    assert stream.loaded["y_ptr"] == math.ceil(n_columns / blocks["BLOCK_VOCAB"]) * n_bytes(y)
+    splits = stream.programs // row_blocks
+    assert 1 <= splits <= stream_splits(n_rows, n_columns, blocks, y.device)
+    assert sum(stream.stored.values()) == 28 * n_rows * splits
+    assert sum(combine.loaded.values()) == 28 * n_rows * splits + 8 * n_rows
+    assert sum(combine.stored.values()) == 24 * n_rows
+
+
+def test_the_audit_sees_what_is_wrong():
+    """Out of bounds, and two programs at one address."""
+    launch, on = Launch("none", {"x": (0, 64)}), np.ones(2, bool)
+    launch.note((0, 0, 0), np.array([0, 60]), on, 4, store=True)
+    for start in (-4, 61, 64):
+        with pytest.raises(AssertionError, match="1 accesses out of bounds"):
+            Launch("none", {"x": (0, 64)}).note((0, 0, 0), np.array([0, start]), on, 4, store=True)
+    with pytest.raises(AssertionError, match="an address twice"):
+        Launch("none", {"x": (0, 64)}).note((0, 0, 0), np.array([8, 8]), on, 4, store=True)
+    assert launch.conflicts() == 0
+    launch.note((1, 0, 0), np.array([0, 4]), on, 4, store=True)
+    assert launch.conflicts() == 1
+    launch.note((2, 0, 0), np.array([4, 8]), on, 4, store=False)
+    assert launch.conflicts() == 2

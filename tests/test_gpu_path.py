@@ -1,0 +1,105 @@
+"""Every line of the CUDA path runs before a user's GPU sees it: whole training steps on fake CUDA tensors.
+
+bench/gpu_path.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the paper's 129M
+model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW.  Here its record is checked.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from looped.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+CONFIG = PRESETS["paper-129m"]
+N_TOKENS = 32 * CONFIG.max_seq_len
+CHUNK_ROWS = 4096
+SMALL_LAUNCHES = 48  # of a readout, outside its chunks: masks, coefficients, sums, scaling by the upstream gradient
+STEPS = (
+    "fused",
+    "plain",
+    "terminal",
+    "measured",
+    "measured terminal",
+    "float32",
+    "checkpointed",
+    "raw",
+    "final-only",
+    "layernorm",
+    "rotary",
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict]:
+    command = [sys.executable, "-m", "bench.gpu_path", "--preset", "paper-129m", "--batch", "32", "--target", "sm_90"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*STEPS, "evaluation", "readout 129m", "readout large"])
+def test_the_host_never_waits(report, name):
+    """No step copies to or from the host; a read of a value would have raised in the subprocess."""
+    assert report[name]["host_waits"] == []
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_parameter_has_a_gradient(report, name):
+    assert report[name]["gradients"] == report[name]["parameters"] > 0
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flops_are_those_the_model_states(report, name):
+    """Up to attention, whose causal half the counter does not see (2-3% at this shape); checkpoints recompute."""
+    if name == "checkpointed":
+        pytest.skip("recomputation is not counted by flops_per_token")
+    assert report[name]["flops"] == pytest.approx(report[name]["expected_flops"], rel=0.04)
+
+
+def test_launches_of_a_fused_step(report):
+    """Two norms a block and loop, forward and backward, and one of each kernel for a chunk of the readout."""
+    norms = 2 * CONFIG.n_layers * CONFIG.n_loops
+    n_chunks = CONFIG.n_loops * N_TOKENS // CHUNK_ROWS
+    assert report["fused"]["triton_launches"] == {
+        "norm_forward_kernel": norms + n_chunks,
+        "norm_backward_kernel": norms + n_chunks,
+        "cross_entropy_kernel": n_chunks,
+    }
+    assert report["plain"]["triton_launches"] == {}
+    assert report["fused"]["launches"] < 0.6 * report["plain"]["launches"]
+
+
+def test_terminal_supervision_reads_one_loop(report):
+    assert report["terminal"]["triton_launches"]["cross_entropy_kernel"] == N_TOKENS // CHUNK_ROWS
+
+
+def test_evaluation_streams_the_vocabulary(report):
+    launches = report["evaluation"]["triton_launches"]
+    assert launches["stream_kernel"] == launches["combine_kernel"] == CONFIG.n_loops * N_TOKENS // 16384
+    assert report["evaluation"]["losses"] == [CONFIG.n_loops, 32, CONFIG.max_seq_len]
+
+
+def test_memory(report):
+    """Parameters and two moments stay; fused steps hold less; a checkpointed loop less still."""
+    fused, plain = report["fused"], report["plain"]
+    n_parameters = 128_822_016
+    assert 12 * n_parameters <= fused["state_bytes"] < 12.01 * n_parameters
+    assert fused["peak_bytes"] < 0.8 * plain["peak_bytes"]
+    assert report["checkpointed"]["peak_bytes"] < report["raw"]["peak_bytes"]
+
+
+@pytest.mark.parametrize("name", ["readout 129m", "readout large"])
+def test_readout_makes_six_launches_a_chunk(report, name):
+    """Three products and three Triton kernels a chunk of 4096 rows, 6 K N d V FLOPs, and a few dozen small launches."""
+    readout = report[name]
+    n_chunks = 4 * 8192 // CHUNK_ROWS
+    assert readout["flops"] == readout["expected_flops"]
+    assert readout["matrix_products"] == 3 * n_chunks
+    assert set(readout["triton_launches"].values()) == {n_chunks}
+    assert readout["launches"] - 6 * n_chunks <= SMALL_LAUNCHES
