@@ -103,7 +103,7 @@ def test_readouts(backend, device, readout, dtype):
 def test_weights_and_reductions(backend, device, weights, reduction):
     penalty = 0.0 if reduction == "none" else 0.05
     case = Case((3, 9, 32, 65), device, weights=weights, reduction=reduction, penalty=penalty, ignored=2)
-    upstream = torch.randn(3, 9, device=device) if reduction == "none" else 1.0
+    upstream = torch.randn(3, 9, device=device) if reduction == "none" else 3.0
     case.check(upstream=upstream, chunk_rows=7)
 
 
