@@ -1,0 +1,307 @@
+"""Faults that other implementations of a fused readout have had, a test each."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.multiprocessing
+from numerics import assert_no_worse_than
+from readout_case import Case
+
+from kernels import looped_cross_entropy, readout_statistics
+from kernels.looped_cross_entropy import looped_cross_entropy_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def test_trap_bfloat16_loss_accumulation():
+    """torch 2.13's chunked linear cross-entropy returns 10.44 in bfloat16 where the truth is 10.92."""
+    torch.manual_seed(0)
+    states = torch.randn(1, 4096, 64).bfloat16()
+    head, targets = (torch.randn(20_000, 64) * 0.18).bfloat16(), torch.randint(20_000, (4096,))
+    truth = torch.nn.functional.cross_entropy(states[0].float() @ head.float().t(), targets)
+    loss = looped_cross_entropy(states, head, targets, readout="raw").loss
+    assert abs(loss - truth) < 1e-3
+
+
+def test_trap_bfloat16_head_gradient_over_many_chunks(backend, device):
+    Case((2, 100, 32, 65), device, torch.bfloat16).check(chunk_rows=4)
+
+
+def test_trap_reduction_none_with_any_upstream_gradient(backend, device):
+    upstream = torch.randn(2, 9, device=device) * torch.logspace(-3, 3, 9, device=device)
+    Case((2, 9, 24, 31), device, torch.float32, reduction="none", bias=True).check(upstream=upstream)
+
+
+def test_trap_ignored_rows_are_written(backend, device):
+    """Poisoned buffers: an early return would leave nan behind."""
+    _, result = Case((2, 9, 24, 31), device, ignored=5).run(looped_cross_entropy, statistics=True)
+    assert result.statistics.loss[:, :5].eq(0).all()
+    assert result.statistics.lse.isfinite().all()
+    Case((2, 9, 24, 31), device, ignored=5).check()
+
+
+def test_trap_all_ignored(backend, device):
+    actual, result = Case((2, 4, 24, 31), device, ignored=4, bias=True).run(looped_cross_entropy)
+    assert result.loss == 0
+    assert result.per_loop.eq(0).all()
+    for name in ("states", "head", "norm_weight", "bias"):
+        assert actual[name].eq(0).all(), name
+
+
+def test_trap_second_backward_with_another_gradient(backend, device):
+    case = Case((2, 5, 24, 31), device)
+    states, head = (case.tensors[k].clone().requires_grad_() for k in ("states", "head"))
+    loss = looped_cross_entropy(states, head, case.targets).loss
+    first = torch.autograd.grad(loss, [states, head], torch.tensor(3.0, device=device), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, [states, head], torch.tensor(0.5, device=device))
+    for a, b, k in zip(first, second, kept, strict=True):
+        torch.testing.assert_close(b * 6, a)
+        assert torch.equal(a, k)
+
+
+@pytest.mark.parametrize(
+    "frozen", [("states",), ("head",), ("norm_weight",), ("states", "norm_weight", "bias"), ("states", "head", "bias")]
+)
+def test_trap_frozen_inputs(backend, device, frozen):
+    Case((2, 5, 24, 31), device, penalty=0.1, bias=True).check(frozen=frozen)
+
+
+def test_trap_some_states_detached(backend, device):
+    case = Case((3, 5, 24, 31), device)
+    states = [s.clone().requires_grad_(k != 1) for k, s in enumerate(case.tensors["states"])]
+    looped_cross_entropy(
+        states, case.tensors["head"], case.targets, norm_weight=case.tensors["norm_weight"]
+    ).loss.backward()
+    expected, _ = case.run(looped_cross_entropy)
+    assert states[1].grad is None
+    for k in (0, 2):
+        torch.testing.assert_close(states[k].grad, expected["states"][k])
+
+
+def test_trap_noncontiguous_and_expanded_inputs(backend, device):
+    torch.manual_seed(0)
+    head, targets = torch.randn(31, 16, device=device), torch.randint(31, (4, 6), device=device)
+    base = torch.randn(2, 6, 4, 32, device=device)
+    for states in (
+        base.transpose(1, 2)[..., ::2],
+        base.transpose(1, 2)[..., :16],
+        base[:1, :4].transpose(1, 2).expand(3, 4, 4, 32)[:, :, :1, 16:].expand(3, 4, 6, 16),
+    ):
+        for some_head in (head, head.t().contiguous().t(), head[:1].expand(31, 16)):
+            result = looped_cross_entropy(states, some_head, targets, chunk_rows=10)
+            expected, _ = looped_cross_entropy_reference(states.contiguous(), some_head.contiguous(), targets)
+            torch.testing.assert_close(result.loss, expected)
+    leaf = torch.randn(2, 4, 6, 16, device=device, requires_grad=True)
+    view = leaf.transpose(1, 2)
+    looped_cross_entropy(view, head, targets.t()).loss.backward()
+    expected = torch.autograd.grad(looped_cross_entropy_reference(view, head, targets.t())[0], leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trap_loss_scaling(device, backend, dtype):
+    """A loss scale reaches float16 gradients that would be subnormal without it."""
+    case = Case((2, 300, 16, 31), device, dtype, reduction="sum", weights=[2e-6, 2e-6])
+    scale = 2.0**19
+    scaled, _ = case.run(looped_cross_entropy, upstream=scale)
+    truth, _ = case.run(looped_cross_entropy_reference, torch.float64, upstream=scale)
+    plain, _ = case.run(looped_cross_entropy_reference, upstream=scale)
+    for name in ("states", "head", "norm_weight"):
+        assert_no_worse_than(scaled[name], plain[name], truth[name], name=name)
+
+
+def test_trap_float16_sums_over_many_tokens_do_not_overflow(backend, device):
+    """The head's gradient is a mean, of order one, whatever the sum over tokens is before it is divided."""
+    states = torch.full((1, 3000, 16), 60.0, device=device).half().requires_grad_()
+    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(3000, dtype=torch.int64)
+    looped_cross_entropy(states, head, targets.to(device), readout="raw").loss.backward()
+    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -40.0, device=device))
+
+
+def test_trap_common_logit_offset(backend, device):
+    """Logits of 1e4 and a little, exact in float32: the loss keeps the precision of the differences."""
+    head = torch.eye(31, device=device)
+    states = 1e4 + torch.randint(-64, 64, (2, 9, 31), device=device) / 64
+    targets = torch.randint(31, (9,), device=device)
+    truth = looped_cross_entropy_reference(states.double(), head.double(), targets, readout="raw", label_smoothing=0.1)
+    result = looped_cross_entropy(states, head, targets, readout="raw", label_smoothing=0.1)
+    torch.testing.assert_close(result.loss.double(), truth[0], rtol=1e-6, atol=0)
+    losses = readout_statistics(states, head, targets, readout="raw").loss
+    truth = looped_cross_entropy_reference(states.double(), head.double(), targets, readout="raw", reduction="none")
+    torch.testing.assert_close(losses.double(), truth[0] * 2, rtol=2e-6, atol=0)
+
+
+def test_trap_masked_vocabulary(backend, device):
+    """A bias of -inf takes words out of the vocabulary: everything else stays finite."""
+    case = Case((2, 9, 24, 31), device)
+    bias = torch.zeros(31, device=device)
+    bias[[3, 30]] = -torch.inf
+    case.targets[case.targets == 3] = case.targets[case.targets == 30] = 5
+    _, result = case.run(looped_cross_entropy, bias=bias, statistics=True)
+    keep = [word for word in range(31) if word not in (3, 30)]
+    case.tensors["head"] = case.tensors["head"][keep]
+    case.targets = torch.tensor([keep.index(word) for word in case.targets.tolist()], device=device)
+    expected, small = case.run(looped_cross_entropy, statistics=True)
+    torch.testing.assert_close(result.loss, expected["loss"])
+    torch.testing.assert_close(result.statistics.entropy, small.statistics.entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_trap_an_infinite_upstream_gradient_stays_in_its_row(backend, device):
+    case = Case((1, 6, 24, 31), device, reduction="none")
+    upstream = torch.ones(1, 6, device=device)
+    expected, _ = case.run(looped_cross_entropy, upstream=upstream)
+    upstream[0, 2] = torch.inf
+    actual, _ = case.run(looped_cross_entropy, upstream=upstream)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(actual["states"][:, others], expected["states"][:, others])
+
+
+def test_trap_states_of_the_autocast_dtype(backend, device):
+    """A model whose last operation autocasts gives bfloat16 states beside a float32 head."""
+    case = Case((2, 9, 24, 31), device)
+    states = case.tensors["states"].bfloat16().requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = looped_cross_entropy(states, case.tensors["head"].requires_grad_(), case.targets).loss
+        assert readout_statistics(states, case.tensors["head"]).lse.isfinite().all()
+    expected, _ = looped_cross_entropy_reference(states.float(), case.tensors["head"], case.targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(loss, states)[0].dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_refused():
+    case = Case((2, 5, 8, 11), weights="token")
+    weights = case.tensors["weights"].requires_grad_()
+    states = case.tensors["states"].requires_grad_()
+    loss = looped_cross_entropy(states, case.tensors["head"], case.targets, weights=weights).loss
+    first = torch.autograd.grad(loss, [weights, states], create_graph=True)
+    assert not first[0].requires_grad
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first[1].square().sum(), states)
+
+
+def test_trap_autocast(backend, device):
+    """float32 states and head under autocast: products in bfloat16, sums and the head's gradient in float32."""
+    case = Case((2, 33, 32, 65), device, penalty=0.01)
+    low = {}
+    for name, function in (("fused", looped_cross_entropy), ("plain", looped_cross_entropy_reference)):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            low[name], _ = case.run(function)
+    truth, _ = case.run(looped_cross_entropy_reference, torch.float64)
+    for name, value in truth.items():
+        assert low["fused"][name].dtype == torch.float32, name
+        assert_no_worse_than(low["fused"][name], low["plain"][name], value, name=name)
+
+
+def test_trap_recompiles_for_every_length():
+    counter = torch._dynamo.testing.CompileCounter()
+    head = torch.randn(31, 16, requires_grad=True)
+    compiled = torch.compile(
+        lambda s, t: looped_cross_entropy(s, head, t).loss, backend=counter, fullgraph=True, dynamic=True
+    )
+    for n in (5, 9, 12, 31):
+        compiled(torch.randn(2, n, 16, requires_grad=True), torch.randint(31, (n,)))
+    assert counter.frame_count == 1
+
+
+def _sharded_rank(rank: int, store: str) -> None:
+    """One of two ranks: half of the tokens, a sharded head and norm, against the whole batch on one process."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    case = Case((2, 6, 16, 32))
+    expected, _ = case.run(looped_cross_entropy)
+    mesh = init_device_mesh("cpu", (2,))
+    head, weight = (
+        distribute_tensor(case.tensors[name].clone(), mesh, [Shard(0)]).requires_grad_()
+        for name in ("head", "norm_weight")
+    )
+    mine = slice(3 * rank, 3 * rank + 3)
+    states = case.tensors["states"][:, mine].clone().requires_grad_()
+    looped_cross_entropy(states, head, case.targets[mine], norm_weight=weight).loss.backward()
+    for name, parameter in (("head", head), ("norm_weight", weight)):
+        assert isinstance(parameter.grad, DTensor)
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(states.grad / 2, expected["states"][:, mine], rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_trap_sharded_head(tmp_path):
+    """FSDP2's parameters outside their module's forward: gathered, their gradients averaged over the ranks."""
+    torch.multiprocessing.spawn(_sharded_rank, args=(f"{tmp_path}/store",), nprocs=2)
+
+
+def peak_bytes(n_loops: int, n_tokens: int = 512, d: int = 16, vocabulary: int = 4000) -> int:
+    """Peak of live CPU memory allocated during forward and backward, less the states' gradients."""
+    states = torch.randn(n_loops, n_tokens, d, requires_grad=True)
+    head, targets = torch.randn(vocabulary, d, requires_grad=True), torch.randint(vocabulary, (n_tokens,))
+    looped_cross_entropy(states, head, targets, chunk_rows=64).loss.backward()
+    states.grad = head.grad = None
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        looped_cross_entropy(states, head, targets, chunk_rows=64).loss.backward()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
+
+
+def test_trap_memory_does_not_grow_with_the_loops():
+    """One logits chunk, one dW; only the states' gradients and the rows' losses grow with K."""
+    n_tokens, d, vocabulary = 512, 16, 4000
+    peaks = {k: peak_bytes(k) for k in (1, 4, 8)}
+    chunk, head = 64 * vocabulary * 4, vocabulary * d * 4
+    for k, peak in peaks.items():
+        growing = k * n_tokens * (2 * d + 6) * 4  # the states' gradients twice (saved, scaled) and row results
+        assert chunk < peak <= chunk + head + growing + (1 << 16), (k, peak)
+        assert peak - peaks[1] <= growing, (k, peak)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 16, 31), (1, 0, 8, 3)])
+def test_trap_empty_batch(backend, device, shape):
+    actual, result = Case(shape, device, penalty=0.1).run(looped_cross_entropy, statistics=True)
+    assert result.loss == 0
+    assert actual["head"].eq(0).all()
+    assert actual["states"].shape == shape[:3]
+    assert result.statistics.loss.shape == shape[:2]
+
+
+@pytest.mark.parametrize("target", [-1, 31, 10**9])
+def test_trap_target_out_of_range(backend, device, target):
+    if device.type == "cuda":
+        pytest.skip("an assertion on the device ends the process's use of it")
+    case = Case((2, 5, 24, 31), device)
+    case.targets[3] = target
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, 31\) or ignore_index=-100. Got {target}"):
+        case.run(looped_cross_entropy)
+
+
+def test_trap_unread_loops_cost_nothing(monkeypatch):
+    """Terminal supervision of four loops makes the products of one."""
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape) or mm(*a, **k))
+    case = Case((4, 8, 16, 31), weights=[0, 0, 0, 1.0])
+    _, result = case.run(looped_cross_entropy)
+    assert products == [(8, 16), (8, 31)]
+    assert result.per_loop[:3].isnan().all()
+
+
+def test_trap_gradients_nobody_needs_are_not_computed(monkeypatch):
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape) or mm(*a, **k))
+    case = Case((2, 8, 16, 31))
+    case.run(looped_cross_entropy, frozen=("states", "norm_weight"))
+    assert products == [(16, 16)]
+    products.clear()
+    with torch.no_grad():
+        looped_cross_entropy(case.tensors["states"].requires_grad_(), case.tensors["head"], case.targets)
+    assert products == [(16, 16)]
+
+
+def test_deterministic(backend, device):
+    case = Case((3, 40, 32, 65), device, torch.bfloat16, penalty=0.1)
+    first, _ = case.run(looped_cross_entropy, chunk_rows=16)
+    for _ in range(3):
+        again, _ = case.run(looped_cross_entropy, chunk_rows=16)
+        assert all(torch.equal(first[name], again[name]) for name in first)
