@@ -144,6 +144,28 @@ def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, activ
     return torch.stack([*per_row, mean_square, dot, fraction])
 
 
+def _parameter_gradient(total: Tensor | None, like: Tensor | None, scales: Scales | None, head: Tensor) -> Tensor:
+    """What was added up for a parameter, over all programs and in true units; an empty vector where nothing was."""
+    if total is None or like is None:
+        return head.new_empty(0)
+    total = total.sum(0) if total.dim() > like.dim() else total
+    return (total if scales is None else total.mul_(scales.reference)).to(_stored(like.dtype))
+
+
+def _unread_loops(
+    loops: list[Tensor], unread: Sequence[int], mean_square: Tensor | None, dmean_square: Tensor | None,
+    dloops: list[Tensor | None],
+) -> None:  # fmt: skip
+    """Loops that are not read out: their scale may be penalised, and their gradient is the penalty's, or 0."""
+    for k in unread:
+        h, dh = loops[k], dloops[k]
+        if mean_square is not None:
+            norm_forward(h, None, None, eps=0.0, norm="none", mean_square=mean_square[k])
+        if dh is not None:
+            square = h.new_zeros((), dtype=accumulator(h.dtype)) if dmean_square is None else dmean_square
+            norm_backward(None, h, None, eps=0.0, norm="none", dmean_square=square.expand(len(h)), dh=dh)
+
+
 @torch.library.custom_op("looped::cross_entropy", mutates_args=())
 def _cross_entropy(
     states: list[Tensor], head: Tensor, targets: Tensor, coefficient: Tensor | None, norm_weight: Tensor | None,
@@ -188,29 +210,19 @@ def _cross_entropy(
             active, targets, vectors[2], options, chunk_rows, rows, mean_square=mean_square, gradients=gradients,
             scales=scales, dmean_square=dmean_square, radial=radial,
         )  # fmt: skip
-        for k in sorted(set(range(n_loops)) - set(active)):  # not read, but their scale may be penalised
-            if mean_square is not None:
-                norm_forward(loops[k], None, None, eps=eps, norm="none", mean_square=mean_square[k])
-            dh = dloops[k]
-            if dh is not None:
-                square = buffer(fill=0.0) if dmean_square is None else dmean_square
-                norm_backward(None, loops[k], None, eps=eps, norm="none", dmean_square=square.expand(n_tokens), dh=dh)
+        _unread_loops(loops, sorted(set(range(n_loops)) - set(active)), mean_square, dmean_square, dloops)
 
     total = buffer(fill=0.0) if coefficient is None else (coefficient * rows.loss.view(coefficient.shape)).sum()
     if penalty > 0 and mean_square is not None and n_tokens > 0:
         total = total + penalty * mean_square.mean()
-    parameters = []
-    for gradient, like in zip(gradients[1:], (head, norm_weight, norm_bias, bias), strict=True):
-        if gradient is None or like is None:
-            parameters.append(head.new_empty(0))
-            continue
-        summed = gradient.sum(0) if gradient.dim() > like.dim() else gradient
-        parameters.append((summed if scales is None else summed.mul_(scales.reference)).to(_stored(like.dtype)))
     stats = head.new_empty(0, dtype=wide)
     if mean_square is not None and radial is not None:
         stats = _row_statistics(rows, mean_square, radial, active, d)
     top1 = rows.top1.view(len(active), n_tokens) if rows.top1 is not None else head.new_empty(0, dtype=torch.int64)
-    dhead, dnorm_weight, dnorm_bias, dbias = parameters
+    dhead, dnorm_weight, dnorm_bias, dbias = (
+        _parameter_gradient(gradient, like, scales, head)
+        for gradient, like in zip(gradients[1:], (head, norm_weight, norm_bias, bias), strict=True)
+    )
     loss = rows.loss.view(len(active), n_tokens)
     return total, loss, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
 
@@ -346,8 +358,8 @@ def looped_cross_entropy(
         mean:  sum_{k, t} w[k, t] CE[k, t] / n + penalty * mean_{k, t, channels} h^2     (n: tokens not ignored)
         sum:   the same without / n;    none: w * CE, [K, ...], 0 where ignored
 
-    Memory beyond inputs and outputs is one chunk of logits, whatever K; all gradients that somebody needs are formed
-    in the forward pass.  kernels/README.md has the derivations.
+    Memory beyond inputs and outputs is one chunk of logits and one float32 dW, whatever K; all gradients that somebody
+    needs are formed in the forward pass.  kernels/README.md has the derivations.
 
     Args:
         states: the hidden states H_1..H_K before the readout norm: one tensor [K, ..., d] or a sequence of K tensors

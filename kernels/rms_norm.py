@@ -127,7 +127,7 @@ def rms_norm_penalty(
         x: [..., d], float32, bfloat16 or float16 (float64 too on CPU), any strides.
         weight: [d] of any floating dtype, or None for 1.
         eps: added to the mean square.
-        residual: [..., d] like x, of any floating dtype: the residual stream that x is added to.
+        residual: [..., d] like x, of any dtype that x may have: the residual stream that x is added to.
 
     Returns:
         `y` [..., d] in x's dtype (under autocast: in its dtype, as a matrix product would take it);

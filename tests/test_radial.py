@@ -61,6 +61,11 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.looped.radial_gradient.default, tensors)
 
 
+def test_opcheck_backward():
+    arguments = (torch.randn(4, 24), torch.randn(4, 24), torch.randn(4), torch.randn(4), torch.randn(4))
+    torch.library.opcheck(torch.ops.looped.radial_gradient_backward.default, arguments)
+
+
 def test_compiles_without_graph_breaks():
     h, grad = torch.randn(4, 24), torch.randn(4, 24)
     compiled = torch.compile(lambda h, g: radial_gradient(h, g).fraction, fullgraph=True, backend="aot_eager")

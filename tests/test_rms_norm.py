@@ -161,6 +161,14 @@ def test_opcheck():
         torch.library.opcheck(op, (*arguments, 1e-6, torch.float32))
 
 
+def test_opcheck_backward():
+    dy, h, weight = torch.randn(4, 24), torch.randn(4, 24), torch.rand(24)
+    op = torch.ops.looped.rms_norm_penalty_backward.default
+    for x_dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(op, (dy, torch.randn(4), torch.randn(4, 24), h, weight, 1e-6, x_dtype, True))
+    torch.library.opcheck(op, (None, torch.randn(4), None, h, None, 1e-6, torch.float32, False))
+
+
 def test_compiles_without_graph_breaks():
     def function(x, weight, residual):
         result = rms_norm_penalty(x, weight, residual=residual)
