@@ -12,7 +12,7 @@ CE = 0 and g = 0.  The pass can also leave the row's entropy `lse - sum_j p_j z_
 the margin to the second largest.
 
 Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
-written once where a row fits a program's registers (V <= 16384, with statistics V <= 8192), read twice otherwise.
+written once where a row fits a program's registers (V <= 16384, or 24576 for plain 16-bit ones), read twice otherwise.
 
 Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., arXiv 2204.02311.  Online softmax:
 Milakov & Gimelshein, arXiv 1805.02867.
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from kernels.device import accumulator, uses_triton
 
-WHOLE_ROW_COLUMNS = 16384  # the longest row that a program keeps in registers; half as long with statistics
-CPU_BLOCK_ELEMENTS = 1 << 19  # float32 logits in work at once on the CPU: 2 MiB, two cores' second-level caches
+HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
+MAX_HELD_BLOCKS = 2  # how many it keeps without spills; one more of 16-bit logits that need nothing but the loss
 
 
 class LossOptions(NamedTuple):
@@ -132,47 +132,82 @@ def gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_column
 
 
 @triton.jit
+def load_logits(
+    logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z [BLOCK_ROWS, BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary."""
+    inside = in_rows[:, None] & (column < row_length)[None, :]
+    z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    return finish_logits(z, bias_ptr, column, column < n_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def empty_sums(BLOCK_ROWS: tl.constexpr):
+    """The sums of `fold_block` before the first block."""
+    zero = tl.zeros((BLOCK_ROWS,), tl.float32)
+    lowest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    best = tl.zeros((BLOCK_ROWS,), tl.int32)
+    return zero - 1.0e38, zero, zero, zero, zero, zero, lowest, best, lowest
+
+
+@triton.jit
+def fold_block(z, column, target, n_columns, first, sums, HAS_STATISTICS: tl.constexpr):
+    """The sums over a row, [BLOCK_ROWS] each, after one more block z [BLOCK_ROWS, BLOCK_VOCAB] of it."""
+    maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
+    new_maximum, e, new_total = fold_softmax(z, maximum, total)
+    if HAS_STATISTICS:
+        moment = fold_moment(z, e, maximum, total, new_maximum, moment)
+        top1, best, top2 = fold_top2(z, column, top1, best, top2)
+    pivot = tl.where(first, new_maximum, pivot)  # the first block's maximum: sums of z - pivot stay exact
+    sum_z += tl.sum(tl.where((column < n_columns)[None, :], z - pivot[:, None], 0.0), axis=1)
+    z_target += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
+    return new_maximum, new_total, pivot, sum_z, z_target, moment, top1, best, top2
+
+
+@triton.jit
+def store_gradient(
+    logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap, z_loss,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
+    inside = in_rows[:, None] & (column < row_length)[None, :]
+    tl.store(logits_row + column[None, :], g.to(logits_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
     n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
     HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    WHOLE_ROW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    HELD_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
     in_rows = row < n_rows
     out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
     logits_row = logits_ptr + row[:, None] * row_length
+    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
     target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
-    maximum = tl.full((BLOCK_ROWS,), -1.0e38, tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    moment = tl.zeros((BLOCK_ROWS,), tl.float32)
-    pivot = tl.zeros((BLOCK_ROWS,), tl.float32)  # the first block's maximum: sums of z - pivot stay exact
-    sum_z = tl.zeros((BLOCK_ROWS,), tl.float32)
-    z_target = tl.zeros((BLOCK_ROWS,), tl.float32)
-    top1 = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    top2 = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    best = tl.zeros((BLOCK_ROWS,), tl.int32)
 
-    for start in range(0, n_columns, BLOCK_VOCAB):
-        column = start + tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
-        in_columns = column < n_columns
-        inside = in_rows[:, None] & (column < row_length)[None, :]
-        z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
-        new_maximum, e, new_total = fold_softmax(z, maximum, total)
-        if HAS_STATISTICS:
-            moment = fold_moment(z, e, maximum, total, new_maximum, moment)
-            top1, best, top2 = fold_top2(z, column, top1, best, top2)
-        maximum, total = new_maximum, new_total
-        pivot = tl.where(start == 0, new_maximum, pivot)
-        sum_z += tl.sum(tl.where(in_columns[None, :], z - pivot[:, None], 0.0), axis=1)
-        z_target += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
-        if WHOLE_ROW:  # one block holds the row: its gradient needs no second read
-            lse = maximum + tl.log(total)
-            if HAS_GRADIENT:
-                omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
-                g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
-                tl.store(logits_row + column[None, :], g.to(logits_ptr.dtype.element_ty), mask=inside)
+    sums = empty_sums(BLOCK_ROWS)
+    held = ()  # all of a row, or, where HELD_BLOCKS is 0, nothing
+    for block in tl.static_range(HELD_BLOCKS):
+        column = block * BLOCK_VOCAB + block_column
+        z = load_logits(
+            logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
+        )  # fmt: skip
+        held = held + (z,)  # type: ignore[assignment]
+    for block in tl.static_range(HELD_BLOCKS):
+        column = block * BLOCK_VOCAB + block_column
+        sums = fold_block(held[block], column, target, n_columns, block == 0, sums, HAS_STATISTICS)
+    if HELD_BLOCKS == 0:
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + block_column
+            z = load_logits(
+                logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
+            )  # fmt: skip
+            sums = fold_block(z, column, target, n_columns, start == 0, sums, HAS_STATISTICS)
+    maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
 
     lse = maximum + tl.log(total)
     ignored = target == ignore_index
@@ -187,25 +222,37 @@ def cross_entropy_kernel(
         tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
         tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
 
-    if HAS_GRADIENT and not WHOLE_ROW:
+    if HAS_GRADIENT:
         omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
-        for start in range(0, n_columns, BLOCK_VOCAB):
-            column = start + tl.arange(0, BLOCK_VOCAB)
-            in_columns = column < n_columns
-            inside = in_rows[:, None] & (column < row_length)[None, :]
-            z = tl.load(logits_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            z = finish_logits(z, bias_ptr, column, in_columns, softcap, HAS_BIAS, HAS_SOFTCAP)
-            g = gradient(z, lse, target, omega, column, smoothing, softcap, z_loss, n_columns, HAS_SOFTCAP)
-            tl.store(logits_row + column[None, :], g.to(logits_ptr.dtype.element_ty), mask=inside)
+        for block in tl.static_range(HELD_BLOCKS):
+            column = block * BLOCK_VOCAB + block_column
+            store_gradient(
+                logits_row, held[block], lse, target, omega, column, in_rows, n_columns, row_length, smoothing,
+                softcap, z_loss, HAS_SOFTCAP,
+            )  # fmt: skip
+        if HELD_BLOCKS == 0:
+            for start in range(0, n_columns, BLOCK_VOCAB):
+                column = start + block_column
+                z = load_logits(
+                    logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
+                )  # fmt: skip
+                store_gradient(
+                    logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap,
+                    z_loss, HAS_SOFTCAP,
+                )  # fmt: skip
 
 
-def cross_entropy_blocks(n_columns: int, statistics: bool) -> dict[str, int | bool]:
-    """Tile and warps of a program for a vocabulary of `n_columns`: whole rows where registers hold them."""
-    whole_row = n_columns <= (WHOLE_ROW_COLUMNS // 2 if statistics else WHOLE_ROW_COLUMNS)
-    block_vocab = max(16, triton.next_power_of_2(n_columns)) if whole_row else 2048
-    block_rows = max(1, min(8, 2048 // block_vocab))
-    warps = min(16, max(4, block_rows * block_vocab // 1024))
-    return {"WHOLE_ROW": whole_row, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": block_vocab, "num_warps": warps}
+def cross_entropy_blocks(n_columns: int, plain: bool) -> dict[str, int]:
+    """Tile and warps for a vocabulary of `n_columns`; plain: 16-bit logits, no bias, no softcap, no statistics."""
+    held_block = min(HELD_BLOCK, max(16, triton.next_power_of_2(n_columns)))
+    held_blocks = triton.cdiv(n_columns, held_block)
+    if held_blocks > MAX_HELD_BLOCKS + plain:
+        # Read twice, by so large a program that a multiprocessor holds one: then what is read again is still in L2.
+        warps = 16 if torch.version.hip else 32
+        return {"HELD_BLOCKS": 0, "BLOCK_ROWS": 1, "BLOCK_VOCAB": HELD_BLOCK, "num_warps": warps}
+    block_rows = max(1, min(8, 2048 // held_block))
+    warps = max(4, block_rows * held_block // 512)
+    return {"HELD_BLOCKS": held_blocks, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": held_block, "num_warps": warps}
 
 
 def _cross_entropy_triton(
@@ -213,7 +260,8 @@ def _cross_entropy_triton(
     results: RowResults, first_row: int,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    blocks = cross_entropy_blocks(n_columns, results.lse is not None)
+    plain = logits.element_size() == 2 and bias is None and options.softcap is None and results.lse is None
+    blocks = cross_entropy_blocks(n_columns, plain)
     cross_entropy_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),)](
         logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
         loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
@@ -284,13 +332,19 @@ def _cross_entropy_block_cpu(
         z.masked_fill_(zero.unsqueeze(-1), 0.0)
 
 
+def _cpu_block_rows(n_columns: int) -> int:
+    """How many rows of float32 logits fit the second-level caches of the threads that share the work."""
+    cache = torch.cpu.get_capabilities().get("l2_cache_size", 1 << 20)
+    return max(1, torch.get_num_threads() * cache // (4 * n_columns))
+
+
 def _cross_entropy_cpu(
     logits: Tensor, targets: Tensor, omega: Tensor | None, bias: Tensor | None, options: LossOptions,
     results: RowResults, first_row: int,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
     wide = accumulator(logits.dtype)
-    block_rows = max(1, CPU_BLOCK_ELEMENTS // n_columns)
+    block_rows = _cpu_block_rows(n_columns)
     work = None if logits.dtype == wide else torch.empty((min(block_rows, n_rows), n_columns), dtype=wide)
     token = torch.arange(first_row, first_row + n_rows).remainder_(targets.shape[0])
     chunk_targets = targets[token]

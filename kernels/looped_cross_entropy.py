@@ -2,7 +2,7 @@
 
 The equations stand in kernels/readout.py.  One op does the work.  Its output `total` carries gradients that were
 formed in the forward pass; its output `ce`, the row losses, is differentiable too, by running the pass again with
-the upstream gradient for coefficients.  Weights, the mean and the mask are plain PyTorch around it.
+the upstream gradient for weights.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ from kernels.arguments import (
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype
-from kernels.readout import Gradients, Readout, ReadoutPass, Scales, default_chunk_rows
+from kernels.readout import Gradients, Readout, ReadoutPass, default_chunk_rows
 from kernels.row_norm import norm_backward, norm_forward, partial_sums
+from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
 
 
 class LoopedStatistics(NamedTuple):
@@ -103,30 +104,23 @@ def looped_cross_entropy_reference(
 
 
 # The op ---------------------------------------------------------------------------------------------------------------
-# Outputs: total [], ce [A, N], the gradients of head, norm_weight, norm_bias and bias, the row statistics [6, A, N]
-# (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], the states' gradients; A = len(active)
-# loops are read.  What is not asked for is an empty vector.  Gradients of float16 tensors are float32 until the
-# upstream gradient, a loss scale perhaps, is known.
+# Outputs: total [], per_loop [A] and ce [A, N], the scales' factors [3], the gradients of head, norm_weight, norm_bias
+# and bias, the row statistics [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N],
+# the states' gradients [S, N, d]; A = len(active) loops are read.  What is not asked for is an empty vector.  The
+# parameters' gradients are what was added up, in the accumulator's dtype and the scales' units: upstream gradient and
+# unit are multiplied to them, and they are rounded, in one pass.
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the gradient of a tensor of `dtype` waits for the upstream gradient."""
+    """The dtype in which a state's gradient waits for the upstream gradient, which may be a loss scale."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _state_gradients(
-    states: list[Tensor], need_states: list[bool], active: list[int], penalty: float
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Buffers for the states' gradients: as the op returns them, and loop by loop (None where not needed)."""
+def _differentiated(states: list[Tensor], need_states: list[bool], active: list[int], penalty: float) -> list[int]:
+    """The loops whose states' gradients are formed: of a stack all, of a sequence those that have one."""
     if states[0].dim() == 3:
-        if not need_states[0]:
-            return [states[0].new_empty(0)], [None] * len(states[0])
-        stacked = states[0].new_empty(states[0].shape, dtype=_stored(states[0].dtype))
-        return [stacked], list(stacked.unbind(0))
-    wanted = [need and (penalty > 0 or k in active) for k, need in enumerate(need_states)]
-    kind = _stored(states[0].dtype)
-    buffers = [s.new_empty(s.shape if want else 0, dtype=kind) for s, want in zip(states, wanted, strict=True)]
-    return buffers, [buffer if want else None for buffer, want in zip(buffers, wanted, strict=True)]
+        return list(range(len(states[0]))) if need_states[0] else []
+    return [k for k, need in enumerate(need_states) if need and (penalty > 0 or k in active)]
 
 
 def _of_loops(values: Tensor, active: list[int]) -> Tensor:
@@ -144,16 +138,27 @@ def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, activ
     return torch.stack([*per_row, mean_square, dot, fraction])
 
 
-def _parameter_gradient(total: Tensor | None, like: Tensor | None, scales: Scales | None, head: Tensor) -> Tensor:
-    """What was added up for a parameter, over all programs and in true units; an empty vector where nothing was."""
+def _accumulators(head: Tensor, h: Tensor, needs: list[bool], formed: bool) -> list[Tensor | None]:
+    """Those needed of head, norm_weight, norm_bias and bias; zeroed where no first chunk writes over them."""
+
+    def product(*shape: int) -> Tensor:
+        space = head.new_empty(shape, dtype=accumulator(head.dtype))
+        return space if formed else space.zero_()
+
+    dhead, dbias = product(*head.shape) if needs[0] else None, product(head.shape[0]) if needs[3] else None
+    dnorm_weight, dnorm_bias = (partial_sums(h).zero_() if need else None for need in needs[1:3])
+    return [dhead, dnorm_weight, dnorm_bias, dbias]
+
+
+def _parameter_gradient(total: Tensor | None, like: Tensor | None, head: Tensor) -> Tensor:
+    """What was added up for a parameter, over all programs; an empty vector where nothing was."""
     if total is None or like is None:
         return head.new_empty(0)
-    total = total.sum(0) if total.dim() > like.dim() else total
-    return (total if scales is None else total.mul_(scales.reference)).to(_stored(like.dtype))
+    return total.sum(0) if total.dim() > like.dim() else total
 
 
 def _unread_loops(
-    loops: list[Tensor], unread: Sequence[int], mean_square: Tensor | None, dmean_square: Tensor | None,
+    loops: list[Tensor], unread: Sequence[int], mean_square: Tensor | None, dmean_square: Tensor,
     dloops: list[Tensor | None],
 ) -> None:  # fmt: skip
     """Loops that are not read out: their scale may be penalised, and their gradient is the penalty's, or 0."""
@@ -162,18 +167,17 @@ def _unread_loops(
         if mean_square is not None:
             norm_forward(h, None, None, eps=0.0, norm="none", mean_square=mean_square[k])
         if dh is not None:
-            square = h.new_zeros((), dtype=accumulator(h.dtype)) if dmean_square is None else dmean_square
-            norm_backward(None, h, None, eps=0.0, norm="none", dmean_square=square.expand(len(h)), dh=dh)
+            norm_backward(None, h, None, eps=0.0, norm="none", dmean_square=dmean_square.expand(len(h)), dh=dh)
 
 
 @torch.library.custom_op("looped::cross_entropy", mutates_args=())
 def _cross_entropy(
-    states: list[Tensor], head: Tensor, targets: Tensor, coefficient: Tensor | None, norm_weight: Tensor | None,
+    states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, bias: Tensor | None, active: list[int], need_states: list[bool], needs: list[bool],
-    statistics: bool, readout: str, eps: float, penalty: float, ignore_index: int, label_smoothing: float,
+    statistics: bool, readout: str, eps: float, penalty: float, mean: bool, ignore_index: int, label_smoothing: float,
     softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    check_range(targets, head.shape[0], ignore_index)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    targets = targets.contiguous()
     states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
     vectors = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias)]
     loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
@@ -184,65 +188,64 @@ def _cross_entropy(
     def buffer(*shape: int, fill: float | None = None) -> Tensor:
         return head.new_empty(shape, dtype=wide) if fill is None else head.new_full(shape, fill, dtype=wide)
 
-    dstates, dloops = _state_gradients(states, need_states, active, penalty)
-    gradients = Gradients(
-        dloops,
-        buffer(*head.shape, fill=0.0) if needs[0] else None,
-        partial_sums(loops[0]) if needs[1] else None,
-        partial_sums(loops[0]) if needs[2] else None,
-        buffer(head.shape[0], fill=0.0) if needs[3] else None,
-    )
-    scales = None
-    if coefficient is not None and gradients.any:
-        scales = Scales.of(coefficient)
+    scales = loss_weights(
+        targets, weights, head.shape[0], ignore_index=ignore_index, mean=mean,
+        dmean_square=penalty / max(1, n_loops * n_tokens),
+    )  # fmt: skip
+    check_range(targets, head.shape[0], ignore_index, scales.in_range)
+    differentiated = _differentiated(states, need_states, active, penalty)
+    dstates = loops[0].new_empty((len(differentiated), n_tokens, d), dtype=_stored(loops[0].dtype))
+    dloops: list[Tensor | None] = [None] * n_loops
+    for row, loop in enumerate(differentiated):
+        dloops[loop] = dstates[row]
+    formed = weights is not None and n_rows > 0
+    gradients = Gradients(dloops, *_accumulators(head, loops[0], needs, formed))
     rows = RowResults(buffer(n_rows))
     if statistics:
         top1 = head.new_empty(n_rows, dtype=torch.int64)
         rows = RowResults(rows.loss, buffer(n_rows), buffer(n_rows), buffer(n_rows), top1)
     mean_square = buffer(n_loops, n_tokens) if statistics or penalty > 0 else None
     radial = buffer(2, n_loops, n_tokens, fill=torch.nan) if statistics else None
-    dmean_square = buffer(fill=penalty / max(1, n_loops * n_tokens)) if penalty > 0 else None
 
     with torch.autocast(head.device.type, enabled=False):
         reader = ReadoutPass(loops, head, vectors[0], vectors[1], readout=readout, eps=eps, compute_dtype=compute_dtype)
         options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
         reader.run(
             active, targets, vectors[2], options, chunk_rows, rows, mean_square=mean_square, gradients=gradients,
-            scales=scales, dmean_square=dmean_square, radial=radial,
+            scales=scales if formed and gradients.any else None, penalised=penalty > 0, radial=radial,
         )  # fmt: skip
-        _unread_loops(loops, sorted(set(range(n_loops)) - set(active)), mean_square, dmean_square, dloops)
+        _unread_loops(loops, sorted(set(range(n_loops)) - set(active)), mean_square, scales.dmean_square, dloops)
 
-    total = buffer(fill=0.0) if coefficient is None else (coefficient * rows.loss.view(coefficient.shape)).sum()
-    if penalty > 0 and mean_square is not None and n_tokens > 0:
-        total = total + penalty * mean_square.mean()
+    ce = rows.loss.view(len(active), n_tokens)
+    total, per_loop = loss_sums(ce, scales, mean_square if penalty > 0 else None, penalty)
     stats = head.new_empty(0, dtype=wide)
     if mean_square is not None and radial is not None:
         stats = _row_statistics(rows, mean_square, radial, active, d)
     top1 = rows.top1.view(len(active), n_tokens) if rows.top1 is not None else head.new_empty(0, dtype=torch.int64)
     dhead, dnorm_weight, dnorm_bias, dbias = (
-        _parameter_gradient(gradient, like, scales, head)
+        _parameter_gradient(gradient, like, head)
         for gradient, like in zip(gradients[1:], (head, norm_weight, norm_bias, bias), strict=True)
     )
-    loss = rows.loss.view(len(active), n_tokens)
-    return total, loss, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
+    return total, per_loop, ce, scales.factors, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
 
 
 @_cross_entropy.register_fake
 def _(
-    states, head, targets, coefficient, norm_weight, norm_bias, bias, active, need_states, needs, statistics, readout,
-    eps, penalty, ignore_index, label_smoothing, softcap, z_loss, chunk_rows, compute_dtype,
+    states, head, targets, weights, norm_weight, norm_bias, bias, active, need_states, needs, statistics, readout,
+    eps, penalty, mean, ignore_index, label_smoothing, softcap, z_loss, chunk_rows, compute_dtype,
 ):  # fmt: skip
     wide = accumulator(head.dtype)
     shape = (len(active), targets.shape[0])
     parameters = [
-        like.new_empty(like.shape, dtype=_stored(like.dtype)) if need and like is not None else head.new_empty(0)
+        like.new_empty(like.shape, dtype=wide) if need and like is not None else head.new_empty(0)
         for need, like in zip(needs, (head, norm_weight, norm_bias, bias), strict=True)
     ]
-    dstates, _ = _state_gradients(states, need_states, active, penalty)
+    n_differentiated = len(_differentiated(states, need_states, active, penalty))
+    dstates = states[0].new_empty((n_differentiated, *states[0].shape[-2:]), dtype=_stored(states[0].dtype))
     stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
     top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
-    total, ce = (head.new_empty(size, dtype=wide) for size in ((), shape))
-    return total, ce, *parameters, stats, top1, dstates
+    sums = (head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3))
+    return *sums, *parameters, stats, top1, dstates
 
 
 @torch.library.custom_op("looped::scaled", mutates_args=())
@@ -260,66 +263,74 @@ def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    states, head, targets, coefficient, norm_weight, norm_bias, bias, *options = inputs
-    total, ce, *parameters, statistics, top1, dstates = output
+    states, head, targets, weights, norm_weight, norm_bias, bias, *options = inputs
+    total, per_loop, ce, factors, *parameters, statistics, top1, dstates = output
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.n_states = options, len(states)
-    ctx.dtypes = [None if t is None else t.dtype for t in (head, norm_weight, norm_bias, bias, *states)]
-    ctx.eager = coefficient is not None  # then `total` is differentiated, else the row losses
-    other = ce if ctx.eager else total
-    ctx.mark_non_differentiable(other, *parameters, statistics, top1, *dstates)
-    if ctx.eager:
-        ctx.save_for_backward(ce, *parameters, *dstates)
-    else:
+    ctx.options, ctx.n_states, ctx.stacked = options, len(states), states[0].dim() == 3
+    active, need_states, _, _, _, _, penalty, ctx.mean, *_ = options
+    ctx.differentiated = _differentiated(states, need_states, active, penalty)
+    ctx.dtypes = [None if t is None else t.dtype for t in (head, norm_weight, norm_bias, bias, states[0])]
+    ctx.weights_shape = None if weights is None else weights.shape  # with weights `total` is differentiated, else ce
+    other = total if weights is None else ce
+    ctx.mark_non_differentiable(other, per_loop, factors, *parameters, statistics, top1, dstates)
+    if weights is None:
         ctx.save_for_backward(head, targets, norm_weight, norm_bias, bias, *states)
+    else:
+        ctx.save_for_backward(ce, factors, *parameters, dstates)
 
 
-def _again(ctx, dce: Tensor) -> list[Tensor]:
-    """The gradients of sum dce * ce, by the same pass with dce for coefficients."""
+def _again(ctx, dce: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
+    """The gradients of sum dce * ce, by the same pass with dce for weights: factors, gradients, the states' loops."""
     head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
-    active, _, _, _, readout, eps, _, *loss_options, chunk_rows, compute_dtype = ctx.options
+    active, _, _, _, readout, eps, _, _, *loss_options, chunk_rows, compute_dtype = ctx.options
     wanted = ctx.needs_input_grad
     need_states = [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
-    _, _, *parameters, _, _, dstates = _cross_entropy(
+    _, _, _, factors, *parameters, _, _, dstates = _cross_entropy(
         states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
-        [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, *loss_options, chunk_rows, compute_dtype,
+        [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, False, *loss_options, chunk_rows,
+        compute_dtype,
     )  # fmt: skip
-    return [*parameters, *dstates]
+    return factors, [*parameters, dstates], _differentiated(states, need_states, active, 0.0)
 
 
-def _backward(ctx, dtotal, dce, *_):
+def _state_gradients(ctx, dstates: Tensor, dtotal: Tensor, differentiated: list[int]) -> list[Tensor | None]:
+    """The gradients [N, d] of a sequence of states or [[K, N, d]] of their stack, from dstates [S, N, d]."""
+    gradients: list[Tensor | None] = [None] * ctx.n_states
+    if differentiated:
+        dstates = _scaled(dstates, dtotal, ctx.dtypes[4])
+    if differentiated and ctx.stacked:
+        return [dstates]
+    for row, loop in enumerate(differentiated):
+        gradients[loop] = dstates[row]
+    return gradients
+
+
+def _backward(ctx, dtotal, _, dce, *__):
     none = (None,) * len(ctx.options)
     if dtotal is None and dce is None:
         return [None] * ctx.n_states, *((None,) * 6), *none
-    dcoefficient = None
-    if ctx.eager:
-        ce, *gradients = ctx.saved_tensors
-        dcoefficient = dtotal * ce if ctx.needs_input_grad[3] else None
+    dweights, differentiated = None, ctx.differentiated
+    if ctx.weights_shape is None:
+        factors, gradients, differentiated = _again(ctx, dce)
+        dtotal = dce.new_ones(())
     else:
-        gradients, dtotal = _again(ctx, dce), dce.new_ones(())
-    scaled = [
-        _scaled(gradient, dtotal, dtype) if gradient.numel() or gradient.dim() > 1 else None
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-    ]
-    dhead, dnorm_weight, dnorm_bias, dbias, *dstates = scaled
-    return dstates, dhead, None, dcoefficient, dnorm_weight, dnorm_bias, dbias, *none
+        ce, factors, *gradients = ctx.saved_tensors
+        if ctx.needs_input_grad[3]:
+            dweights = (dtotal * ce / (factors[1] if ctx.mean else 1)).sum_to_size(ctx.weights_shape)
+    *parameters, dstates = gradients
+    reference = dtotal * factors[0]
+    dhead, dnorm_weight, dnorm_bias, dbias = (
+        _scaled(gradient, reference, dtype) if gradient.numel() or gradient.dim() > 1 else None
+        for gradient, dtype in zip(parameters, ctx.dtypes[:4], strict=True)
+    )
+    states = _state_gradients(ctx, dstates, dtotal, differentiated)
+    return states, dhead, None, dweights, dnorm_weight, dnorm_bias, dbias, *none
 
 
 torch.library.register_autograd("looped::cross_entropy", _backward, setup_context=_setup_context)
 
 
 # The public function --------------------------------------------------------------------------------------------------
-
-
-def _coefficients(
-    weights: Tensor | Sequence[float] | None, active: list[int], n_loops: int, valid: Tensor, wide: torch.dtype
-) -> Tensor:
-    """w[k, t] * [t is not ignored] for the active loops, [A, N]; differentiable in a weights tensor."""
-    if isinstance(weights, Tensor):
-        return weights.to(wide).reshape(n_loops, -1) * valid
-    if weights is None:
-        return valid.mul(1.0 / n_loops).expand(n_loops, -1)
-    return torch.stack([valid * weights[k] for k in active]) if active else valid.new_empty((0, *valid.shape))
 
 
 def _spread(values: Tensor, active: list[int], n_loops: int, shape: torch.Size, fill: float) -> Tensor:
@@ -405,25 +416,21 @@ def looped_cross_entropy(
     active = [k for k in range(n_loops) if not (by_hand and weights[k] == 0)]  # type: ignore[index]
     targets = targets.reshape(-1).long()
     wide = accumulator(head.dtype)
-    valid = (targets != ignore_index).to(wide)
-    n = valid.sum().clamp(min=1)
-    coefficient = _coefficients(weights, active, n_loops, valid, wide)
-    if reduction == "mean":
-        coefficient = coefficient / n
+    weighting = loop_weights(weights, active, n_loops, head, wide)
     eager = reduction != "none"
 
     def needed(tensor: Tensor | None) -> bool:
         return eager and torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
-    total, ce, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
-        rows, head, targets, coefficient if eager else None, norm_weight, norm_bias, bias, active,
+    total, mean_ce, ce, _, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
+        rows, head, targets, weighting if eager else None, norm_weight, norm_bias, bias, active,
         [needed(state) for state in rows], [needed(t) for t in (head, norm_weight, norm_bias, bias)], statistics,
-        readout, eps, penalty, ignore_index, label_smoothing, softcap, z_loss,
+        readout, eps, penalty, reduction == "mean", ignore_index, label_smoothing, softcap, z_loss,
         chunk_rows or default_chunk_rows(head.device, head.shape[0]), compute_dtype,
     )  # fmt: skip
     detached = ce.detach()
-    per_loop = _spread((detached.sum(1) / n).unsqueeze(1), active, n_loops, torch.Size(()), torch.nan).view(n_loops)
-    loss = total if eager else _spread(coefficient * ce, active, n_loops, shape, 0.0)
+    per_loop = _spread(mean_ce.unsqueeze(1), active, n_loops, torch.Size(()), torch.nan).view(n_loops)
+    loss = total if eager else _spread(weighting * ce, active, n_loops, shape, 0.0)
     if not statistics:
         return LoopedCrossEntropy(loss, per_loop, None)
     measured = (detached, *row_statistics.detach().unbind(0))

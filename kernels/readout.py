@@ -27,12 +27,13 @@ import triton
 from torch import Tensor
 
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
-from kernels.device import uses_triton
+from kernels.device import product_dtype, uses_triton
 from kernels.row_norm import Norm, norm_backward, norm_forward
+from kernels.weighted_loss import Scales
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096
-CPU_CHUNK_ELEMENTS = 1 << 24
+CPU_CHUNK_ELEMENTS = 1 << 25
 HEAD_ROWS = 8192  # rows of dW formed at once in low precision, where no product gives float32, before its sum
 
 
@@ -82,7 +83,11 @@ def default_chunk_rows(device: torch.device, n_columns: int) -> int:
 
 
 class Gradients(NamedTuple):
-    """Accumulators of the gradients that somebody needs; None for the others."""
+    """Accumulators of the gradients that somebody needs; None for the others.
+
+    Those of head, norm_weight, norm_bias and bias stay in units of the scales' reference.  The first chunk writes over
+    head and bias; norm_weight and norm_bias, partial sums, are added to.
+    """
 
     loops: list[Tensor | None]
     head: Tensor | None
@@ -97,32 +102,22 @@ class Gradients(NamedTuple):
         return any(gradient is not None for gradient in (*self.loops, *others))
 
 
-class Scales(NamedTuple):
-    """The units of a pass: coefficient = omega * reference, the reference being the largest finite |coefficient|."""
-
-    omega: Tensor
-    reference: Tensor
-
-    @classmethod
-    def of(cls, coefficient: Tensor) -> "Scales":
-        magnitude = coefficient.abs()
-        finite = torch.where(magnitude.isfinite(), magnitude, 0.0)
-        largest = finite.amax() if finite.numel() else finite.new_zeros(())
-        reference = torch.where(largest > 0, largest, 1.0)
-        return cls((coefficient / reference).flatten(), reference)
-
-
-def _accumulate(total: Tensor, g: Tensor, y: Tensor) -> None:
-    """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32."""
+def _accumulate(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
+    """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32; the first product is written over it."""
     if total.dtype == y.dtype:
-        total.addmm_(g.t(), y)
+        torch.mm(g.t(), y, out=total) if first else total.addmm_(g.t(), y)
     elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
-        torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
+        if first:
+            torch.mm(g.t(), y, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
     else:
         if y.dtype == torch.float16:  # whose range a sum over the chunk's rows may leave
             y = y.float()
         for block in range(0, total.shape[0], HEAD_ROWS):
-            total[block : block + HEAD_ROWS] += torch.mm(g[:, block : block + HEAD_ROWS].t().to(y.dtype), y)
+            product = torch.mm(g[:, block : block + HEAD_ROWS].t().to(y.dtype), y)
+            rows = total[block : block + HEAD_ROWS]
+            rows.copy_(product) if first else rows.add_(product)
 
 
 class ReadoutPass:
@@ -139,9 +134,9 @@ class ReadoutPass:
         eps: float,
         compute_dtype: torch.dtype,
     ) -> None:
-        self.loops, self.head = loops, head.to(compute_dtype)
+        self.compute_dtype = product_dtype(head, compute_dtype)
+        self.loops, self.head = loops, head.to(self.compute_dtype)
         self.norm_weight, self.norm_bias, self.readout, self.eps = norm_weight, norm_bias, readout, eps
-        self.compute_dtype = compute_dtype
 
     def norm_arguments(self, loop: int) -> tuple[Norm, Tensor | None, Tensor | None]:
         norm = norm_of(self.readout, loop, len(self.loops))
@@ -166,13 +161,14 @@ class ReadoutPass:
 
     def backward(
         self, pieces: list[Piece], g: Tensor, y: Tensor, dy: Tensor, gradients: Gradients, scales: Scales,
-        dmean_square: Tensor | None, radial: Tensor | None,
+        penalised: bool, radial: Tensor | None, first: bool,
     ) -> None:  # fmt: skip
         """Add the gradients of one chunk, given g = omega * dCE/dlogits [R, V]; dy [R, d] is work space."""
         if gradients.head is not None:
-            _accumulate(gradients.head, g, y)
+            _accumulate(gradients.head, g, y, first)
         if gradients.bias is not None:
-            gradients.bias.add_(g.sum(0, dtype=gradients.bias.dtype))
+            dbias = g.sum(0, dtype=gradients.bias.dtype)
+            gradients.bias.copy_(dbias) if first else gradients.bias.add_(dbias)
         norm_parameters = gradients.norm_weight is not None or gradients.norm_bias is not None
         normed = norm_parameters and any(self.norm_arguments(piece.loop)[0] != "none" for piece in pieces)
         if not normed and all(gradients.loops[piece.loop] is None for piece in pieces):
@@ -184,21 +180,21 @@ class ReadoutPass:
             norm_backward(
                 dy[piece.rows], self.loops[piece.loop][piece.tokens], weight, eps=self.eps, norm=norm,
                 scale=scales.reference,
-                dmean_square=None if dmean_square is None else dmean_square.expand(piece.stop - piece.start),
+                dmean_square=scales.dmean_square.expand(piece.stop - piece.start) if penalised else None,
                 dh=None if dh is None else dh[piece.tokens],
                 dweight=None if norm == "none" else gradients.norm_weight,
-                dbias=None if norm == "none" else gradients.norm_bias,
+                dbias=None if norm == "none" else gradients.norm_bias, add=True,
                 radial=None if radial is None or dh is None else radial[:, piece.loop, piece.tokens],
             )  # fmt: skip
 
     def run(
         self, active: Sequence[int], targets: Tensor, bias: Tensor | None, options: LossOptions, chunk_rows: int,
         results: RowResults, *, mean_square: Tensor | None = None, gradients: Gradients | None = None,
-        scales: Scales | None = None, dmean_square: Tensor | None = None, radial: Tensor | None = None,
+        scales: Scales | None = None, penalised: bool = False, radial: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Read out the active loops; results are [len(active) * N], mean_square and radial [K, N] of all loops.
 
-        Gradients are added up where `gradients` and `scales` are given.
+        Gradients are added up where `gradients` and `scales` are given, with the penalty's where `penalised`.
         """
         n_tokens, d = self.loops[0].shape
         rows = min(chunk_rows, max(1, len(active) * n_tokens))
@@ -214,4 +210,4 @@ class ReadoutPass:
             omega = None if scales is None else scales.omega
             cross_entropy_(g, targets, omega, bias, options, results, index * chunk_rows)
             if scales is not None and gradients is not None:
-                self.backward(pieces, g, y, dy[:n_rows], gradients, scales, dmean_square, radial)
+                self.backward(pieces, g, y, dy[:n_rows], gradients, scales, penalised, radial, index == 0)

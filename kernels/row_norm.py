@@ -84,7 +84,7 @@ def norm_backward_kernel(
     stride_dy_row, stride_h_row, stride_dmean_square, stride_dsum_row, stride_dh_row, stride_dx_row, stride_radial,
     NORM: tl.constexpr, HAS_DY: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DMEAN_SQUARE: tl.constexpr,
     HAS_DSUM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DH: tl.constexpr, HAS_DX: tl.constexpr,
-    HAS_DWEIGHT: tl.constexpr, HAS_DBIAS: tl.constexpr, HAS_RADIAL: tl.constexpr,
+    HAS_DWEIGHT: tl.constexpr, HAS_DBIAS: tl.constexpr, HAS_RADIAL: tl.constexpr, ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -148,10 +148,12 @@ def norm_backward_kernel(
 
     partial = program.to(tl.int64) * n_columns + column
     if HAS_DWEIGHT:
-        dweight += tl.load(dweight_ptr + partial, mask=in_columns, other=0.0)
+        if ADD:
+            dweight += tl.load(dweight_ptr + partial, mask=in_columns, other=0.0)
         tl.store(dweight_ptr + partial, dweight, mask=in_columns)
     if HAS_DBIAS:
-        dbias += tl.load(dbias_ptr + partial, mask=in_columns, other=0.0)
+        if ADD:
+            dbias += tl.load(dbias_ptr + partial, mask=in_columns, other=0.0)
         tl.store(dbias_ptr + partial, dbias, mask=in_columns)
 
 
@@ -169,7 +171,7 @@ def norm_blocks(n_columns: int) -> dict[str, int]:
 def norm_backward_programs(n_rows: int, block_rows: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: four a multiprocessor keep its loads in flight."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(triton.cdiv(n_rows, block_rows), 4 * multiprocessors))
+    return min(triton.cdiv(n_rows, block_rows), 4 * multiprocessors)
 
 
 def _norm_forward_triton(
@@ -193,6 +195,7 @@ def _norm_backward_triton(
     dy: Tensor | None, h: Tensor, weight: Tensor | None, eps: float, norm: Norm,
     dmean_square: Tensor | None, dtotal: Tensor | None, scale: Tensor | None,
     dh: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, radial: Tensor | None,
+    add: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = h.shape
     blocks = norm_blocks(n_columns)
@@ -212,7 +215,7 @@ def _norm_backward_triton(
         NORM=NORMS[norm], HAS_DY=dy is not None, HAS_WEIGHT=weight is not None,
         HAS_DMEAN_SQUARE=dmean_square is not None, HAS_DSUM=dtotal is not None, HAS_SCALE=scale is not None,
         HAS_DH=dh is not None, HAS_DX=dx is not None, HAS_DWEIGHT=dweight is not None, HAS_DBIAS=dbias is not None,
-        HAS_RADIAL=radial is not None, **blocks,
+        HAS_RADIAL=radial is not None, ADD=add, **blocks,
     )  # fmt: skip
 
 
@@ -247,10 +250,16 @@ def _norm_forward_cpu(
     y.copy_(normed)
 
 
+def _sum_rows(x: Tensor, out: Tensor, add: bool) -> None:
+    total = x.sum(0, dtype=out.dtype)
+    out.add_(total) if add else out.copy_(total)
+
+
 def _norm_backward_cpu(
     dy: Tensor | None, h: Tensor, weight: Tensor | None, eps: float, norm: Norm,
     dmean_square: Tensor | None, dtotal: Tensor | None, scale: Tensor | None,
     dh: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, radial: Tensor | None,
+    add: bool,
 ) -> None:  # fmt: skip
     wide = accumulator(h.dtype)
     d = h.shape[-1]
@@ -264,7 +273,7 @@ def _norm_backward_cpu(
             rstd = torch.rsqrt(norms.square_().div_(d) + eps)
             xhat *= rstd
             if dweight is not None:
-                dweight[0] += (dy * xhat).sum(0)
+                _sum_rows(dy * xhat, dweight[0], add)
             gradient = dy.to(wide, copy=True) if weight is None else dy * weight.to(wide)
             projection = (gradient * xhat).sum(-1, keepdim=True).div_(d)
             if norm == "layernorm":
@@ -272,7 +281,7 @@ def _norm_backward_cpu(
             gradient -= xhat.mul_(projection)
             gradient *= rstd
         if dbias is not None:
-            dbias[0] += dy.sum(0, dtype=wide)
+            _sum_rows(dy, dbias[0], add)
         if scale is not None:
             gradient *= scale
     if radial is not None:
@@ -327,24 +336,27 @@ def norm_backward(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
     radial: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """The gradient of `norm_forward`: writes those of `dh`, `dx` (the same values in another dtype) that are given.
 
     `dmean_square` [rows] may be expanded from a scalar; `scale` [] multiplies what comes through y; `radial`
     [2, rows] receives <g, h> and |g|^2 of that part alone; `dweight` and `dbias` [programs, d] float32 are partial
-    sums that are *added to*, unscaled: the caller zeroes them and sums over their first dimension.
+    sums, unscaled, which the caller sums over their first dimension.  They are written over, or, with `add`, added to.
     """
     if h.shape[0] == 0:
         return
     run = _norm_backward_triton if uses_triton(h) else _norm_backward_cpu
-    run(dy, h, weight, eps, norm, dmean_square, dtotal, scale, dh, dx, dweight, dbias, radial)
+    run(dy, h, weight, eps, norm, dmean_square, dtotal, scale, dh, dx, dweight, dbias, radial, add)
 
 
 def partial_sums(h: Tensor) -> Tensor:
-    """Zeroed partial sums over the rows of h [rows, d] for `norm_backward`'s `dweight` or `dbias`."""
+    """Space for the partial sums over the rows of h [rows, d]: `norm_backward`'s `dweight` or `dbias`."""
     n_rows, d = h.shape
-    n_programs = norm_backward_programs(n_rows, norm_blocks(d)["BLOCK_ROWS"], h.device) if uses_triton(h) else 1
-    return torch.zeros((n_programs, d), dtype=accumulator(h.dtype), device=h.device)
+    n_programs = min(1, n_rows)
+    if uses_triton(h):
+        n_programs = norm_backward_programs(n_rows, norm_blocks(d)["BLOCK_ROWS"], h.device)
+    return torch.empty((n_programs, d), dtype=accumulator(h.dtype), device=h.device)
 
 
 def rows_of(x: Tensor) -> Tensor:

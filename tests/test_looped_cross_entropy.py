@@ -147,12 +147,12 @@ def test_opcheck(sequence, mean):
         else [torch.randn(2, 5, 8, requires_grad=True)]
     )
     head, weight = torch.randn(11, 8, requires_grad=True), torch.rand(8, requires_grad=True)
-    bias, coefficient = torch.randn(11, requires_grad=True), torch.rand(2, 5, requires_grad=True)
+    bias, weights = torch.randn(11, requires_grad=True), torch.rand(2, 5, requires_grad=True)
     needs = [mean] * 4
     needs[2] = False
     arguments = (
-        states, head, torch.randint(11, (5,)), coefficient if mean else None, weight, None, bias, [0, 1],
-        [mean] * len(states), needs, mean, "rmsnorm", 1e-6, 0.1 if mean else 0.0, -100, 0.0, None, 0.0, 4,
+        states, head, torch.randint(11, (5,)), weights if mean else None, weight, None, bias, [0, 1],
+        [mean] * len(states), needs, mean, "rmsnorm", 1e-6, 0.1 if mean else 0.0, mean, -100, 0.0, None, 0.0, 4,
         torch.float32,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.looped.cross_entropy.default, arguments)

