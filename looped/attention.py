@@ -2,7 +2,7 @@
 
 flash-attn is used when it is installed and the tensors qualify, else PyTorch's scaled_dot_product_attention (SDPA).
 Both compute `softmax(Q K^T / sqrt(head_dim) + causal mask) V` tile by tile. The one case in which SDPA would
-write all [B, H, T, T] scores, dropout on a CPU, is done here in blocks.
+write all [B, H, T, T] scores, dropout on a CPU, is done in blocks (looped/dropout.py).
 """
 
 import functools
@@ -10,14 +10,11 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from looped.config import LoopedConfig
+from looped.dropout import attention_with_dropout
 
 HALF = (torch.float16, torch.bfloat16)
-
-# Scores of one block of the CPU's dropout path, in elements: 1 MiB of fp32, half of a typical core's L2 cache.
-SCORES_PER_BLOCK = 2**18
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
@@ -40,7 +37,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0)
 
         return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True)
     if dropout_p > 0 and q.device.type == "cpu":
-        return _attention_in_blocks(q, k, v, dropout_p)
+        return attention_with_dropout(q, k, v, dropout_p)
     if q.device.type == "cpu" and q.dtype in HALF and q.shape[-1] < 64:
         # PyTorch's CPU kernel is made of small products, which in half precision have a high fixed cost each: at
         # (B, T, H, head_dim) = (16, 128, 4, 32) its backward pass took 16 ms in bf16 and 5 ms in fp32.
@@ -77,21 +74,6 @@ def _flash_attention_serves(device: torch.device) -> bool:
             raise
         return False
     return True
-
-
-def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """SDPA over blocks of (sequence, head) pairs, recomputed in the backward pass.
-
-    A CPU has no fused attention with dropout: SDPA writes the scores and keeps them for the backward pass. Here the
-    scores of one block exist at a time, at most `SCORES_PER_BLOCK` or those of one pair. Recomputing restores the
-    random state, so that the backward pass sees the same dropout.
-    """
-    batch, seq_len, n_heads, head_dim = q.shape
-    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout_p, is_causal=True)
-    pairs_per_block = max(1, SCORES_PER_BLOCK // seq_len**2)
-    blocks = (x.transpose(1, 2).reshape(-1, seq_len, head_dim).split(pairs_per_block) for x in (q, k, v))
-    outputs = [checkpoint(attend, *block, use_reentrant=False) for block in zip(*blocks, strict=True)]
-    return torch.cat(outputs).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)
 
 
 def rotary_table(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import rms_norm_penalty
 from looped.attention import SelfAttention, rotary_table
 from looped.config import LoopedConfig
+from looped.dropout import dropout
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -43,7 +44,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None, rotary: Rotary, fused: bool) -> tuple[Tensor, Tensor]:
         normalised, x = add_and_normalise(x, delta, self.attention_norm, fused)
         normalised, x = add_and_normalise(x, self.attention(normalised, rotary), self.mlp_norm, fused)
-        return x, F.dropout(self.mlp(normalised), self.dropout, self.training)
+        return x, dropout(self.mlp(normalised), self.dropout if self.training else 0.0)
 
 
 def add_and_normalise(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, fused: bool) -> tuple[Tensor, Tensor]:
@@ -110,8 +111,7 @@ class LoopedDecoder(nn.Module):
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
-        self._check_tokens(tokens)
-        state = self._embed(tokens)
+        state = self.embed(tokens)
         rotary = None
         if self.config.positions == "rotary":  # once for all loops and layers
             rotary = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
@@ -126,6 +126,18 @@ class LoopedDecoder(nn.Module):
                 state = self._stack(state, rotary)
             states.append(state)
         return tuple(states)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """H_0 [B, T, d] of tokens [B, T]. Raises as `forward` does."""
+        self._check_tokens(tokens)
+        return self._embed(tokens)
+
+    def apply_loop(self, state: Tensor, loop: int) -> Tensor:
+        """H_{loop+1} of H_loop, both [B, T, d]: one of the steps of `forward`, loop = 0, 1, ..."""
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_table(state.shape[1], self.config.head_dim, self.config.rope_theta, state.device)
+        return self._stack(self._between_loops(state) if loop > 0 else state, rotary)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2:
@@ -149,7 +161,7 @@ class LoopedDecoder(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]]
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout if self.training else 0.0)
 
     def _stack(self, x: Tensor, rotary: Rotary) -> Tensor:
         delta: Tensor | None = None

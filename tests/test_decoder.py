@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from looped import attention
 from looped.config import PRESETS, LoopedConfig
 from looped.decoder import LoopedDecoder
+from looped.dropout import dropout
 
 V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
 
@@ -303,7 +304,7 @@ def test_rotary_positions_may_exceed_max_seq_len() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpoint_loops_gives_equal_gradients(fused: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 4 * 11 * 11)  # six pairs: two blocks
+    monkeypatch.setattr("looped.dropout.SCORES_PER_BLOCK", 2 * 11 * 11)  # several blocks
     results = []
     for checkpoint_loops in (False, True):
         decoder = model(fused=fused, dropout=dropout, positions="rotary", inter_loop_norm=True)
@@ -341,16 +342,21 @@ def test_checkpoint_loops_keeps_only_the_states() -> None:
 
 def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = model(dropout=0.25)
-    dropped: list[tuple[float, bool]] = []
-    original = F.dropout
+    drawn: list[float] = []
+    original = attention.causal_attention
 
-    def record(x: Tensor, p: float, training: bool) -> Tensor:
-        dropped.append((p, training))
-        return original(x, p, training)
+    def record(x: Tensor, p: float) -> Tensor:
+        drawn.append(p)
+        return dropout(x, p)
 
-    monkeypatch.setattr(F, "dropout", record)
+    def record_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float) -> Tensor:
+        drawn.append(dropout_p)
+        return original(q, k, v, dropout_p=dropout_p)
+
+    monkeypatch.setattr("looped.decoder.dropout", record)
+    monkeypatch.setattr(attention, "causal_attention", record_attention)
     decoder(tokens(), n_loops=2)
-    assert dropped == [(0.25, True)] * (1 + 2 * LAYERS)  # attention's is inside SDPA
+    assert drawn == [0.25] * (1 + 2 * 2 * LAYERS)
     state = decoder._embed(tokens())
     assert 0.1 < (state == 0).float().mean() < 0.4
     evaluated = decoder.eval()(tokens())[-1]

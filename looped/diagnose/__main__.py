@@ -1,0 +1,80 @@
+"""``python -m looped.diagnose RUN [RUN ...]``: diagnose saved runs and write a page that compares them."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from looped.diagnose.diagnosis import diagnose_run
+from looped.diagnose.page import write_diagnosis
+from looped.saved_run import load_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr if the input is bad, with nothing written."""
+    options = _parser().parse_args(argv)
+    # Saturated softmaxes make denormals, which x86 computes with several times slower.
+    torch.set_flush_denormal(True)
+    try:
+        out = _out_directory(options.runs, options.out)
+        names = run_names(options.runs)
+        runs = [load_run(directory) for directory in options.runs]
+        _check_writable(out)
+        diagnoses = []
+        for name, run in zip(names, runs, strict=True):
+            print(f"diagnosing {name}", flush=True)
+            diagnoses.append(diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops))
+        write_diagnosis(diagnoses, out)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for diagnosis in diagnoses:
+        print(f"\n{diagnosis.name}: {diagnosis.verdict.text}")
+    print(f"\npage {out / 'index.html'}")
+    return 0
+
+
+def run_names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart. Raises ValueError if two are the same directory."""
+    paths = [directory.resolve().parts for directory in directories]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"every run may be given once. Got {Path(*twice)} again.")
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(Path(*path)) for path in paths]
+
+
+def _out_directory(runs: Sequence[Path], out: Path | None) -> Path:
+    if out is None:
+        if len(runs) > 1:
+            raise ValueError(f"out must be given for a page of several runs. Got {len(runs)} runs.")
+        return runs[0] / "diagnosis"
+    return out
+
+
+def _check_writable(out: Path) -> None:
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m looped.diagnose", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run that training wrote")
+    parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
+    parser.add_argument("--tokens", type=int, default=8192, help="validation tokens to measure on (default: 8192)")
+    parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

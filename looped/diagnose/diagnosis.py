@@ -1,0 +1,116 @@
+"""Everything that is measured of a model and the verdict on it, for any LoopedModel and for a saved run."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from looped.diagnose.depth import measure_depth
+from looped.diagnose.dynamics import measure_dynamics
+from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
+from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.radial import measure_radial
+from looped.diagnose.verdict import Measurements, Verdict, judge
+from looped.saved_run import SavedRun, Validation
+
+DEPTH_FACTOR = 4  # depth is measured to this times the trained loops
+BATCH_TOKENS = 1024  # of a batch of `validation_batches`: the logits of one loop are the largest tensor
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """name: the model's, in figures and tables. n_tokens: targets that were measured on."""
+
+    name: str
+    n_tokens: int
+    measured: Measurements
+    verdict: Verdict
+
+
+def diagnose(
+    model: LoopedModel,
+    batches: Sequence[Batch],
+    *,
+    name: str = "model",
+    horizon: int = 30,
+    bytes_per_token: Tensor | None = None,
+    double: LoopedModel | None = None,
+) -> Diagnosis:
+    """Measure a model on batches of (inputs, targets), int64 [B, T] each; every target counts.
+
+    name: for figures and tables. horizon: loops over which norms and updates are followed. bytes_per_token: [V] int64,
+    for bits per byte. double: the same model in float64, whose readout shows the radial gradient without rounding.
+
+    Raises ValueError, before anything is computed, without batches, for inputs and targets of different shapes, for
+    negative targets, or a horizon that does not go beyond the trained loops; and for a model without a finite loss.
+    """
+    if not batches or any(tokens.numel() == 0 for tokens, _ in batches):
+        raise ValueError("batches must hold at least one batch, and none that is empty.")
+    for tokens, targets in batches:
+        if tokens.shape != targets.shape or tokens.dim() != 2:
+            raise ValueError(
+                "inputs and targets of a batch must have one shape [B, T]. "
+                f"Got inputs {list(tokens.shape)}, targets {list(targets.shape)}."
+            )
+        if int(targets.min()) < 0:
+            raise ValueError(f"targets must not be negative: every one is measured on. Got {int(targets.min())}.")
+    if horizon <= model.n_loops:
+        raise ValueError(f"horizon must be above the n_loops={model.n_loops} that were trained. Got horizon={horizon}.")
+    depth = measure_depth(model, batches, DEPTH_FACTOR * model.n_loops, bytes_per_token)
+    if not math.isfinite(depth.ce[model.n_loops - 1]):
+        raise ValueError(
+            f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {depth.ce[model.n_loops - 1]}."
+        )
+    norms, updates = measure_dynamics(model, batches, horizon)
+    measured = Measurements(
+        n_loops=model.n_loops,
+        weights=model.loss_weights,
+        penalty=model.penalty,
+        norms=norms,
+        updates=updates,
+        radial=measure_radial(model, batches, double),
+        clamp=clamp_radially(model, batches),
+        alpha=sweep_alpha(model, batches),
+        response=scale_response(model, batches),
+        depth=depth,
+    )
+    return Diagnosis(name, sum(targets.numel() for _, targets in batches), measured, judge(measured))
+
+
+def diagnose_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30) -> Diagnosis:
+    """Measure a saved run on at most `n_tokens` of its validation split.
+
+    Raises ValueError as `diagnose` and `validation_batches` do.
+    """
+    decoder, n_loops = run.model, run.model.config.n_loops
+    training = run.config["train"]
+    terminal = training["supervision"] == "terminal"
+    weights = (0.0,) * (n_loops - 1) + (1.0,) if terminal else None
+    return diagnose(
+        from_decoder(decoder, weights=weights, penalty=training["penalty"]),
+        validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens),
+        name=run.name if name is None else name,
+        horizon=horizon,
+        bytes_per_token=run.validation.bytes_per_token,
+        double=from_decoder(copy.deepcopy(decoder).double()),
+    )
+
+
+def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:
+    """Windows of `seq_len` tokens that do not overlap, evenly spread over the split: `n_tokens // seq_len`, or all.
+
+    Raises ValueError if that is none.
+    """
+    available = (len(validation.tokens) - 1) // seq_len
+    count = min(available, n_tokens // seq_len)
+    if count < 1:
+        raise ValueError(
+            f"tokens must be at least seq_len={seq_len}, and the validation split seq_len + 1. "
+            f"Got tokens={n_tokens}, validation {len(validation.tokens)}."
+        )
+    starts = torch.arange(count) * available // count * seq_len
+    rows = validation.tokens[starts[:, None] + torch.arange(seq_len + 1)]
+    return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(1, BATCH_TOKENS // seq_len))]

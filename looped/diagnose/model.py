@@ -1,0 +1,115 @@
+"""What is diagnosed: any model with a repeated loop, as four functions; and a LoopedDecoder seen as one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looped.decoder import LoopedDecoder
+
+# Inputs and targets, int64 [B, T] each, every target in [0, V).
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopedModel:
+    """A recurrent-depth model: `H_0 = embed(tokens)`, `H_{k+1} = loop(H_k, H_0, k)`, logits `head(norm(H_k))`.
+
+    n_loops: K, the loops that it was trained with.
+    embed: tokens [B, T] int64 -> H_0 [B, T, d].
+    loop: (H_k, H_0, k) -> H_{k+1}, the state that would be read out, k = 0, 1, ... the loops done before. H_0 is for
+        models that feed the embedding to every loop.
+    head: what norm gave, [B, T, d] -> logits [B, T, V].
+    norm: the readout's norm, None for none. For an nn.RMSNorm or nn.LayerNorm the exact radial gradient is known.
+    norm_every_loop: False if training normalises the last loop's state only.
+    weights: of each loop's cross-entropy in the training loss, [K], 0 for loops that are not read; None: 1/K each.
+    penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
+
+    The functions must be in evaluation mode (no dropout), all in one dtype; gradients flow through all but embed.
+    Raises ValueError for n_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a negative penalty.
+    """
+
+    n_loops: int
+    embed: Callable[[Tensor], Tensor]
+    loop: Callable[[Tensor, Tensor, int], Tensor]
+    head: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor] | None = None
+    norm_every_loop: bool = True
+    weights: tuple[float, ...] | None = None
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_loops < 1:
+            raise ValueError(f"n_loops must be at least 1. Got n_loops={self.n_loops}.")
+        weights = self.loss_weights
+        if len(weights) != self.n_loops or not all(weight >= 0 for weight in weights) or sum(weights) == 0:
+            raise ValueError(
+                f"weights must be n_loops={self.n_loops} numbers of at least 0, one of them above. Got {weights}."
+            )
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty must be at least 0. Got penalty={self.penalty}.")
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """[K], of each loop's cross-entropy in the training loss."""
+        return (1 / self.n_loops,) * self.n_loops if self.weights is None else tuple(self.weights)
+
+    def states(self, tokens: Tensor, n_loops: int) -> list[Tensor]:
+        """H_1..H_n, each [B, T, d], of tokens [B, T]."""
+        return self.unroll(self.embed(tokens), n_loops)
+
+    def unroll(self, embedded: Tensor, n_loops: int) -> list[Tensor]:
+        """H_1..H_n of H_0 = `embedded`."""
+        state = embedded
+        states = []
+        for done in range(n_loops):
+            state = self.loop(state, embedded, done)
+            states.append(state)
+        return states
+
+    def normalised(self, state: Tensor, *, final: bool) -> Tensor:
+        """What the head sees of a state; `final`: it is read as the last loop's."""
+        return state if self.norm is None or not (final or self.norm_every_loop) else self.norm(state)
+
+    def cross_entropy(self, state: Tensor, targets: Tensor, *, final: bool) -> Tensor:
+        """[B, T], nats, at least fp32."""
+        return self.head_loss(self.normalised(state, final=final), targets)
+
+    def head_loss(self, normalised: Tensor, targets: Tensor) -> Tensor:
+        """The same of what `normalised` gave."""
+        logits = wide(self.head(normalised)).flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+
+
+def rms(x: Tensor) -> Tensor:
+    """`sqrt(mean_c x_c^2)` of every row, at least fp32: [...] of [..., d]."""
+    return wide(x).square().mean(-1).sqrt()
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def from_decoder(
+    decoder: LoopedDecoder, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0
+) -> LoopedModel:
+    """A LoopedDecoder as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
+
+    With an inter-loop norm, loop k+1 starts from RMSNorm(H_k); its input and output are still the states that are
+    read, so an update is `H_{k+1} - H_k` and includes what the norm takes away. Raises ValueError if the decoder is
+    not in evaluation mode.
+    """
+    if decoder.training:
+        raise ValueError("decoder must be in evaluation mode, or dropout is part of every measurement. Call .eval().")
+    return LoopedModel(
+        n_loops=decoder.config.n_loops,
+        embed=decoder.embed,
+        loop=lambda state, embedded, done: decoder.apply_loop(state, done),
+        head=lambda state: F.linear(state, decoder.head_weight),
+        norm=decoder.readout_norm,
+        norm_every_loop=decoder.config.readout != "final-only",
+        weights=weights,
+        penalty=penalty,
+    )

@@ -1,0 +1,82 @@
+"""Models small enough to diagnose in a test, none of them a LoopedDecoder, and a measured model to judge."""
+
+import dataclasses
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looped.diagnose import Batch, LoopedModel
+from looped.diagnose.depth import Depth
+from looped.diagnose.dynamics import Norms, Updates
+from looped.diagnose.interventions import AlphaSweep, RadialClamp
+from looped.diagnose.radial import RadialFractions
+from looped.diagnose.verdict import Measurements
+
+VOCABULARY, CHANNELS, N_LOOPS = 11, 6, 3
+
+
+class Recurrence(nn.Module):
+    """`H_{k+1} = H_k + tanh(A Norm(H_k) + B H_0)` and a linear head: a recurrent model with input injection."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, CHANNELS)
+        self.mix = nn.Linear(CHANNELS, CHANNELS)
+        self.inject = nn.Linear(CHANNELS, CHANNELS)
+        self.norm = nn.RMSNorm(CHANNELS, eps=1e-2)  # large, so that what eps leaves is seen
+        self.layer_norm = nn.LayerNorm(CHANNELS, eps=1e-2)
+        self.head = nn.Linear(CHANNELS, VOCABULARY)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.layer_norm.weight, 0.5, 1.5)
+        self.to(dtype)
+
+    def advance(self, state: Tensor, embedded: Tensor, done: int) -> Tensor:
+        return state + torch.tanh(self.mix(F.rms_norm(state, (CHANNELS,))) + self.inject(embedded))
+
+    def described(self, **changes) -> LoopedModel:
+        """As a LoopedModel, with an RMSNorm readout of every loop unless `changes` say otherwise."""
+        fields = {
+            "n_loops": N_LOOPS, "embed": self.embedding, "loop": self.advance, "head": self.head, "norm": self.norm,
+        }  # fmt: skip
+        return LoopedModel(**(fields | changes))
+
+
+def batches(sizes: tuple[int, ...] = (2, 1), length: int = 5) -> list[Batch]:
+    """Of unequal size, so that a mean over batches is not the mean over tokens."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(VOCABULARY, (size, length + 1), generator=generator) for size in sizes]
+    return [(row[:, :-1], row[:, 1:]) for row in rows]
+
+
+def rows_of(model: Recurrence, n_loops: int) -> tuple[list[Tensor], Tensor]:
+    """H_1..H_n [tokens, d] and targets [tokens] of `batches`, one token after the other."""
+    inputs, targets = (torch.cat([part.flatten() for part in parts]) for parts in zip(*batches(), strict=True))
+    embedded = state = model.embedding(inputs)
+    states = []
+    for _ in range(n_loops):
+        state = model.advance(state, embedded, 0)
+        states.append(state)
+    return states, targets
+
+
+def measurements(**changes) -> Measurements:
+    """Those of a model whose readouts are blind and whose scale is free and grows; `changes` replace fields."""
+    mean = [10.0, 20.0, 30.0, 40.0, 80.0]
+    whole = [0.02, 0.01, 0.005, 1e-8]
+    update = [after - before for before, after in pairwise(mean)]
+    blind = Measurements(
+        n_loops=4,
+        weights=(0.25,) * 4,
+        penalty=0.0,
+        norms=Norms(mean, [[value] * 9 for value in mean], mean),
+        updates=Updates(*[update] * 8),
+        radial=RadialFractions([1e-8] * 4, [1e-12] * 4, [1e-12] * 4, whole, whole),
+        clamp=RadialClamp([5.0, 4.9, 4.8, 4.7], [5.0, 4.9, 4.8, 4.701]),
+        alpha=AlphaSweep([0.1, 1, 10], [[5.0, 5.0001, 5.0]] * 4),
+        response=[0.9, 0.9, 0.9],
+        depth=Depth([5.0, 4.9, 4.8, 4.7, 4.9], [148.0, 134.0, 121.0, 110.0, 134.0], [1.0] * 5),
+    )
+    return dataclasses.replace(blind, **changes)

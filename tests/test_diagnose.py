@@ -1,0 +1,262 @@
+import base64
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from diagnosed_models import N_LOOPS, Recurrence, batches
+from tiny_run import arguments
+
+from looped import LoopedConfig, LoopedDecoder
+from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
+from looped.diagnose.__main__ import main, run_names
+from looped.diagnose.figures import FIGURES
+from looped.saved_run import Validation, load_run
+from looped.supervision import evaluation_losses, looped_loss
+from train.run import main as train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Two trained runs: a blind readout at the last loop only, and a raw one at every loop."""
+    directory = tmp_path_factory.mktemp("runs")
+    terminal = ["--supervision", "terminal", "--penalty", "0"]
+    for name, options in (("terminal/seed-1", terminal), ("raw/seed-1", ["--readout", "raw", "--penalty", "0.02"])):
+        assert train(arguments(directory, *options, "--out", str(directory / name))) == 0
+    return directory / "terminal" / "seed-1", directory / "raw" / "seed-1"
+
+
+@pytest.fixture(scope="module")
+def out(runs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "out"
+    assert main([*map(str, runs), "--out", str(out), "--tokens", "256", "--loops", "9"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"inter_loop_norm": True, "positions": "rotary"}, {"readout": "final-only"}])
+def test_a_decoder_seen_as_a_model_is_the_decoder(options):
+    config = LoopedConfig(
+        vocab_size=23, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=8, n_loops=3, **options
+    )
+    torch.manual_seed(0)
+    decoder = LoopedDecoder(config).eval()
+    if decoder.loop_norm is not None:
+        torch.nn.init.uniform_(decoder.loop_norm.weight, 0.5, 2)
+    tokens, targets = torch.randint(23, (2, 2, 8))
+    model = from_decoder(decoder, penalty=0.1)
+    states = model.states(tokens, 5)
+    for state, expected in zip(states, decoder(tokens, n_loops=5), strict=True):
+        assert torch.equal(state, expected)
+    read_as_last = torch.stack([model.cross_entropy(state, targets, final=True) for state in states])
+    torch.testing.assert_close(read_as_last, evaluation_losses(decoder, states, targets))
+    as_trained = [model.cross_entropy(state, targets, final=loop == 2).mean() for loop, state in enumerate(states[:3])]
+    torch.testing.assert_close(torch.stack(as_trained), looped_loss(decoder, states[:3], targets).per_loop)
+
+
+def test_dropout_is_not_diagnosed():
+    config = LoopedConfig(vocab_size=23, d_model=16, n_heads=2, n_layers=1, d_ff=24, max_seq_len=8)
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        from_decoder(LoopedDecoder(config))
+
+
+def test_a_model_of_ones_own(tmp_path):
+    """Not a LoopedDecoder: input injection, and a norm that this project does not know."""
+    model = Recurrence()
+    own = model.described(norm=lambda state: state / state.norm(dim=-1, keepdim=True))
+    diagnosis = diagnose(own, batches(), name="mine & <yours>", horizon=8)
+    assert diagnosis.n_tokens == 15
+    assert diagnosis.verdict.control == "free"
+    assert diagnosis.verdict.blind == [True] * N_LOOPS
+    assert len(diagnosis.measured.norms.mean) == 8
+    assert len(diagnosis.measured.depth.ce) == 4 * N_LOOPS
+    raw = diagnose(model.described(norm=None), batches(), name="raw", horizon=8)
+    assert raw.verdict.control == "visible"
+    write_diagnosis([diagnosis, raw], tmp_path)
+    html = (tmp_path / "index.html").read_text()
+    assert "mine &amp; &lt;yours&gt;" in html
+    assert "<yours>" not in html
+
+
+def test_a_model_in_bf16():
+    model = Recurrence(torch.bfloat16)
+    model.norm.eps = 1e-6
+    diagnosis = diagnose(model.described(), batches(), horizon=6)
+    double = Recurrence(torch.float64)
+    double.load_state_dict(model.state_dict())
+    expected = diagnose(double.described(), batches(), horizon=6)
+    assert diagnosis.measured.norms.mean == pytest.approx(expected.measured.norms.mean, rel=0.02)
+    assert diagnosis.measured.clamp.clamped == pytest.approx(expected.measured.clamp.clamped, rel=0.02)
+    assert max(diagnosis.measured.radial.exact) < 1e-5 < min(diagnosis.measured.radial.immediate) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_loops": 0}, "n_loops must be at least 1. Got n_loops=0"),
+        ({"weights": (0.5, 0.5)}, r"weights must be n_loops=3 numbers .* Got \(0.5, 0.5\)"),
+        ({"weights": (0.0, 0.0, 0.0)}, "one of them above"),
+        ({"weights": (1.0, 1.0, -1.0)}, "at least 0"),
+        ({"penalty": -1.0}, "penalty must be at least 0. Got penalty=-1.0"),
+    ],
+)
+def test_models_that_contradict_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recurrence().described(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ([], {}, "at least one batch"),
+        ([(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))], {}, r"Got inputs \[1, 3\]"),
+        ([(torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), -100))], {}, "must not be negative.*Got -100"),
+        (batches(), {"horizon": 3}, "horizon must be above the n_loops=3 .* Got horizon=3"),
+    ],
+)
+def test_bad_batches_are_rejected(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(Recurrence().described(), given, **options)
+
+
+def test_a_model_that_has_diverged_is_rejected():
+    model: LoopedModel = Recurrence().described(loop=lambda state, embedded, done: state * torch.nan)
+    with pytest.raises(ValueError, match="model has diverged: its cross-entropy at K = 3 is nan"):
+        diagnose(model, batches())
+
+
+def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):
+    terminal, raw = (diagnose_run(load_run(run), n_tokens=256, horizon=6) for run in runs)
+    assert terminal.measured.weights == (0, 0, 1)
+    assert (terminal.verdict.control, raw.verdict.control) == ("free", "visible")
+    assert raw.measured.weights == (1 / 3,) * 3
+    assert (terminal.measured.penalty, raw.measured.penalty) == (0, 0.02)
+    assert raw.measured.radial.training != raw.measured.radial.total
+    assert terminal.measured.radial.immediate_float64 == pytest.approx(terminal.measured.radial.exact, rel=1e-6)
+    summary = json.loads((runs[0] / "summary.json").read_text())["evaluation"]
+    assert terminal.n_tokens == 256
+    depth = terminal.measured.depth
+    for loop, row in enumerate(summary):
+        assert depth.ce[loop] == pytest.approx(row["ce"], rel=1e-4)
+        assert depth.bits_per_byte[loop] == pytest.approx(row["bits_per_byte"], rel=1e-4)
+        assert terminal.measured.norms.mean[loop] == pytest.approx(row["state_norm"], rel=1e-4)
+
+
+def test_windows_do_not_overlap_and_are_spread():
+    validation = Validation(torch.arange(101), torch.tensor([0, 101]), None)
+    parts = validation_batches(validation, seq_len=10, n_tokens=45)
+    inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert inputs[:, 0].tolist() == [0, 20, 50, 70]
+    assert torch.equal(targets, inputs + 1)
+    everything = validation_batches(validation, seq_len=10, n_tokens=10**9)
+    assert torch.equal(torch.cat([part[0] for part in everything]).flatten(), torch.arange(100))
+    assert len(validation_batches(validation, seq_len=1, n_tokens=50)) == 1
+    for seq_len, n_tokens in ((10, 9), (101, 1000)):
+        with pytest.raises(ValueError, match=rf"at least seq_len={seq_len}, .* Got tokens={n_tokens}, validation 101"):
+            validation_batches(validation, seq_len=seq_len, n_tokens=n_tokens)
+
+
+class Page(HTMLParser):
+    """What a page refers to, its pictures, and how its tables are made up."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.pictures: list[bytes] = []
+        self.tables: list[list[int]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        assert tag not in ("script", "link", "iframe")
+        self.references += [attributes[name] for name in ("href", "src", "srcset") if name in attributes]
+        if tag == "img":
+            self.pictures.append(base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,")))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append(0)
+        if tag in ("td", "th"):
+            self.tables[-1][-1] += 1
+
+
+def test_the_page_holds_everything_and_needs_no_network(out):
+    text = (out / "index.html").read_text()
+    page = Page(text)
+    assert len(page.pictures) == len(FIGURES) == 7
+    for name, picture in zip(FIGURES, page.pictures, strict=True):
+        assert picture == (out / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text
+    assert len(page.tables) == 7
+    for table in page.tables:
+        assert len(set(table)) == 1  # as many cells in every row as in the header
+        assert len(table) > 2
+    content = json.loads((out / "diagnosis.json").read_text())
+    for diagnosis in content["diagnoses"]:
+        assert diagnosis["name"] in text
+        assert diagnosis["verdict"]["text"].replace("<", "&lt;") in text
+    assert content["thresholds"].replace("'", "&#x27;") in text
+
+
+def test_the_numbers_as_json(out, runs):
+    content = json.loads((out / "diagnosis.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    first, second = content["diagnoses"]
+    assert (first["name"], second["name"]) == ("terminal/seed-1", "raw/seed-1")
+    measured = diagnose_run(load_run(runs[0]), n_tokens=256, horizon=9).measured
+    assert first["measured"]["norms"]["mean"] == pytest.approx(measured.norms.mean, rel=1e-5)
+    assert first["clamp_change"] == pytest.approx(measured.clamp.change, abs=1e-6)
+    assert first["alpha_ranges"] == pytest.approx(measured.alpha.ranges, abs=1e-5)
+    assert second["measured"]["radial"]["exact"] == [None] * 3
+    assert set(dataclasses.asdict(measured)) == set(first["measured"])
+
+
+def test_one_run_is_diagnosed_in_its_own_directory(runs, capsys):
+    assert main([str(runs[1]), "--tokens", "64", "--loops", "5"]) == 0
+    assert (runs[1] / "diagnosis" / "index.html").exists()
+    output = capsys.readouterr().out
+    assert "seed-1: The cross-entropy controls" in output
+    assert output.endswith(f"page {runs[1] / 'diagnosis' / 'index.html'}\n")
+    shutil.rmtree(runs[1] / "diagnosis")
+
+
+def test_names_tell_runs_apart(tmp_path):
+    a, b, c = tmp_path / "x" / "seed-1", tmp_path / "y" / "seed-1", tmp_path / "y" / "seed-2"
+    assert run_names([b, c]) == ["seed-1", "seed-2"]
+    assert run_names([a, b, c]) == ["x/seed-1", "y/seed-1", "y/seed-2"]
+    with pytest.raises(ValueError, match=r"given once\. Got .*seed-1 again"):
+        run_names([a, b, tmp_path / "x" / ".." / "x" / "seed-1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{run}", "{run}", "--out", "{tmp}/o"], "every run may be given once"),
+        (["{run}", "{raw}"], "out must be given for a page of several runs. Got 2 runs"),
+        (["{tmp}/nowhere"], "a run must be a directory that training wrote"),
+        (["{tmp}"], "config.json cannot be used"),
+        (["{run}", "--out", "{run}/config.json"], "out must be a directory that can be written"),
+        (["{run}", "--out", "/proc/diagnosis"], "out must be a directory that can be written"),
+        (["{run}", "--tokens", "3"], "tokens must be at least seq_len=16, .* Got tokens=3"),
+        (["{run}", "--loops", "3"], "horizon must be above the n_loops=3 .* Got horizon=3"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tmp_path, capsys):
+    places = {"run": runs[0], "raw": runs[1], "tmp": tmp_path}
+    before = sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")])
+    assert main([option.format(**places) for option in options]) == 2
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    assert sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")]) == before
+
+
+@pytest.mark.parametrize("options", [[], ["run", "--tokens", "many"], ["run", "--loop", "4"]])
+def test_bad_command_lines(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(options)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
