@@ -8,6 +8,7 @@ from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import readout_logits
 from train.batches import Windows
+from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
 
 V, B, T = 50, 4, 8
@@ -154,6 +155,30 @@ def test_evaluation_without_bytes():
     )
     assert first.bits_per_byte is None
     assert math.isfinite(first.ce)
+
+
+@pytest.mark.parametrize("preset", ["paper-44m", "paper-129m"])
+def test_the_papers_models_take_a_step(preset):
+    config = complete(preset_config(preset))
+    torch.manual_seed(0)
+    model = LoopedDecoder(model_config(config, config.vocab_size), fused=config.fused)
+    # Without decay, so that nothing but a gradient can change a parameter.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    tokens = torch.randint(0, config.vocab_size, (1, 17))
+    result = training_step(
+        model,
+        optimizer,
+        tokens[:, :-1],
+        tokens[:, 1:],
+        supervision=config.supervision,
+        penalty=config.penalty,
+        dtype={"bf16": torch.bfloat16}[config.dtype],
+    )
+    assert math.isfinite(result.loss)
+    assert result.per_loop.isfinite().all()
+    assert [name for name, value in model.named_parameters() if torch.equal(value, before[name])] == []
+    assert all(value.isfinite().all() for value in model.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

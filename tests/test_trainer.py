@@ -3,7 +3,9 @@ import math
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from tiny_run import arguments
@@ -11,6 +13,7 @@ from tiny_run import arguments
 from train import data, trainer
 from train.metrics import read_metrics
 from train.run import main
+from train.tokenizer import load_tokenizer
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -42,6 +45,25 @@ def signal_at(step: int, signum: int, monkeypatch) -> None:
         return take_step(run, measure)
 
     monkeypatch.setattr(trainer, "_step", wrapped)
+
+
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("bpe", "300"), ("paper", "100")])
+def test_the_run_keeps_its_validation_split(tmp_path, tokenizer, vocab_size):
+    run = tmp_path / "run"
+    options = ["--tokenizer", tokenizer, "--vocab-size", vocab_size, "--steps", "1", "--out", str(run)]
+    assert main(arguments(tmp_path, *options)) == 0
+    kept = safetensors.numpy.load_file(run / "validation.safetensors")
+    entry = next((tmp_path / "cache").iterdir())
+    assert np.array_equal(kept["tokens"], np.fromfile(entry / "validation.tokens", dtype=np.uint16))
+    assert np.array_equal(kept["bounds"], np.load(entry / "validation.bounds.npy"))
+    assert kept["tokens"].dtype == (np.uint16 if tokenizer == "bpe" else np.uint8)
+    assert kept["bounds"].dtype == np.uint16
+    assert kept.keys() == {"tokens", "bounds"} | ({"bytes_per_token"} if tokenizer == "bpe" else set())
+    if tokenizer == "bpe":
+        documents = (tmp_path / "text.txt").read_bytes()
+        decoded = load_tokenizer(run / "tokenizer.json", []).decode(kept["tokens"][:-1])
+        assert decoded.encode() in documents
+        assert kept["bytes_per_token"][kept["tokens"]].sum() == len(decoded.encode())
 
 
 @pytest.mark.parametrize("log_every", [1, 3])

@@ -6,16 +6,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
-# OpenMP's threads wait for each other by spinning. Where another program wants a core too, a spinning thread holds the
-# core that the awaited one needs, and a step takes several times as long. OpenMP reads this once, when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads wait for each other by spinning, by default for milliseconds. Where another program wants a core too,
+# a spinning thread holds the core that the awaited one needs, and a step takes several times as long; with no spinning
+# at all, waking the threads takes longer than most operations of a small model. A few tens of microseconds serve both.
+# GNU's OpenMP reads this once, when torch loads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import tyro
 
 from train.config import RESUMABLE, TrainConfig, complete, preset_config, read_config, validate
 from train.interrupt import Interrupted, Interruptions
 from train.trainer import NotFiniteError, prepare, resume_command, train
+
+Options = TypeVar("Options")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,12 +57,12 @@ def parse(argv: list[str]) -> TrainConfig:
 
     Raises ValueError if an option is unknown, has no value of its type, or may not change on resuming.
     """
-    asked = _command_line([word for word in argv if word not in ("-h", "--help")], TrainConfig())
+    asked = command_line([word for word in argv if word not in ("-h", "--help")], TrainConfig())
     if asked.resume is None:
-        return complete(_command_line(argv, preset_config(asked.preset)))
+        return complete(command_line(argv, preset_config(asked.preset)))
     stored = read_config(asked.resume)
     length = {"steps": None, "epochs": None}
-    config = _command_line(argv, dataclasses.replace(stored, **length))  # type: ignore[arg-type]
+    config = command_line(argv, dataclasses.replace(stored, **length))  # type: ignore[arg-type]
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
         if now != before and field.name not in RESUMABLE:
@@ -68,12 +74,12 @@ def parse(argv: list[str]) -> TrainConfig:
     return complete(config)
 
 
-def _command_line(argv: list[str], defaults: TrainConfig) -> TrainConfig:
-    """Parse ``argv`` over ``defaults``; tyro's box of several lines becomes a ValueError of one."""
+def command_line(argv: list[str], defaults: Options, prog: str = "train/run.py") -> Options:
+    """Parse ``argv`` over ``defaults``, a dataclass; tyro's box of several lines becomes a ValueError of one."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(TrainConfig, args=argv, default=defaults, prog="train/run.py")
+            return tyro.cli(type(defaults), args=argv, default=defaults, prog=prog)
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
 import torch
 from tqdm import tqdm
 
@@ -91,11 +93,27 @@ def _write_directory(run: Run) -> None:
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         run.data.tokenizer.model.save(str(run.out / "tokenizer.json"))
+        _write_validation(run)
         _write_config(run)
     except OSError as error:
         if created:
             shutil.rmtree(run.out, ignore_errors=True)
         raise ValueError(f"out directory {run.out} is not writable ({error}).") from error
+
+
+def _write_validation(run: Run) -> None:
+    """validation.safetensors: the whole validation split, so that whoever has the directory can measure on its text.
+
+    tokens [n]; bounds [documents + 1], where documents begin and end; and, if bits per byte are defined,
+    bytes_per_token [V]; each in the smallest unsigned integers that hold it.
+    """
+    arrays = {"tokens": run.data.validation.tokens, "bounds": run.data.validation.bounds}
+    if run.data.lossless:
+        arrays["bytes_per_token"] = run.data.tokenizer.bytes_per_token
+    small = {name: array.astype(np.min_scalar_type(array.max())) for name, array in arrays.items()}
+    scratch = run.out / "validation.safetensors.new"
+    scratch.write_bytes(safetensors.numpy.save(small))
+    os.replace(scratch, run.out / "validation.safetensors")
 
 
 def _write_config(run: Run) -> None:

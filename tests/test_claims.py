@@ -1,0 +1,308 @@
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from diagnosed_models import measurements
+from tiny_run import arguments
+
+from looped.diagnose import Diagnosis
+from looped.diagnose.depth import Depth
+from looped.diagnose.dynamics import Norms, Updates
+from looped.diagnose.interventions import ALPHAS, AlphaSweep, RadialClamp
+from looped.diagnose.page import to_json
+from looped.diagnose.radial import RadialFractions
+from looped.diagnose.verdict import judge as verdict
+from train import claims
+from train.claims import CONDITIONS, Sweep, main, write_claims
+from train.evidence import Evidence, kept_diagnosis, read_diagnoses
+from train.paper_claims import CLAIMS, Claim, Mark, Untestable, judge
+from train.run import main as train
+from train.sweep_report import RunResult
+
+SEEDS = (42, 101, 202)
+VISIBLE = RadialFractions(*[[0.02] * 4] * 5)
+# Condition: cross-entropy at K = 1..4, norm of the last state, and what differs from a blind model's measurements.
+AS_IN_THE_PAPER = {
+    "terminal-rmsnorm": ([5.5, 3.0, 2.0, 1.58], 900.0, {}),
+    "terminal-raw": ([5.5, 3.0, 2.0, 1.6], 30.0, {}),
+    "per-loop-rmsnorm": ([1.606, 1.60, 1.60, 1.604], 39_000.0, {}),
+    "per-loop-raw": (
+        [1.54, 1.52, 1.51, 1.51],
+        30.0,
+        {"radial": VISIBLE, "alpha": AlphaSweep(list(ALPHAS), [[5.0, *[4.0] * 12]] * 4)},
+    ),
+    "per-loop-final-only": ([1.55, 1.52, 1.51, 1.51], 40.0, {}),
+    "terminal-rmsnorm-penalty": ([5.0, 3.0, 2.0, 1.6], 20.0, {}),
+    "per-loop-rmsnorm-penalty": ([1.54, 1.51, 1.51, 1.50], 20.0, {}),
+    "per-loop-layernorm": ([1.61, 1.61, 1.61, 1.61], 30_000.0, {}),
+    "per-loop-rmsnorm-loop-norm": ([1.6, 1.6, 1.6, 1.6], 25.0, {"response": [1e-4] * 3}),
+}
+
+
+def updates(**changes) -> Updates:
+    """29 of them, which slow down; second order predicts better than first."""
+    size = [10.0] * 29
+    fields = {
+        "increment": size, "first_order": size, "second_order": size, "first_error": [0.2] * 29,
+        "second_error": [0.1] * 29, "tangential": size, "angular": [1 / k for k in range(1, 30)],
+        "angular_times_scale": [10 + 3 / k for k in range(1, 30)],
+    }  # fmt: skip
+    return Updates(**(fields | changes))
+
+
+def norms(mean: list[float]) -> Norms:
+    return Norms(mean, [[value] * 9 for value in mean], mean)
+
+
+def evidence(condition: str, seed: int = 42, *, ce: list[float] | None = None, norm: float | None = None, **changes):
+    """A run as the paper describes it; ``changes`` replace measurements."""
+    usual_ce, usual_norm, differing = AS_IN_THE_PAPER[condition]
+    ce, norm = ce or usual_ce, norm or usual_norm
+    rows = [
+        {"n_loops": k, "ce": value, "ppl": math.exp(value), "bits_per_byte": 1.0, "state_norm": norm}
+        for k, value in enumerate(ce, start=1)
+    ]
+    level = condition == "per-loop-rmsnorm-loop-norm"
+    usual = {
+        "norms": norms([10.0 + (0.01 if level else 10.0) * k for k in range(30)]),
+        "updates": updates(),
+        "clamp": RadialClamp([5.0] * 4, [5.0] * 3 + [5.004]),
+        "alpha": AlphaSweep(list(ALPHAS), [[5.0001, *[5.0] * 12]] * 4),
+        "depth": Depth([5.0] * 16, [148.0] * 16, [math.nan] * 16),
+    }
+    measured = measurements(**(usual | differing | changes))
+    result = RunResult(condition, seed, "complete", 8, 1.5, rows, 1000, "cpu: synthetic", {"torch": "0"}, "abc")
+    return Evidence(result, Diagnosis(condition, 4096, measured, verdict(measured)))
+
+
+def paper_seed(seed: int = 42) -> dict[str, Evidence]:
+    return {condition: evidence(condition, seed) for condition in CONDITIONS}
+
+
+TESTABLE = [claim for claim in CLAIMS if isinstance(claim, Claim)]
+
+
+@pytest.mark.parametrize("claim", TESTABLE, ids=lambda claim: claim.title)
+def test_runs_like_the_papers_reproduce_it(claim):
+    outcome = judge(claim, {seed: paper_seed(seed) for seed in SEEDS})
+    assert outcome.mark == "reproduced"
+    assert outcome.held == list(SEEDS)
+    assert all(len(row) == len(claim.quantities) for row in outcome.values.values())
+
+
+# What, in one run, contradicts which claims, by the place that they have on the page.
+CONTRADICTIONS = [
+    ("per-loop-rmsnorm", {"norm": 250.0}, {1}),  # 8 times 30, 12 times 20
+    ("per-loop-rmsnorm", {"norm": 150.0}, {1, 2}),
+    ("per-loop-rmsnorm-penalty", {"norm": 4000.0}, {2}),
+    ("per-loop-raw", {"ce": [1.54, 1.52, 1.51, 1.61]}, {3, 4}),
+    ("per-loop-raw", {"ce": [1.608, 1.52, 1.51, 1.51]}, {4}),
+    ("per-loop-final-only", {"ce": [1.55, 1.52, 1.51, 1.61]}, {5, 6}),
+    ("per-loop-final-only", {"ce": [1.55, 1.61, 1.51, 1.51]}, {6}),
+    ("per-loop-rmsnorm-penalty", {"ce": [1.54, 1.51, 1.51, 1.61]}, {7, 8}),
+    ("per-loop-rmsnorm-penalty", {"ce": [1.54, 1.51, 1.61, 1.50]}, {8}),
+    ("terminal-rmsnorm", {"ce": [5.5, 3.0, 2.0, 1.61]}, {9}),
+    ("terminal-rmsnorm", {"ce": [2.5, 2.0, 1.8, 1.58]}, {10}),
+    ("per-loop-raw", {"ce": [1.56, 1.52, 1.51, 1.45]}, {11}),
+    ("per-loop-rmsnorm", {"radial": VISIBLE}, {12}),
+    ("per-loop-raw", {"radial": measurements().radial}, {12}),
+    ("per-loop-rmsnorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.0] * 13, [5.02, *[5.0] * 12]] * 2)}, {13}),
+    ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {13}),
+    ("per-loop-layernorm", {"radial": VISIBLE}, {14}),
+    ("per-loop-layernorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {14}),
+    ("per-loop-rmsnorm-loop-norm", {"response": [0.0, 0.5, 0.0]}, {15}),
+    ("per-loop-rmsnorm-loop-norm", {"norms": norms([10.0 * k for k in range(1, 31)])}, {15}),
+    ("per-loop-rmsnorm", {"clamp": RadialClamp([5.0] * 4, [4.98] * 4)}, {16}),
+    ("per-loop-raw", {"clamp": RadialClamp([5.0] * 4, [5.02] * 4)}, {17}),
+    ("per-loop-rmsnorm", {"updates": updates(second_error=[2.0] * 29, first_error=[3.0] * 29)}, {18}),
+    ("per-loop-rmsnorm", {"updates": updates(first_error=[0.05] * 29)}, {18}),
+    ("per-loop-rmsnorm", {"updates": updates(angular_times_scale=[12.0] * 29)}, {19}),
+    ("per-loop-rmsnorm", {"updates": updates(angular=[0.1] * 29)}, {19}),
+    ("per-loop-rmsnorm", {"norms": norms([10.0 + min(k, 20) for k in range(30)])}, {20}),
+]
+
+
+@pytest.mark.parametrize(("condition", "change", "contradicted"), CONTRADICTIONS)
+def test_a_run_that_contradicts(condition, change, contradicted):
+    runs = {seed: paper_seed(seed) for seed in SEEDS}
+    runs[101][condition] = evidence(condition, 101, **change)
+    outcomes = {number: judge(claim, runs) for number, claim in enumerate(CLAIMS, start=1)}
+    assert {number for number, outcome in outcomes.items() if outcome.mark == "not reproduced"} == contradicted
+    for number in contradicted:
+        assert outcomes[number].held == [42, 202]
+
+
+def test_every_claim_can_fail():
+    assert set.union(*(contradicted for _, _, contradicted in CONTRADICTIONS)) == set(range(1, len(TESTABLE) + 1))
+
+
+def test_what_is_missing_is_not_judged():
+    runs = {42: paper_seed(42), 101: {}, 202: {"per-loop-rmsnorm": evidence("per-loop-rmsnorm", 202)}}
+    for claim in TESTABLE:
+        outcome = judge(claim, runs)
+        assert outcome.mark == "reproduced"
+        assert list(outcome.values) == ([42, 202] if claim.conditions == ("per-loop-rmsnorm",) else [42])
+        assert judge(claim, {101: {}}).mark == "not measured"
+
+
+def test_a_number_that_is_not_finite_confirms_nothing():
+    runs = {42: paper_seed()}
+    run = runs[42]["per-loop-rmsnorm"]
+    rows = [row | {"ppl": None, "state_norm": None} for row in run.result.evaluation]
+    runs[42]["per-loop-rmsnorm"] = dataclasses.replace(run, result=dataclasses.replace(run.result, evaluation=rows))
+    assert [judge(claim, runs).mark for claim in CLAIMS[:8]] == ["not reproduced"] * 8
+
+
+def settings() -> dict[str, object]:
+    return {
+        "preset": "demo", "data": "sotu", "tokenizer": "bpe", "vocab_size": 4096, "n_loops": 4, "seq_len": 128,
+        "batch_size": 16, "steps": 8, "epochs": None, "learning_rate": 0.003, "dtype": "fp32", "fused": True,
+        "eval_tokens": None,
+    }  # fmt: skip
+
+
+def sweep_of(runs: dict[int, dict[str, Evidence]]) -> Sweep:
+    return Sweep([one.result for seed in runs.values() for one in seed.values()], settings(), runs, SEEDS)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """Of two seeds, the second without the raw readout."""
+    out = tmp_path_factory.mktemp("page") / "out"
+    runs = {42: paper_seed(42), 101: paper_seed(101)}
+    del runs[101]["per-loop-raw"]
+    runs[101]["per-loop-rmsnorm"] = evidence("per-loop-rmsnorm", 101, norm=150.0)
+    sweep = sweep_of(runs)
+    diverged = RunResult("per-loop-raw", 101, "diverged", 3, 0.5, [])
+    marks = write_claims(dataclasses.replace(sweep, results=[*sweep.results, diverged]), out)
+    assert len(marks) == len(CLAIMS)
+    return out
+
+
+def test_page_has_every_claim(page):
+    text = (page / "claims.md").read_text()
+    record = json.loads((page / "claims.json").read_text())
+    assert [one["title"] for one in record["claims"]] == [claim.title for claim in CLAIMS]
+    for number, (claim, one) in enumerate(zip(CLAIMS, record["claims"], strict=True), start=1):
+        assert one["mark"] in get_args(Mark)
+        assert re.search(rf"^\| {number} \| {re.escape(claim.title)} \| {one['mark']} \|", text, re.MULTILINE)
+        section = text.partition(f"### {number}. {claim.title}\n")[2].partition("\n#")[0]
+        assert section.startswith(f"\n**{one['mark']}**")
+        assert claim.paper in section
+        if isinstance(claim, Untestable):
+            assert one["mark"] == "not testable at this scale"
+            assert claim.why in section
+        else:
+            assert claim.rule in section
+            assert all(f"| {quantity.label} | " in section for quantity in claim.quantities)
+    for said in ("--preset paper-129m", "Commit: abc", "cpu: synthetic", record["made"]["date"]):
+        assert said in text
+
+
+def test_page_says_what_is_missing(page):
+    text = (page / "claims.md").read_text()
+    assert "**10 of 27 runs are missing:**" in text
+    assert "`terminal-raw` seed 202 (not there)" in text
+    assert "`per-loop-raw` seed 101 (diverged)" in text
+    first, second = (text.partition(f"### {number}. ")[2].partition("\n#")[0] for number in (1, 2))
+    assert "**reproduced**: 1 of 1 seeds (2 of 3 missing)." in first
+    assert "Seeds: 42; 101, 202 missing." in first
+    assert "**not reproduced**: 1 of 2 seeds (1 of 3 missing)." in second
+    assert "The rule fails for 101." in second
+    assert "| 19,575.0 (150.0 to 39,000.0) |" in second
+    record = json.loads((page / "claims.json").read_text())["claims"][1]
+    assert record["values_by_seed"] == {"42": [39_000.0, 20.0], "101": [150.0, 20.0]}
+    assert (record["seeds_that_hold"], record["seeds_missing"]) == ([42], [202])
+
+
+def test_page_can_be_read_and_is_small(page):
+    text = (page / "claims.md").read_text()
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert {claim.figure for claim in TESTABLE} <= links
+    assert all((page / link).is_file() for link in links)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == len(TESTABLE) + 6
+    for table in tables:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(columns) == 1, table
+    assert sum(path.stat().st_size for path in page.iterdir()) < 3e6
+
+
+def test_a_diagnosis_is_read_as_it_was_written(tmp_path):
+    one = evidence("per-loop-raw").diagnosis
+    path = tmp_path / "diagnosis.json"
+    path.write_text(to_json([one]))
+    (read,) = read_diagnoses(path)
+    assert to_json([read]) == path.read_text()
+    assert isinstance(read.measured.weights, tuple)
+    assert math.isnan(read.measured.depth.bits_per_byte[0])
+    path.write_text(path.read_text().replace('"response"', '"answer"'))
+    with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read .*response.* Remove it"):
+        read_diagnoses(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A sweep of one run."""
+    directory = tmp_path_factory.mktemp("sweep")
+    options = shlex.split("--n-loops 4 --steps 2 --penalty 0 --seed 42 --out")
+    assert train(arguments(directory, *options, str(directory / "sweep" / "per-loop-rmsnorm" / "seed-42"))) == 0
+    return directory / "sweep"
+
+
+def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
+    out, run = tmp_path / "new" / "page", trained / "per-loop-rmsnorm" / "seed-42"
+    command = ["--runs", str(trained), "--out", str(out), "--tokens", "64"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "diagnosing per-loop-rmsnorm seed 42" in printed
+    assert "3 not testable at this scale" in printed
+    record = json.loads((out / "claims.json").read_text())
+    number = next(number for number, claim in enumerate(CLAIMS) if claim.title.startswith("The loops make no use"))
+    kept = kept_diagnosis(run, 64)
+    assert record["claims"][number]["values_by_seed"] == {"42": [kept.measured.clamp.change]}
+    assert record["claims"][0]["mark"] == "not measured"
+    assert record["made"]["versions"]["torch"]
+
+    monkeypatch.setattr(claims, "make_diagnosis", None)
+    assert main(command) == 0  # the diagnosis is reused
+    assert kept_diagnosis(run, 65) is None
+    later = (run / "diagnosis" / "diagnosis.json").stat().st_mtime + 1
+    os.utime(run / "checkpoint" / "model.safetensors", (later, later))
+    assert kept_diagnosis(run, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runs", "nowhere"], "runs must hold a complete run of the seeds. nowhere"),
+        (["--seeds", "7"], "runs must hold a complete run"),
+        (["--seeds", "42", "42"], "seeds must be at least one, and each only once. Got 42 42"),
+        (["--tokens", "15"], "tokens must be at least seq_len=16. Got tokens=15"),
+        (["--out", "{file}/page"], "out must be a directory that can be written"),
+        (["--frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_input(trained, tmp_path, capsys, options, message):
+    file = tmp_path / "file"
+    file.write_text("")
+    command = ["--runs", str(trained), "--out", str(tmp_path / "page")]
+    assert main([*command, *(option.format(file=file) for option in options)]) == 2
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "page").exists()
+
+
+def test_other_numbers_of_loops_are_refused(trained, tmp_path, capsys):
+    run = trained / "per-loop-rmsnorm" / "seed-42" / "summary.json"
+    whole = run.read_text()
+    summary = json.loads(whole)
+    run.write_text(json.dumps(summary | {"evaluation": summary["evaluation"][:3]}))
+    assert main(["--runs", str(trained), "--out", str(tmp_path / "page")]) == 2
+    run.write_text(whole)
+    assert "n_loops must be 4, the paper's" in capsys.readouterr().err

@@ -1,0 +1,364 @@
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import MODEL, TRAINING, text
+
+from train import sweep
+from train.config import TrainConfig
+from train.metrics import read_metrics
+from train.run import command_line, parse
+from train.run import main as train_main
+from train.sweep import CONDITIONS, Condition, SweepConfig, main, plan
+
+PROGRAM = Path(__file__).parents[1] / "train" / "sweep.py"
+TWO = ("--conditions", "terminal-rmsnorm", "per-loop-raw", "--seeds", "7")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def sweep_arguments(directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:
+    """A command line that trains ``TWO`` tiny models of 8 steps, all of whose files stay under ``directory``."""
+    data = directory / "text.txt"
+    if not data.exists():
+        data.write_text(text(), encoding="utf-8")
+    steps = TRAINING.index("--steps")
+    training = TRAINING[:steps] + TRAINING[steps + 2 :]
+    paths = ["--cache", str(directory / "cache"), "--device", "cpu", "--dtype", "fp32"]
+    own = ["--out", str(directory / "sweep"), "--data", str(data), "--steps", "8", *TWO, *options]
+    return [*own, "--", *paths, *MODEL, *training, *extra]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """A directory with a finished sweep in it, which the tests copy, and what the program printed."""
+    directory = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, str(PROGRAM), *sweep_arguments(directory)]
+    done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return directory, done.stdout
+
+
+@pytest.fixture
+def directory(finished, tmp_path) -> Path:
+    """A copy of the finished sweep, to be damaged. Its text and cache stay where they are, so that configurations
+    fit."""
+    shutil.copytree(finished[0] / "sweep", tmp_path / "sweep")
+    return tmp_path
+
+
+def again(finished, directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:
+    return sweep_arguments(finished[0], "--out", str(directory / "sweep"), *options, extra=extra)
+
+
+def test_every_condition_is_a_distinct_set_of_fields():
+    assert list(CONDITIONS) == list(get_args(Condition))
+    fields = [tuple(values.items()) for values in CONDITIONS.values()]
+    assert len(set(fields)) == len(fields) == 9
+    names = {field for values in CONDITIONS.values() for field in values}
+    assert names <= set(TrainConfig.__dataclass_fields__)
+
+
+def test_runs_are_what_their_directories_say(finished):
+    for condition in ("terminal-rmsnorm", "per-loop-raw"):
+        run = finished[0] / "sweep" / condition / "seed-7"
+        config = json.loads((run / "config.json").read_text())["train"]
+        assert {name: config[name] for name in CONDITIONS[condition]} == CONDITIONS[condition]
+        assert (config["seed"], config["steps"], config["d_model"]) == (7, 8, 32)
+        assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 8
+        assert "step 8/8" in run.with_name("seed-7.log").read_text()
+
+
+def test_one_line_a_run(finished):
+    lines = finished[1].splitlines()
+    assert lines[0].endswith("0 done, 2 to train")
+    for line, condition, done in zip(
+        lines[1:3], ("terminal-rmsnorm", "per-loop-raw"), ("1 of 2", "2 of 2"), strict=True
+    ):
+        last = json.loads((finished[0] / "sweep" / condition / "seed-7" / "summary.json").read_text())["evaluation"][-1]
+        assert line.startswith(f"{condition} ")
+        assert f"PPL {last['ppl']:.4g} " in line
+        assert f"||H_3|| {last['state_norm']:.4g} " in line
+        assert f"{done} done" in line
+    assert len(lines) == 4
+
+
+def test_report(finished):
+    out = finished[0] / "sweep"
+    record = json.loads((out / "sweep.json").read_text())
+    assert [run["condition"] for run in record["runs"]] == ["terminal-rmsnorm", "per-loop-raw"]
+    table = (out / "sweep.md").read_text()
+    for statistics in record["conditions"]:
+        run = out / statistics["condition"] / "seed-7"
+        rows = json.loads((run / "summary.json").read_text())["evaluation"]
+        assert statistics["complete"] == 1
+        assert statistics["ppl"]["mean"] == rows[2]["ppl"]
+        assert statistics["exit_gap"]["mean"] == pytest.approx(rows[0]["ce"] - rows[2]["ce"])
+        line = next(line for line in table.splitlines() if line.startswith(f"| `{statistics['condition']}` | 1 |"))
+        for value in (
+            f"{rows[2]['ppl']:.4g}",
+            f"{rows[2]['state_norm']:,.4g}",
+            f"{rows[0]['ce'] - rows[2]['ce']:+.4f}",
+        ):
+            assert f"| {value} |" in line
+    assert "--preset paper-129m" in table
+    assert plt.imread(out / "exit_gap.png").shape[1] > 900
+
+
+def test_complete_runs_are_skipped(finished, directory, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "_start", None)
+    before = contents(directory / "sweep" / "per-loop-raw")
+    assert main(again(finished, directory)) == 0
+    assert "2 done, 0 to train" in capsys.readouterr().out
+    assert contents(directory / "sweep" / "per-loop-raw") == before
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> None:
+    """One line on stderr, exit code 2, and ``directory`` as it was."""
+    before = contents(directory)
+    capsys.readouterr()
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    assert re.search(message, error), error
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "extra", "message"),
+    [
+        (["--steps", "9"], (), "steps must be that of the runs .* Got steps=9; .*seed-7 has 8"),
+        ([], ("--learning-rate", "0.1"), "learning_rate must be that"),
+        ([], ("--eval-tokens", "64"), "eval_tokens must be that"),
+        (["--seeds", "8"], ("--d-model", "64"), "d_model must be that"),  # not asked for, but in the same table
+    ],
+)
+def test_other_settings_in_the_same_directory(finished, directory, capsys, options, extra, message):
+    assert_rejected(again(finished, directory, *options, extra=extra), directory, message, capsys)
+
+
+def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
+    config = directory / "sweep" / "per-loop-raw" / "seed-7" / "config.json"
+    config.write_text(config.read_text().replace('"penalty": 0.0', '"penalty": 0.5'))
+    message = r"penalty must be that .* Got penalty=0.0; .*per-loop-raw/seed-7 has 0.5"
+    assert_rejected(again(finished, directory), directory, message, capsys)
+    assert_rejected(["--out", str(directory / "sweep"), "--report-only"], directory, "penalty must be that", capsys)
+    config.write_text("{")
+    assert_rejected(again(finished, directory), directory, "config.json cannot be used: remove", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "extra", "message"),
+    [
+        (["--conditions", "per-loop-batchnorm"], (), "'per-loop-batchnorm' for argument '--conditions'"),
+        (["--conditions", "per-loop-raw", "per-loop-raw"], (), "conditions must be .* only once"),
+        (["--seeds", "1", "1"], (), "seeds must be .* only once. Got 1 1"),
+        (["--jobs", "0"], (), "jobs must be at least 1. Got jobs=0"),
+        (["--steps", "0"], (), "steps must be at least 1"),
+        (["--epochs", "1"], (), "steps or epochs, not both"),
+        (["--preset", "ouro-1.4b"], (), "'ouro-1.4b' for argument '--preset'"),
+        (["--data", "no.txt"], (), "no.txt"),
+        ([], ("--vocab-size", "50000"), "vocab_size must be at most"),  # only the text can tell
+        ([], ("--d-model", "33"), "d_model must be divisible by n_heads"),
+        ([], ("--seed", "3"), "--seed is the sweep's own option"),
+        ([], ("--no-inter_loop_norm",), "--no-inter_loop_norm is the sweep's own option"),
+        ([], ("--readout=raw",), "--readout=raw is the sweep's own option"),
+        (["--jobs", "2"], ("--device", "cuda:0"), "device"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):
+    monkeypatch.setattr(sweep, "_start", None)
+    argv = sweep_arguments(tmp_path, *options, extra=extra)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / ".lock").touch()
+    assert_rejected(argv, tmp_path, message, capsys)
+
+
+def test_report_only(directory, capsys):
+    out = directory / "sweep"
+    names = ("sweep.json", "sweep.md", "exit_gap.png")
+    before = [(out / name).read_bytes() for name in names[:2]]
+    for name in names:
+        (out / name).unlink()
+    assert main(["--out", str(out), "--report-only"]) == 0
+    assert [(out / name).read_bytes() for name in names[:2]] == before
+    assert (out / "exit_gap.png").exists()
+    assert_rejected(["--out", str(directory / "empty"), "--report-only"], directory, "out must hold the runs", capsys)
+
+
+def tasks_of(argv: list[str]) -> list[sweep.Task]:
+    own, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    return plan(command_line(own, SweepConfig()), extra)
+
+
+def stop_half_way(task: sweep.Task) -> None:
+    """Replace a finished run by the same one, stopped after half of its steps."""
+    shutil.rmtree(task.directory)
+    assert train_main([*task.options, "--steps", "4", "--out", str(task.directory)]) == 0
+    (task.directory / "summary.json").unlink()
+    config = task.directory / "config.json"
+    config.write_text(config.read_text().replace('"steps": 4', '"steps": 8'))
+
+
+def test_stopped_runs_are_continued_or_begun_again(finished, directory, capsys):
+    argv = again(finished, directory, "--jobs", "2")
+    stopped, unfinished = tasks_of(argv)
+    stop_half_way(stopped)
+    shutil.rmtree(unfinished.directory / "checkpoint")
+    (unfinished.directory / "summary.json").unlink()
+    (unfinished.directory / "report.png").unlink()
+    (unfinished.directory / "metrics.jsonl").write_text('{"step": 1, "loss"')  # killed while it wrote
+    capsys.readouterr()
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"terminal-rmsnorm +seed 7 +is continued", printed)
+    assert re.search(r"per-loop-raw +seed 7 +had no checkpoint yet: removed", printed)
+    for task in (stopped, unfinished):
+        whole = finished[0] / "sweep" / task.condition / "seed-7"
+        weights = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, task.directory)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        assert [row["step"] for row in read_metrics(task.directory / "metrics.jsonl")] == list(range(1, 9))
+    assert "from step 4" in stopped.log.read_text()
+
+
+def test_nothing_but_a_run_is_removed(finished, directory, capsys):
+    run = directory / "sweep" / "per-loop-raw" / "seed-7"
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "thesis.tex").write_text("x")
+    assert main(again(finished, directory)) == 2
+    assert re.search(r"out must hold nothing but runs. .*seed-7 holds thesis.tex", capsys.readouterr().err)
+    assert (run / "thesis.tex").read_text() == "x"
+
+
+def test_divergence_is_a_result(tmp_path, capsys):
+    argv = sweep_arguments(tmp_path, "--conditions", "per-loop-raw", extra=("--learning-rate", "1e30"))
+    assert main(argv) == 0
+    assert re.search(r"per-loop-raw +seed 7 +diverged at step \d", capsys.readouterr().out)
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "| `per-loop-raw` | 0, 1 diverged | - |" in table
+    assert re.search(r"Not complete: `per-loop-raw` seed 7 \(diverged at step \d\)", table)
+    assert main(argv) == 0  # and is not tried again
+    assert "1 done, 0 to train" in capsys.readouterr().out
+
+
+def test_failure_of_one_run_does_not_end_the_sweep(finished, directory, capsys):
+    argv = again(finished, directory)
+    torn, missing = tasks_of(argv)
+    stop_half_way(torn)
+    (torn.directory / "checkpoint" / "model.safetensors").write_bytes(b"")
+    shutil.rmtree(missing.directory)
+    capsys.readouterr()
+    assert main(argv) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"terminal-rmsnorm .* failed \(exit 2, see .*seed-7.log\): error: .* is torn", printed)
+    assert re.search(r"per-loop-raw .* PPL .* 2 of 2 done", printed)
+    record = json.loads((directory / "sweep" / "sweep.json").read_text())
+    assert [run["status"] for run in record["runs"]] == ["checkpoint", "complete"]
+
+
+def wait_until(holds, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def begin(directory: Path) -> subprocess.Popen[str]:
+    """Two long runs at once, both in training when this returns."""
+    argv = sweep_arguments(directory, "--steps", "100000", "--jobs", "2")
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *argv], cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    runs = [task.directory for task in tasks_of(argv)]
+    wait_until(lambda: all(read_metrics(run / "metrics.jsonl") for run in runs))
+    return process
+
+
+def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeypatch):
+    with begin(tmp_path) as process:
+        monkeypatch.setattr(sweep, "_start", None)
+        argv = sweep_arguments(tmp_path, "--steps", "100000")
+        assert main(argv) == 2
+        assert "out must not be in use" in capsys.readouterr().err
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopping 2 running" in output
+    command = shlex.split(output.splitlines()[-1])
+    assert command[0] == sys.executable
+    assert (tmp_path / command[1]).resolve() == PROGRAM
+    assert command[2:] == sweep_arguments(tmp_path, "--steps", "100000", "--jobs", "2")
+    for task in tasks_of(argv):
+        step = json.loads((task.directory / "checkpoint" / "checkpoint.json").read_text())["step"]
+        assert 1 <= step < 100_000
+        assert f"stopped at step {step} of 100000" in task.log.read_text()
+        table = (tmp_path / "sweep" / "sweep.md").read_text()
+        assert f"`{task.condition}` seed 7 (at step {step})" in table
+
+
+def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
+    with begin(tmp_path) as process:
+        process.kill()
+    monkeypatch.setattr(sweep, "_start", None)
+    argv = sweep_arguments(tmp_path, "--steps", "100000")
+    try:
+        assert main(argv) == 2
+        assert "out must not be in use" in capsys.readouterr().err
+    finally:
+        for task in tasks_of(argv):
+            os.kill(_process_of(task.directory), signal.SIGTERM)
+    wait_until(lambda: all((task.directory / "checkpoint").exists() for task in tasks_of(argv)))
+
+
+def _process_of(run: Path) -> int:
+    """The process that was started with ``run`` as its --out."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_bytes().split(b"\0") if path.exists() else []
+        if words[-3:] == [b"--out", str(run).encode(), b""]:
+            return int(path.parent.name)
+    raise AssertionError(f"no process trains {run}")
+
+
+def test_jobs_share_the_machine(monkeypatch, tmp_path):
+    config = tasks_of(sweep_arguments(tmp_path))[0].config
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sweep._share(0, 1, config) == {}
+    assert sweep._share(1, 3, config) == {"OMP_NUM_THREADS": "2"}
+    assert sweep._share(1, 9, config) == {"OMP_NUM_THREADS": "1"}
+    on_gpu = dataclasses.replace(config, device="auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [sweep._share(slot, 3, on_gpu)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+    assert [sweep._share(slot, 2, on_gpu)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4", "GPU-5"]
+
+
+def test_order_and_options(tmp_path):
+    tasks = plan(SweepConfig(out=tmp_path, preset="paper-44m", seeds=(1, 2), epochs=0.5), ["--device", "cpu"])
+    assert [(task.condition, task.seed) for task in tasks] == [(name, seed) for seed in (1, 2) for name in CONDITIONS]
+    for task in tasks:
+        config = parse(task.options)
+        assert dataclasses.replace(config, out=None) == task.config
+        assert (config.preset, config.epochs, config.d_model) == ("paper-44m", 0.5, 512)
+        for name, value in CONDITIONS[task.condition].items():
+            assert getattr(config, name) == value
