@@ -1,18 +1,23 @@
-# make train | test | bench | gpu-check | lint: each makes .venv first if it is missing or out of date.
+# make train | test | bench | bench-smoke | gpu-check | lint: each makes .venv first if it is missing or out of date.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: train test bench gpu-check lint clean
+.PHONY: train test bench bench-smoke gpu-check lint clean
 
 train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
 
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(ARGS)
+	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
 
+# measures and writes bench/results/<date>-<device>.{json,md}; 10-15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed-bench
-	$(PY) -m pytest bench/ --benchmark-only $(ARGS)
+	$(PY) -m pytest bench/ --benchmark-only --record $(ARGS)
+
+# every implementation once on tiny shapes; no record
+bench-smoke: $(VENV)/.installed-bench
+	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -k smoke $(ARGS)
 
 # every kernel in every configuration for four GPUs, offline: tens of minutes; `make test` has a sample
 gpu-check: $(VENV)/.installed

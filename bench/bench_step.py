@@ -1,75 +1,77 @@
 """One optimisation step of the decoder: fused, plain PyTorch, and the eager baseline, in turn.
 
-The eager baseline is how the paper's own code does it: explicit softmax attention with its [B, H, T, T] scores in
-memory, separate norms, K separate readouts.  All three hold the same weights and see the same batch; denormals are
-flushed for all.
+All hold the same weights at first and see the same batch; denormals are flushed for all.  Loss and gradients are
+checked without dropout, whose random numbers differ from one implementation to the next.
 """
 
-import dataclasses
-import math
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.records import environment, time_in_turn
-from bench.shapes import DEVICE, STEPS, StepShape
-from looped.attention import SelfAttention
-from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
-from looped.supervision import Supervision
-from train.step import training_step
+from bench.accuracy import Errors, allowing_for_luck, relative_error
+from bench.decoders import IMPLEMENTATIONS, decoder, floor_seconds, stepping, tokens_of
+from bench.implementations import Implementation
+from bench.measurement import Measurement, Work
+from bench.shapes import STEPS, Case, DecoderShape
+from looped.supervision import Supervision, looped_loss
+from train.step import autocast
 
-VARIANTS = ("fused", "plain", "eager")
-
-
-class EagerAttention(nn.Module):
-    """The same projections around `dropout(softmax(q k^T / sqrt(head_dim) + mask)) v`, every score in memory."""
-
-    def __init__(self, attention: SelfAttention) -> None:
-        super().__init__()
-        self.n_heads, self.dropout = attention.n_heads, attention.dropout
-        self.qkv, self.output = attention.qkv, attention.output
-
-    def forward(self, x: Tensor, rotary: None = None) -> Tensor:
-        batch, seq_len, d_model = x.shape
-        q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=x.device).triu(1)
-        probabilities = F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.dropout, self.training)
-        return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model))
+STEP_IMPLEMENTATIONS = [implementation for implementation in IMPLEMENTATIONS if implementation.name != "compiled"]
+CHECKED_TOKENS = 64  # of one sequence: what the check of loss and gradients runs on
 
 
-@cache
-def step_of(shape: StepShape, variant: str, dtype: torch.dtype, supervision: Supervision):
-    """A function that takes one step."""
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm")
-    model = LoopedDecoder(config, fused=variant == "fused").to(DEVICE)
-    if variant == "eager":
-        for block in model.blocks:
-            block.attention = EagerAttention(block.attention)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
-    tokens = torch.randint(config.vocab_size, (shape.batch, shape.seq_len + 1), device=DEVICE)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    model.train()
-    return lambda: training_step(model, optimizer, inputs, targets, supervision=supervision, penalty=0.0, dtype=dtype)
+def loss_and_gradients(shape: DecoderShape, variant: str, supervision: Supervision, dtype: torch.dtype) -> list[Tensor]:
+    """Of one short sequence, without dropout; the gradients of all parameters as one vector."""
+    model = decoder(shape, variant).eval()
+    short = DecoderShape(shape.preset, 1, min(shape.seq_len, CHECKED_TOKENS), shape.n_loops)
+    tokens = tokens_of(short, model.config.vocab_size)
+    with autocast(tokens.device, dtype):
+        loss = looped_loss(model, model(tokens[:, :-1]), tokens[:, 1:].contiguous(), supervision=supervision).loss
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    gradients = [parameters[name].grad for name in sorted(parameters)]
+    return [loss.detach(), torch.cat([g.flatten().float() for g in gradients if g is not None])]
 
 
+@lru_cache(maxsize=1)
+def truth_of(shape: DecoderShape, supervision: Supervision) -> list[Tensor]:
+    """Plain PyTorch in float32."""
+    return loss_and_gradients(shape, "plain", supervision, torch.float32)
+
+
+def errors(case: Case[DecoderShape], variant: str, supervision: Supervision) -> Errors:
+    loss, gradients = loss_and_gradients(case.shape, variant, supervision, case.dtype)
+    true_loss, true_gradients = truth_of(case.shape, supervision)
+    return {"loss": relative_error(loss, true_loss), "gradients": relative_error(gradients, true_gradients)}
+
+
+@lru_cache(maxsize=1)
+def plain_errors(case: Case[DecoderShape], supervision: Supervision) -> Errors:
+    return errors(case, "plain", supervision)
+
+
+@pytest.mark.parametrize("implementation", STEP_IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", STEPS, ids=str)
-def bench_step(benchmark, shape: StepShape, variant: str, dtype: str, supervision: Supervision) -> None:
-    benchmark.group = f"training step {shape} {supervision} {dtype}"
-    arithmetic = torch.bfloat16 if dtype == "bf16" else torch.float32
-    step = step_of(shape, variant, arithmetic, supervision)
-    paired = time_in_turn(benchmark, step, step_of(shape, "fused", arithmetic, supervision), rounds=3)
-    benchmark.extra_info.update(
-        environment(),
-        tokens_per_second=round(shape.batch * shape.seq_len / paired.seconds, 1),
-        ratio_to_fused=round(paired.ratio, 3),
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def bench_step(measure, case: Case[DecoderShape], supervision: Supervision, implementation: Implementation) -> None:
+    if supervision == "terminal" and case.dtype == torch.float32 and not case.smoke:
+        pytest.skip("terminal supervision is timed in bf16")
+    shape, variant = case.shape, implementation.name
+    model = decoder(shape, "fused", torch.device("meta"))  # counts FLOPs, holds no weights
+    n_readouts = shape.n_loops if supervision == "per-loop" else 1
+    flops = model.flops_per_token(n_readouts=n_readouts, seq_len=shape.seq_len) * shape.n_tokens
+    measure(
+        Measurement(
+            group=f"training step, {supervision} supervision",
+            case=case,
+            implementation=implementation,
+            errors=lambda: errors(case, variant, supervision),
+            allowed=lambda: allowing_for_luck(plain_errors(case, supervision), case.dtype),
+            prepare=lambda: stepping(case, variant, supervision)(),
+            reference=lambda: stepping(case, "fused", supervision)(),
+            work=Work(flops / 1e9, "GFLOP/s", lambda: floor_seconds(model, shape, case.dtype, flops)),
+            n_tokens=shape.n_tokens,
+        )
     )

@@ -5,11 +5,15 @@ Inside `FakeGPU(target)` tensors created with device="cuda" have shapes, dtypes 
 for the target, with the specialisation that the real call would have, and not launched.  Everything that would reach
 the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.
 
-Three things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
+Code that is not this project's runs the same way: its launches by position, its custom ops, and, where it reads values
+of tensors (the host then waits), answers that the caller gives.
+
+Four things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied here to F.linear and to attention.
 - scaled_dot_product_attention is the flash kernel that a CUDA build picks for half precision and head sizes to 256.
+- rms_norm is one kernel, and its gradient two, as in a CUDA build.
 - Device properties come from `TARGETS`.
 """
 
@@ -17,7 +21,7 @@ import contextlib
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +35,11 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, traffic
 
 
 @dataclass(frozen=True)
@@ -57,40 +62,6 @@ TARGETS = {
     "sm_100": Target("B200", GPUTarget("cuda", 100, 32), 148, 227 * 1024),
     "gfx942": Target("MI300X", GPUTarget("hip", "gfx942", 64), 304, 64 * 1024),
 }
-
-
-@dataclass(frozen=True)
-class Call:
-    """One kernel that the device would run.
-
-    read_write_bytes: of the tensors it reads and of those it writes, each once.
-    """
-
-    name: str
-    read_write_bytes: int
-    flops: int
-    grid: tuple[int, ...] = ()
-    constants: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass
-class Record:
-    """What a program did while it ran on the fake GPU."""
-
-    calls: list[Call] = field(default_factory=list)
-    host_copies: list[str] = field(default_factory=list)  # each makes the host wait for the device
-    kernels: dict[tuple, Any] = field(default_factory=dict)  # compiled, by name, constants, types and target
-    live_bytes: int = 0
-    peak_bytes: int = 0
-
-    def launches(self, prefix: str = "") -> int:
-        return sum(call.name.startswith(prefix) for call in self.calls)
-
-    def clear(self) -> None:
-        """Forget calls, copies and the peak, but neither live memory nor compiled kernels."""
-        self.calls.clear()
-        self.host_copies.clear()
-        self.peak_bytes = self.live_bytes
 
 
 class Pointer:
@@ -124,30 +95,13 @@ class StubDriver:
         return self.target.triton
 
     def get_current_device(self) -> int:
-        return 0
+        return 1000 + list(TARGETS.values()).index(self.target)  # Triton keeps kernels by device: one a target
 
     def get_current_stream(self, _: int) -> int:
         return 0
 
     def get_device_interface(self) -> Any:
         return torch.cpu
-
-
-def _bytes_of(tensors: list[Tensor]) -> int:
-    """Bytes of distinct tensors; an expanded dimension counts once."""
-    distinct = {}
-    for tensor in tensors:
-        elements = 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            elements *= size if stride or size == 0 else 1
-        distinct[(id(tensor.untyped_storage()), tensor.storage_offset(), elements)] = elements * tensor.element_size()
-    return sum(distinct.values())
-
-
-def _flops(func: Any, args: tuple, out: Any) -> int:
-    in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # which the registry does not know
-    formula = flop_registry.get(in_place.get(func._overloadpacket, func._overloadpacket))
-    return 0 if formula is None else formula(*(arg for arg in args if isinstance(arg, Tensor)), out_val=out)
 
 
 def _caller() -> str:
@@ -159,9 +113,10 @@ def _caller() -> str:
 
 
 class Autocast:
-    """Autocast and kernel choice of a CUDA build for the products that Python calls: F.linear and attention."""
+    """Autocast and kernel choice of a CUDA build for what Python calls: F.linear, F.rms_norm and attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # of leaves, as autocast keeps them
         self.plain_linear, self.plain_attention = F.linear, F.scaled_dot_product_attention
 
@@ -184,6 +139,32 @@ class Autocast:
             return self.plain_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
+    def rms_norm(self, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        y: Tensor = FusedRMSNorm.apply(x, weight, self.record)  # type: ignore[no-untyped-call]
+        return y
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """The launches of a CUDA build's RMSNorm of the last dimension: y and rstd; dx; dweight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, record: Record) -> Tensor:
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], device=x.device)
+        vectors = [rstd] if weight is None else [rstd, weight]
+        record.calls.append(Call("_fused_rms_norm", bytes_of([x, y, *vectors]), 0))
+        ctx.record = record
+        ctx.save_for_backward(x, *vectors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        x, rstd, *weight = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight[0]) if weight else None
+        ctx.record.calls.append(Call("_fused_rms_norm_backward dx", bytes_of([dy, x, rstd, *weight, dx]), 0))
+        if dweight is not None:
+            ctx.record.calls.append(Call("_fused_rms_norm_backward dweight", bytes_of([dy, x, rstd, dweight]), 0))
+        return dx, dweight, None
+
 
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
@@ -194,12 +175,15 @@ class FakeCUDA(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs or {})
 
 
-class Recorder(TorchDispatchMode):
-    """Runs the ops of `kernels` as the device would, and records every other op."""
+Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns, given the op's arguments
 
-    def __init__(self, record: Record) -> None:
+
+class Recorder(TorchDispatchMode):
+    """Runs custom ops as the device would, and records every other op."""
+
+    def __init__(self, record: Record, answers: Answers) -> None:
         super().__init__()
-        self.record, self.seen = record, weakref.WeakSet()  # type: ignore[var-annotated]
+        self.record, self.answers, self.seen = record, answers, weakref.WeakSet()  # type: ignore[var-annotated]
 
     def watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -223,7 +207,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "looped":
+        if func._schema.name in OPDEFS:
             return self.run_op(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
@@ -231,7 +215,11 @@ class Recorder(TorchDispatchMode):
         if func._can_decompose():
             with self:
                 return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+        if func in self.answers:
+            self.record.host_copies.append(f"{func}, {_caller()}")
+            out = self.answers[func](*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in returned:
@@ -245,66 +233,97 @@ class Recorder(TorchDispatchMode):
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
             inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
-            read = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-            self.record.calls.append(Call(str(func), _bytes_of(read) + _bytes_of(returned), _flops(func, args, out)))
+            sizes = frozenset(size for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) for size in leaf.shape)
+            self.record.calls.append(
+                Call(str(func), traffic(func, inputs, returned), flops(func, args, out), sizes=sizes)
+            )
         return out
 
     def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
-        expected = tree_leaves(func(*args, **kwargs))
+        expected, first = tree_leaves(func(*args, **kwargs)), len(self.record.calls)
         with self:
             out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        self.record.calls[first:] = [replace(call, op=func._schema.name) for call in self.record.calls[first:]]
         for actual, fake in zip(tree_leaves(out), expected, strict=True):
             told = [(t.shape, t.dtype, t.device) for t in (actual, fake)]
             assert told[0] == told[1], f"{func}: returns {told[0]}, its fake implementation {told[1]}"
         return out
 
 
-IN_PLACE = ("logits_ptr", "dweight_ptr", "dbias_ptr")  # arguments that a kernel reads and writes
-
-
-def _dot_flops(arguments: dict[str, Any]) -> int:
-    return 2 * arguments["n_rows"] * arguments["n_columns"] * arguments["d"]
-
-
-def _compile_launch(record: Record, target: Target, original: Callable) -> Callable:
+def _compile_launch(record: Record, original: Callable) -> Callable:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-        for name, value in kwargs.items():
-            assert not isinstance(value, Tensor) or value.device.type == "cuda", f"{name} is on {value.device}"
-        given = {k: Pointer(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        kernel = original(self, *args, grid=grid, warmup=True, **given)
-        constants = tuple((k, v) for k, v in kwargs.items() if k.isupper() or k in ("num_warps", "num_stages"))
-        name = self.fn.__name__
-        record.kernels.setdefault((name, kernel.hash), (kernel, constants, tuple(str(t.dtype) for t in tensors)))
-        twice = [kwargs[name] for name in IN_PLACE if kwargs.get(name) is not None and kwargs.get("HAS_GRADIENT", True)]
-        flops = _dot_flops(kwargs) if name == "stream_kernel" else 0
-        record.calls.append(Call(name, _bytes_of(tensors) + _bytes_of(twice), flops, tuple(grid), constants))
+        kernel_name, given = self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            assert value.device.type == "cuda", f"{name} is on {value.device}"
+        pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
+        kernel = original(self, grid=grid, warmup=True, **given | pointers)
+        key = (kernel_name, kernel.hash)
+        constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        record.kernels.setdefault(
+            key, (kernel, tuple(constants.items()), tuple(str(t.dtype) for t in tensors.values()))
+        )
+        with_gradient = given.get("HAS_GRADIENT", True) and given.get("HAS_GRADIENTS", True)
+        in_place = IN_PLACE | ADDED_TO if given.get("ADD") else IN_PLACE
+        twice = [t for n, t in tensors.items() if with_gradient and in_place & {n, f"{kernel_name}.{n}"}]
+        arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
+        record.calls.append(
+            Call(
+                kernel_name,
+                bytes_of(list(tensors.values())) + bytes_of(twice),
+                PRODUCTS.get(kernel_name, lambda _: 0)(given),
+                tuple(grid(given) if callable(grid) else grid),
+                arguments,
+                key,
+            )
+        )
         return kernel
 
     return run
 
 
+def _copy_numbers(record: Record, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor, whose own copy to a device is made below Python."""
+
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        made = original(data, **kwargs)
+        if device is None or torch.device(device).type != "cuda":
+            return made
+        record.host_copies.append(f"torch.tensor, {_caller()}")
+        record.calls.append(Call("torch.tensor", made.nbytes, 0))
+        return torch.empty(made.shape, dtype=made.dtype, device=device)
+
+    return tensor
+
+
 @contextlib.contextmanager
-def fake_gpu(target: Target) -> Iterator[Record]:
-    """Tensors on device "cuda" are fake ones on `target` while this lasts; yields the record of what runs there."""
-    record, autocast = Record(), Autocast()
+def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]:
+    """Tensors on device "cuda" are fake ones on `target` while this lasts; yields the record of what runs there.
+
+    A read of a tensor's values is an error, or, for an op in `answers`, answered by it and recorded as a host copy.
+    """
+    record = Record()
+    autocast = Autocast(record)
     device = SimpleNamespace(multi_processor_count=target.multiprocessors, name=target.name)
-    answers: dict[str, Any] = {
+    patches: dict[str, Any] = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.is_bf16_supported": lambda *_: True,
         "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.device": lambda *_: contextlib.nullcontext(),
         "torch.cuda.get_device_properties": lambda *_: device,
         "torch.cuda.get_device_capability": lambda *_: (9, 4) if target.is_amd else divmod(target.triton.arch, 10),
         "torch.version.hip": "6.4" if target.is_amd else None,
+        "torch.tensor": _copy_numbers(record, torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
         "torch.nn.functional.linear": autocast.linear,
+        "torch.nn.functional.rms_norm": autocast.rms_norm,
         "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
-        "triton.runtime.jit.JITFunction.run": _compile_launch(record, target, JITFunction.run),
+        "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(patch(name, answer))
+        for name, stand_in in patches.items():
+            stack.enter_context(patch(name, stand_in))
         on_gpu = property(lambda tensor: tensor.fake_device.type == "cuda")
         stack.enter_context(patch.object(FakeTensor, "is_cuda", on_gpu, create=True))
         asked_by_c = {torch.ops.prim.device.default: lambda _: torch.device("meta")}
@@ -313,5 +332,5 @@ def fake_gpu(target: Target) -> Iterator[Record]:
         stack.callback(setattr, driver, "_active", previous)
         driver.set_active(StubDriver(target))
         stack.enter_context(FakeCUDA())
-        stack.enter_context(Recorder(record))
+        stack.enter_context(Recorder(record, answers or {}))
         yield record

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.fake_gpu import TARGETS, Record, fake_gpu
+from bench.fake_gpu import TARGETS, fake_gpu
+from bench.gpu_record import Record
 from kernels import looped_cross_entropy
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder

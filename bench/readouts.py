@@ -5,13 +5,15 @@ Every one takes the same inputs and leaves gradients in their `.grad`.  An imple
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.accuracy import Errors, relative_error
+from bench.implementations import Implementation, freshly_compiled, why_missing, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
+from bench.timing import Call, Prepare
 from kernels import looped_cross_entropy
 
 EPS = 1e-6
@@ -55,6 +57,10 @@ class Inputs:
     def normed(self) -> list[Tensor]:
         return [F.rms_norm(state, state.shape[-1:], self.weight, EPS) for state in self.states]
 
+    def forget_gradients(self) -> None:
+        for tensor in self.differentiated:
+            tensor.grad = None
+
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -93,66 +99,66 @@ def cut_cross_entropy(inputs: Inputs) -> Tensor:
 def liger(inputs: Inputs) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
+    losses = [liger_fused_linear_cross_entropy(y, inputs.head, inputs.targets) for y in inputs.normed()]
+    return torch.stack(losses).mean()
+
+
+def liger_concatenated(inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
     targets = inputs.targets.repeat(len(inputs.states))
     return liger_fused_linear_cross_entropy(torch.cat(inputs.normed()), inputs.head, targets)
 
 
-class Implementation(NamedTuple):
-    """`loss(inputs)` is differentiable; `missing` says why it cannot run here, or is None."""
-
-    name: str
-    make: Callable[[], Loss]
-    missing: str | None = None
-
-
-def _why_missing(package: str) -> str | None:
-    from importlib.util import find_spec
-
-    return None if find_spec(package) else f"{package} is not installed (make bench installs it)"
-
-
+LIGER_MISSING = why_missing("liger_kernel", needs_gpu=True)
+CUT_CROSS_ENTROPY = Implementation(
+    "cut-cross-entropy", lambda: with_fresh_compiler(cut_cross_entropy), why_missing("cut_cross_entropy")
+)
 IMPLEMENTATIONS = [
     Implementation("fused", lambda: fused),
     Implementation("plain", lambda: plain),
-    Implementation("compiled", lambda: torch.compile(plain)),
-    Implementation("torch-chunked", lambda: torch_chunked),
-    Implementation("torch-chunked-concatenated", lambda: torch_chunked_concatenated),
-    Implementation("cut-cross-entropy", lambda: cut_cross_entropy, _why_missing("cut_cross_entropy")),
-    Implementation(
-        "liger-concatenated",
-        lambda: liger,
-        "needs a GPU" if DEVICE.type == "cpu" else _why_missing("liger_kernel"),
-    ),
+    Implementation("compiled", lambda: freshly_compiled(plain)),
+    Implementation("torch-chunked", lambda: torch_chunked, slow_on_cpu=True),
+    Implementation("torch-chunked-concatenated", lambda: torch_chunked_concatenated, slow_on_cpu=True),
+    CUT_CROSS_ENTROPY,
+    Implementation("liger", lambda: liger, LIGER_MISSING),
+    Implementation("liger-concatenated", lambda: liger_concatenated, LIGER_MISSING),
 ]
 
 
 def run(loss: Loss, inputs: Inputs) -> Tensor:
-    """Forward and backward; the gradients are left in `.grad`."""
-    for tensor in inputs.differentiated:
-        tensor.grad = None
+    """Forward and backward; the gradients are left in `.grad`, where there must be none before."""
     result = loss(inputs)
     result.backward()
     return result.detach()
 
 
-class Errors(NamedTuple):
-    """Relative errors of the loss and of the gradients against plain PyTorch in float32."""
+def make_round(loss: Loss, inputs: Inputs) -> Prepare:
+    """Forward and backward, the gradients of the round before forgotten."""
 
-    loss: float
-    states: float
-    head: float
+    def prepare() -> Call:
+        inputs.forget_gradients()
+        return lambda: run(loss, inputs)
+
+    return prepare
 
 
-def errors(loss: Loss, inputs: Inputs) -> Errors:
-    """Of one run, the truth being plain PyTorch on the same numbers in float32, loop by loop."""
-    wide = inputs.to(torch.float32)
-    truth = run(plain, wide)
+def results(loss: Loss, inputs: Inputs) -> dict[str, Tensor | None]:
+    """The loss and every gradient, by name; the K states' as one."""
+    inputs.forget_gradients()
     value = run(loss, inputs)
+    states = [state.grad for state in inputs.states if state.grad is not None]
+    found = {
+        "loss": value,
+        "dstates": torch.stack(states) if len(states) == len(inputs.states) else None,
+        "dhead": inputs.head.grad,
+        "dweight": inputs.weight.grad,
+    }
+    inputs.forget_gradients()
+    return found
 
-    def relative(actual: Tensor | None, expected: Tensor | None) -> float:
-        assert actual is not None
-        assert expected is not None
-        return float((actual.float() - expected).norm() / expected.norm())
 
-    states = max(relative(a.grad, e.grad) for a, e in zip(inputs.states, wide.states, strict=True))
-    return Errors(abs(float(value / truth) - 1), states, relative(inputs.head.grad, wide.head.grad))
+def errors(loss: Loss, inputs: Inputs, truth: dict[str, Tensor | None]) -> Errors:
+    """Relative errors of one run against the truth."""
+    found = results(loss, inputs)
+    return {name: relative_error(found[name], expected) for name, expected in truth.items() if expected is not None}

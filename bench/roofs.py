@@ -1,28 +1,23 @@
-"""What the machine allows, measured: the products of the readout alone, in the best layout and chunk found."""
+"""What the machine allows, measured in the same run: products in the best layout found, and copies."""
 
 import itertools
-import time
-from collections.abc import Callable
-from statistics import median
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from bench.records import synchronised
 from bench.shapes import DEVICE, ReadoutShape
+from bench.timing import Call, seconds_of
 
-CHUNKS = (512, 1024, 2048, 4096)
+CHUNK_ROWS = (512, 2048, 8192) if DEVICE.type == "cuda" else (512, 2048)
+CHUNK_VOCABULARY = 8192  # rows of the head of one product at most: larger ones run at the same rate
+ROUNDS = 3
 
 
-def seconds(function: Callable[[], object], rounds: int = 3) -> float:
-    """Median time of a call, after one that warms up."""
-    times = []
-    function = synchronised(function)
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+def best_seconds(call: Call) -> float:
+    """Shortest time of a call, after one that warms up."""
+    call()
+    return min(seconds_of(call) for _ in range(ROUNDS))
 
 
 def _layouts(matrix: Tensor) -> list[Tensor]:
@@ -30,25 +25,43 @@ def _layouts(matrix: Tensor) -> list[Tensor]:
     return [matrix, matrix.t().contiguous().t()]
 
 
-def best_product(a: Tensor, b: Tensor) -> float:
+def _product_seconds(a: Tensor, b: Tensor) -> float:
     """Seconds of the fastest way to form a @ b over the layouts of a, b and the result."""
-    rows, columns = a.shape[0], b.shape[1]
-    results = _layouts(torch.empty(rows, columns, dtype=a.dtype, device=a.device))
+    results = _layouts(torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
     ways = itertools.product(_layouts(a), _layouts(b), results)
-    return min(seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for a, b, out in ways)  # type: ignore[misc]
+    return min(best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for a, b, out in ways)  # type: ignore[misc]
 
 
-def readout_floor(shape: ReadoutShape, dtype: torch.dtype) -> float:
-    """Seconds of the three products `h W^T`, `g W`, `g^T h` over all K N rows, each in its best layout and chunk."""
-    n_rows = shape.n_loops * shape.n_tokens
-    best = [float("inf")] * 3
-    for rows in CHUNKS:
-        if rows > n_rows and rows != CHUNKS[0]:
-            continue
-        rows = min(rows, n_rows)
-        h = torch.randn(rows, shape.d, dtype=torch.float32).to(DEVICE, dtype)
-        head = torch.randn(shape.vocabulary, shape.d, dtype=torch.float32).to(DEVICE, dtype)
-        g = torch.randn(rows, shape.vocabulary, dtype=torch.float32).to(DEVICE, dtype)
-        for index, (a, b) in enumerate(((h, head.t()), (g, head), (g.t(), h))):
-            best[index] = min(best[index], best_product(a, b) * n_rows / rows)
-    return sum(best)
+def _random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, columns, device=DEVICE).to(dtype)
+
+
+@cache
+def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """FLOP/s of a [rows, inner] times [inner, columns] product in its best layout."""
+    seconds = _product_seconds(_random(rows, inner, dtype), _random(inner, columns, dtype))
+    return 2 * rows * inner * columns / seconds
+
+
+@cache
+def _readout_rates(d: int, vocabulary: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """FLOP/s of `h W^T`, `g W` and `g^T h`, each in its best layout and chunk of rows."""
+    return (
+        max(product_rate(rows, d, vocabulary, dtype) for rows in CHUNK_ROWS),
+        max(product_rate(rows, vocabulary, d, dtype) for rows in CHUNK_ROWS),
+        max(product_rate(vocabulary, rows, d, dtype) for rows in CHUNK_ROWS),
+    )
+
+
+def readout_floor(shape: ReadoutShape, dtype: torch.dtype, *, backward: bool) -> float:
+    """Seconds of the readout's products over all K N rows and nothing else: three of them, or `h W^T` alone."""
+    rates = _readout_rates(shape.d, min(shape.vocabulary, CHUNK_VOCABULARY), dtype)
+    return sum(shape.flops / 3 / rate for rate in (rates if backward else rates[:1]))
+
+
+@cache
+def copy_rate(n_bytes: int) -> float:
+    """Bytes per second, read and written, of a copy that moves `n_bytes` in all."""
+    source = torch.randn(max(1, n_bytes // 8), device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source))

@@ -20,7 +20,9 @@ KERNELS = {
     "norm_backward_kernel",
     "radial_forward_kernel",
     "radial_backward_kernel",
+    "loss_weights_kernel",
     "cross_entropy_kernel",
+    "loss_sums_kernel",
     "stream_kernel",
     "combine_kernel",
 }
@@ -32,6 +34,8 @@ NARROW_INSTRUCTIONS = {
     "norm_backward_kernel": 8,  # two loads, two stores
     "radial_forward_kernel": 6,  # three stores
     "radial_backward_kernel": 6,  # three loads
+    "loss_weights_kernel": 24,  # a loop's weight, in loops that the compiler unrolls; four results
+    "loss_sums_kernel": 4,  # two factors, two results
     "cross_entropy_kernel": 7,  # target, weight; five results
     "stream_kernel": 15,  # target, for up to eight rows; seven results
 }

@@ -1,0 +1,83 @@
+"""Variants of the looped decoder, with the same weights: fused, plain PyTorch, its blocks compiled, eager attention.
+
+The eager baseline is how the paper's own code does it: explicit softmax attention with its [B, H, T, T] scores in
+memory, separate norms, K separate readouts.
+"""
+
+import dataclasses
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.implementations import Implementation
+from bench.roofs import product_rate
+from bench.shapes import DEVICE, Case, DecoderShape
+from bench.timing import Prepare
+from looped.attention import SelfAttention
+from looped.config import PRESETS
+from looped.decoder import LoopedDecoder
+from looped.supervision import Supervision
+from train.step import training_step
+
+
+class EagerAttention(nn.Module):
+    """The same projections around `dropout(softmax(q k^T / sqrt(head_dim) + mask)) v`, every score in memory."""
+
+    def __init__(self, attention: SelfAttention) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = attention.n_heads, attention.dropout
+        self.qkv, self.output = attention.qkv, attention.output
+
+    def forward(self, x: Tensor, rotary: None = None) -> Tensor:
+        batch, seq_len, d_model = x.shape
+        q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=x.device).triu(1)
+        probabilities = F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.dropout, self.training)
+        return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model))
+
+
+def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedDecoder:
+    """A decoder of the preset, of K loops, with RMSNorm readout; the same weights in every variant."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops)
+    with device:
+        model = LoopedDecoder(config, fused=variant == "fused")
+    for block in model.blocks:
+        if variant == "eager":
+            block.attention = EagerAttention(block.attention)
+        if variant == "compiled":  # block by block, as PyTorch recommends for repeated blocks: one graph for all
+            block.compile(dynamic=False)
+    return model
+
+
+def tokens_of(shape: DecoderShape, vocab_size: int) -> Tensor:
+    """[B, T + 1] random tokens: inputs and, one further, targets."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(vocab_size, (shape.batch, shape.seq_len + 1), generator=generator).to(DEVICE)
+
+
+@lru_cache(maxsize=2)
+def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -> Prepare:
+    """A model in training and its optimiser, with a function that takes a step."""
+    model = decoder(case.shape, variant).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+    tokens = tokens_of(case.shape, model.config.vocab_size)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> object:
+        return training_step(model, optimizer, inputs, targets, supervision=supervision, penalty=0.0, dtype=case.dtype)
+
+    step()  # creates the optimiser's state
+    return lambda: step
+
+
+def floor_seconds(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> float:
+    """Seconds of so many FLOPs at the rate of the widest projection alone, [B T, d] times [d, d_ff]."""
+    return flops / product_rate(shape.n_tokens, model.config.d_model, model.config.d_ff, dtype)
+
+
+IMPLEMENTATIONS = [Implementation(name, lambda: None) for name in ("fused", "plain", "compiled", "eager")]

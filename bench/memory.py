@@ -1,0 +1,42 @@
+"""The peak of temporary memory in one untimed call: beyond what was there before and what the call leaves behind."""
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.shapes import DEVICE
+
+
+def peak_beyond_results(changes: Iterable[int]) -> int:
+    """Bytes at the highest point of a sequence of allocations (> 0) and frees (< 0), less those never freed.
+
+    Inputs, weights and optimiser state were allocated before and do not occur; outputs and gradients are what is
+    never freed.
+    """
+    live = [0, *accumulate(changes)]
+    return max(live) - live[-1]
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes, exact and the same in every run, of one call.
+
+    CPU: every allocation of PyTorch's allocator, as its profiler reports them, inside custom and compiled ops too;
+    what a library allocates by itself is not seen.  CUDA: the caching allocator's own count.
+    """
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        del result
+        return peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    return peak_beyond_results(changes)

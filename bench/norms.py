@@ -1,0 +1,110 @@
+"""Implementations of norm + penalty: residual add, RMSNorm and the mean square of the sum."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.accuracy import Errors, relative_error
+from bench.implementations import Implementation, freshly_compiled, why_missing
+from bench.shapes import DEVICE, RowsShape
+from kernels import rms_norm_penalty
+from kernels.rms_norm import rms_norm_penalty_reference
+
+EPS = 1e-6
+
+
+@dataclass
+class NormInputs:
+    """x and, where there is one, the residual stream [N, d]; the norm's weight [d]; gradients of every result."""
+
+    x: Tensor
+    weight: Tensor
+    residual: Tensor | None
+    dy: Tensor
+    dmean_square: Tensor
+    dtotal: Tensor | None
+
+    @classmethod
+    def of(cls, shape: RowsShape, dtype: torch.dtype, *, residual: bool) -> "NormInputs":
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+        rows = (shape.n_rows, shape.d)
+        return cls(
+            (random(*rows) * 3).requires_grad_(),
+            (1 + random(shape.d) / 10).requires_grad_(),
+            (random(*rows) * 3).requires_grad_() if residual else None,
+            random(*rows),
+            random(shape.n_rows).float(),
+            random(*rows) if residual else None,
+        )
+
+    def to(self, dtype: torch.dtype) -> "NormInputs":
+        """The same numbers in another dtype."""
+        x, weight = self.x.detach().to(dtype).requires_grad_(), self.weight.detach().to(dtype).requires_grad_()
+        residual = None if self.residual is None else self.residual.detach().to(dtype).requires_grad_()
+        dtotal = None if self.dtotal is None else self.dtotal.to(dtype)
+        return NormInputs(x, weight, residual, self.dy.to(dtype), self.dmean_square, dtotal)
+
+    @property
+    def differentiated(self) -> list[Tensor]:
+        return [self.x, self.weight] + ([] if self.residual is None else [self.residual])
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [self.dy, self.dmean_square] + ([] if self.dtotal is None else [self.dtotal])
+
+
+def fused(inputs: NormInputs) -> list[Tensor]:
+    result = rms_norm_penalty(inputs.x, inputs.weight, eps=EPS, residual=inputs.residual)
+    return [tensor for tensor in result if tensor is not None]
+
+
+def plain(inputs: NormInputs) -> list[Tensor]:
+    result = rms_norm_penalty_reference(inputs.x, inputs.weight, eps=EPS, residual=inputs.residual)
+    return [tensor for tensor in result if tensor is not None]
+
+
+def module(inputs: NormInputs) -> list[Tensor]:
+    """What nn.RMSNorm calls, and the mean square in a pass of its own."""
+    total = inputs.x if inputs.residual is None else inputs.x + inputs.residual
+    y = F.rms_norm(total, total.shape[-1:], inputs.weight, EPS)
+    return [y, total.float().square().mean(-1)] + ([] if inputs.residual is None else [total])
+
+
+def liger(inputs: NormInputs) -> list[Tensor]:
+    """Liger's norm, or its fused add and norm, and the mean square in a pass of its own."""
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm, liger_rms_norm
+
+    if inputs.residual is None:
+        y = liger_rms_norm(inputs.x, inputs.weight, EPS, in_place=False)
+        return [y, inputs.x.float().square().mean(-1)]
+    y, total = liger_fused_add_rms_norm(inputs.x, inputs.residual, inputs.weight, EPS, in_place=False)
+    return [y, total.float().square().mean(-1), total]
+
+
+IMPLEMENTATIONS = [
+    Implementation("fused", lambda: fused),
+    Implementation("plain", lambda: plain),
+    Implementation("compiled", lambda: freshly_compiled(plain)),
+    Implementation("nn.RMSNorm + penalty", lambda: module),
+    Implementation("liger + penalty", lambda: liger, why_missing("liger_kernel", needs_gpu=True)),
+]
+
+
+def results(norm, inputs: NormInputs) -> dict[str, Tensor]:
+    """Every output and every gradient, by name."""
+    outputs = norm(inputs)
+    gradients = torch.autograd.grad(outputs, inputs.differentiated, inputs.gradients)
+    names = ("y", "mean square", "sum")[: len(outputs)] + ("dx", "dweight", "dresidual")[: len(gradients)]
+    return dict(zip(names, [*outputs, *gradients], strict=True))
+
+
+def errors(norm, inputs: NormInputs) -> Errors:
+    """Relative errors against plain PyTorch on the same numbers in float32."""
+    truth = results(plain, inputs.to(torch.float32))
+    return {name: relative_error(found, truth[name]) for name, found in results(norm, inputs).items()}

@@ -1,0 +1,189 @@
+"""Time and memory of the readout against K, N and V, and of the training step against K and N: fused and plain.
+
+    python -m bench.scaling [--out bench/results] [--rounds 3]
+
+Writes `<date>-<device>-scaling.json` and `.png`.  The two implementations take turns at every point; a point is the
+median of the rounds after one that warms up.  To every curve of times belongs a least-squares line; `worst_deviation`
+is the largest distance of a point from it, as a share of the point.
+"""
+
+import argparse
+import gc
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory count uses PyTorch's profiler, which would chat
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench import readouts
+from bench.decoders import stepping
+from bench.memory import peak_memory
+from bench.readouts import Inputs, make_round
+from bench.records import RESULTS, environment, slug
+from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
+from bench.timing import Prepare, seconds_of
+
+VARIANTS = ("fused", "plain")
+LOOPS = tuple(range(1, 9))
+SMOKE_LOOPS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What varies (`x`, over `values`), and the call of a variant at a value."""
+
+    title: str
+    x: str
+    values: tuple[int, ...]
+    prepare: Callable[[str, int], Prepare]
+
+
+@dataclass
+class Curve:
+    """Median seconds and peak temporary bytes of one variant at every value, and the line through the times."""
+
+    sweep: str
+    x: str
+    variant: str
+    values: list[int]
+    seconds: list[float]
+    peak_bytes: list[int]
+    slope: float = 0.0
+    intercept: float = 0.0
+    worst_deviation: float = 0.0
+
+    def fit(self) -> None:
+        self.slope, self.intercept = (float(c) for c in np.polyfit(self.values, self.seconds, 1))
+        line = self.slope * np.array(self.values) + self.intercept
+        self.worst_deviation = float(np.max(np.abs(line / np.array(self.seconds) - 1)))
+
+
+def readout_sweeps(base: ReadoutShape, dtype_name: str, loops: tuple[int, ...]) -> list[Sweep]:
+    """Over K; over N and V at quarters, halves and multiples of the base."""
+
+    def varying(field: str) -> Callable[[str, int], Prepare]:
+        def prepare(variant: str, value: int) -> Prepare:
+            case = Case(base._replace(**{field: value}), dtype_name, 1)
+            loss = {"fused": readouts.fused, "plain": readouts.plain}[variant]
+            return make_round(loss, Inputs.of(case.shape, case.dtype))
+
+        return prepare
+
+    fractions = (0.25, 0.5, 1, 1.5, 2)
+    return [
+        Sweep(f"readout, N = {base.n_tokens}, V = {base.vocabulary}", "K", loops, varying("n_loops")),
+        Sweep(
+            f"readout, K = {base.n_loops}, V = {base.vocabulary}", "N",
+            tuple(int(base.n_tokens * fraction) for fraction in fractions), varying("n_tokens"),
+        ),
+        Sweep(
+            f"readout, K = {base.n_loops}, N = {base.n_tokens}", "V",
+            tuple(int(base.vocabulary * fraction) for fraction in fractions), varying("vocabulary"),
+        ),
+    ]  # fmt: skip
+
+
+def step_sweeps(base: DecoderShape, dtype_name: str, loops: tuple[int, ...]) -> list[Sweep]:
+    """Over K, and over N = batch x sequence length."""
+
+    def of_loops(variant: str, value: int) -> Prepare:
+        return stepping(Case(base._replace(n_loops=value), dtype_name, 1), variant, "per-loop")
+
+    def of_tokens(variant: str, value: int) -> Prepare:
+        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name, 1), variant, "per-loop")
+
+    tokens = tuple(base.seq_len * batch for batch in (1, 2, 3, 4))
+    return [
+        Sweep(f"step of {base.preset}, N = {base.n_tokens}", "K", loops, of_loops),
+        Sweep(f"step of {base.preset}, K = {base.n_loops}", "N", tokens, of_tokens),
+    ]
+
+
+def measure(sweep: Sweep, rounds: int) -> list[Curve]:
+    """A curve of every variant; at each value they take turns."""
+    curves = [Curve(sweep.title, sweep.x, variant, list(sweep.values), [], []) for variant in VARIANTS]
+    for value in tqdm(sweep.values, desc=f"{sweep.title}, {sweep.x}", disable=None):
+        prepared = [sweep.prepare(variant, value) for variant in VARIANTS]
+        for curve, prepare in zip(curves, prepared, strict=True):
+            prepare()()
+            curve.peak_bytes.append(peak_memory(prepare()))
+        times = [[seconds_of(prepare()) for prepare in prepared] for _ in range(rounds)]
+        for curve, own in zip(curves, zip(*times, strict=True), strict=True):
+            curve.seconds.append(median(own))
+        del prepared
+        stepping.cache_clear()
+        gc.collect()
+    for curve in curves:
+        curve.fit()
+    return curves
+
+
+def draw(path: Path, curves: list[Curve], title: str) -> None:
+    """A column for each sweep: times above, memory below."""
+    sweeps = list(dict.fromkeys((curve.sweep, curve.x) for curve in curves))
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.9 * len(sweeps), 7), layout="constrained", squeeze=False)
+    colours = dict(zip(VARIANTS, ("#1f5fa8", "#b0452c"), strict=True))
+    for column, sweep in enumerate(sweeps):
+        for curve in (curve for curve in curves if (curve.sweep, curve.x) == sweep):
+            values, colour = np.array(curve.values), colours[curve.variant]
+            line = curve.slope * values + curve.intercept
+            times, memory = axes[:, column]
+            times.plot(values, curve.seconds, "o", color=colour, markersize=5, label=curve.variant)
+            times.plot(values, line, color=colour, linewidth=1.1, alpha=0.7)
+            memory.plot(values, np.array(curve.peak_bytes) / 2**20, "o-", color=colour, markersize=5, linewidth=1.1)
+        times.set(title=f"{sweep[0]}", ylabel="seconds (and least-squares line)" if column == 0 else "")
+        memory.set(xlabel=sweep[1], ylabel="peak temporary memory, MiB" if column == 0 else "")
+        times.legend(frameon=False)
+        for panel in (times, memory):
+            panel.set_xlim(left=0)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25, linewidth=0.6)
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def record(curves: list[Curve], dtype_name: str, rounds: int) -> dict[str, Any]:
+    return {**environment(), "dtype": dtype_name, "rounds": rounds, "curves": [asdict(curve) for curve in curves]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds at every point")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it works; needs --out")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1. Got {options.rounds}.")
+    if options.smoke and options.out == RESULTS:
+        parser.error("--smoke needs --out: tiny shapes are no record.")
+    torch.set_flush_denormal(True)
+    readout, step = (cases[options.smoke] for cases in (SCALING_READOUT, SCALING_STEP))
+    loops = SMOKE_LOOPS if options.smoke else LOOPS
+    sweeps = readout_sweeps(readout.shape, readout.dtype_name, loops)
+    sweeps += step_sweeps(step.shape, step.dtype_name, loops)
+    curves = [curve for sweep in sweeps for curve in measure(sweep, options.rounds)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    where = environment()
+    path = options.out / f"{where['date']}-{slug(where['device'], where['threads'])}-scaling.json"
+    path.write_text(json.dumps(record(curves, readout.dtype_name, options.rounds), indent=1) + "\n")
+    draw(path.with_suffix(".png"), curves, f"{where['device']}, {where['threads']} threads, {readout.dtype_name}")
+    for curve in curves:
+        print(f"{curve.sweep}, {curve.variant}: within {curve.worst_deviation:.0%} of a line in {curve.x}")
+    print(f"written: {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

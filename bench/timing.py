@@ -1,0 +1,84 @@
+"""How a call is timed: in turn with a reference, on the device's own clock, with a cold cache on a GPU."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.shapes import DEVICE
+
+Call = Callable[[], object]
+Prepare = Callable[[], Call]  # called before every round, untimed; what it returns is timed
+
+
+class Paired(NamedTuple):
+    """seconds: median of a round. ratio: median over rounds of its time over that of the reference just before."""
+
+    seconds: float
+    ratio: float
+
+
+class Instant:
+    """A point in the GPU's time: a CUDA event. The difference of two waits for the later and gives seconds.
+
+    Unlike the host's clock it leaves out what the host does before the first kernel starts.
+    """
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Instant") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+clock: Callable[[], Any] = Instant if DEVICE.type == "cuda" else time.perf_counter
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    """Twice the GPU's L2 cache."""
+    n_bytes = 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE)
+
+
+def flush_cache() -> None:
+    """Empty the GPU's L2 cache by writing over it; on a CPU, whose caches a call finds as a loop would, nothing."""
+    if DEVICE.type == "cuda":
+        _flush_buffer().zero_()
+
+
+def seconds_of(call: Call) -> float:
+    """Time of one call."""
+    flush_cache()
+    start = clock()
+    call()
+    return clock() - start
+
+
+def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare | None, rounds: int) -> Paired | None:
+    """Time a call with pytest-benchmark, and the reference before each of its rounds (None: it is the reference).
+
+    The median of the paired quotients stays put on a machine that is busy for a while; absolute times do not.
+    Both must have been called before, so that compilation and first allocations are not timed.  None where
+    pytest-benchmark was told not to time.
+    """
+    references: list[float] = []
+
+    def before_round() -> tuple[tuple[Call], dict[str, Any]]:
+        if reference is not None:
+            references.append(seconds_of(reference()))
+        call = prepare()
+        flush_cache()
+        return (call,), {}
+
+    benchmark.pedantic(lambda call: call(), setup=before_round, rounds=rounds)
+    if benchmark.stats is None:
+        return None
+    times = benchmark.stats.stats.data
+    ratios = [1.0] if reference is None else [t / r for t, r in zip(times, references[:rounds], strict=True)]
+    return Paired(median(times), median(ratios))

@@ -1,0 +1,358 @@
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from tiny_run import MODEL, TRAINING, text
+
+from bench import frontier
+from bench.frontier import Documents, Rate, document_sums, estimates, main, perplexity, points, resample, throughput
+from bench.frontier_figure import PAPER_PPL, markdown
+from looped.config import LoopedConfig
+from looped.decoder import LoopedDecoder
+from looped.saved_run import load_run
+from looped.supervision import evaluation_losses
+from train import sweep
+
+NAMES = ("per-loop-rmsnorm", "terminal-rmsnorm")
+QUICK = ("--batches", "1", "3", "--rounds", "2")
+SEQ_LEN = 16
+
+
+def training_arguments(directory: Path) -> list[str]:
+    """Options of train/sweep.py for tiny runs on many short documents."""
+    data = directory / "text.jsonl"
+    if not data.exists():
+        data.write_text("".join(json.dumps({"text": text(60, seed)}) + "\n" for seed in range(120)), encoding="utf-8")
+    steps = TRAINING.index("--steps")
+    training = TRAINING[:steps] + TRAINING[steps + 2 :]
+    paths = ["--cache", str(directory / "cache"), "--device", "cpu", "--dtype", "fp32"]
+    return ["--steps", "8", "--data", str(data), "--seeds", "7", "--", *paths, *MODEL, *training]
+
+
+def arguments(directory: Path) -> list[str]:
+    own = ["--conditions", *NAMES, "--tokens", "256", "--out", str(directory / "out"), *QUICK]
+    return [*own, "--", *training_arguments(directory)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A directory in which the command has trained its runs (runs/frontier) and written its record (out)."""
+    directory = tmp_path_factory.mktemp("frontier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        assert main(arguments(directory)) == 0
+    return directory
+
+
+@pytest.fixture
+def runs(finished, tmp_path) -> Path:
+    """A copy of the runs, to be damaged."""
+    return Path(shutil.copytree(finished / "runs" / "frontier", tmp_path / "runs"))
+
+
+def measured(runs: Path, out: Path, *options: str) -> dict:
+    assert main(["--runs", str(runs), "--out", str(out), "--tokens", "256", *QUICK, *options]) == 0
+    return json.loads((out / "frontier.json").read_text())
+
+
+def test_perplexity_and_bits_per_byte_are_those_that_the_runs_reported(finished):
+    record = json.loads((finished / "out" / "frontier.json").read_text())
+    assert [(point["condition"], point["n_loops"]) for point in record["points"]] == [
+        (name, loop) for name in NAMES for loop in (1, 2, 3)
+    ]
+    for point in record["points"]:
+        run = finished / "runs" / "frontier" / point["condition"] / "seed-7"
+        reported = json.loads((run / "summary.json").read_text())["evaluation"][point["n_loops"] - 1]
+        for name in ("ppl", "bits_per_byte"):
+            assert point[name]["mean"] == pytest.approx(reported[name], rel=1e-4)
+            assert point[name]["by_seed"] == [point[name]["mean"]]
+            assert point[name]["low"] < point[name]["mean"] < point[name]["high"]
+        assert list(point["tokens_per_second"]) == ["1", "3"]
+        for rate in point["tokens_per_second"].values():
+            assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+    assert record["settings"]["tokens"] == 256
+    assert record["settings"]["documents"] > 3
+    assert {"device", "threads", "versions", "commit", "date"} <= set(record)
+
+
+def test_difference_from_the_reference(finished):
+    record = json.loads((finished / "out" / "frontier.json").read_text())
+    reference, others = record["points"][:3], record["points"][3:]
+    assert [point["ppl_difference"] for point in reference] == [None] * 3
+    for theirs, point in zip(reference, others, strict=True):
+        difference = point["ppl_difference"]
+        assert difference["mean"] == pytest.approx(point["ppl"]["mean"] - theirs["ppl"]["mean"])
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+
+
+def test_what_is_trained_is_found_again(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(sweep, "_start", None)
+    (finished / "out" / "frontier.json").unlink()
+    assert main(arguments(finished)) == 0
+    assert (finished / "out" / "frontier.json").exists()
+
+
+def test_training_that_does_not_succeed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--out", "out", "--", "--data", "none.txt"]) == 2
+    assert "none.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_complete_run_counts(runs, tmp_path):
+    first, second = (runs / name for name in NAMES)
+    shutil.copytree(first / "seed-7", first / "seed-8")
+    shutil.copytree(second / "seed-7", second / "seed-9")
+    (second / "seed-9" / "summary.json").unlink()  # stopped
+    before = sorted(path for path in runs.rglob("*"))
+    record = measured(runs, tmp_path / "out")
+    assert sorted(path for path in runs.rglob("*")) == before
+    assert [(run["condition"], run["seed"], run["steps"]) for run in record["runs"]] == [
+        (NAMES[0], 7, 8), (NAMES[0], 8, 8), (NAMES[1], 7, 8),
+    ]  # fmt: skip
+    assert record["without_runs"] == ["per-loop-raw", "per-loop-final-only", "per-loop-rmsnorm-penalty"]
+    for point in record["points"]:
+        assert len(point["ppl"]["by_seed"]) == (2 if point["condition"] == NAMES[0] else 1)
+
+
+def test_losses_belong_to_the_document_of_their_target(finished):
+    run = load_run(finished / "runs" / "frontier" / NAMES[0] / "seed-7")
+    tokens, bounds = run.validation.tokens, run.validation.bounds.tolist()
+    n_windows = (len(tokens) - 1) // SEQ_LEN
+    losses, n_tokens, n_bytes = np.zeros((3, len(bounds) - 1)), np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1)
+    for window in range(n_windows):
+        start = window * SEQ_LEN
+        row = tokens[None, start : start + SEQ_LEN + 1]
+        with torch.no_grad():
+            loss = evaluation_losses(run.model, run.model(row[:, :-1]), row[:, 1:])[:, 0]
+        for offset in range(SEQ_LEN):
+            position = start + 1 + offset
+            document = max(number for number in range(len(bounds) - 1) if bounds[number] <= position)
+            losses[:, document] += loss[:, offset].numpy()
+            n_tokens[document] += 1
+            n_bytes[document] += int(run.validation.bytes_per_token[tokens[position]])
+    assert (n_tokens > 0).all()  # nothing is left out here
+    sums = document_sums(run, len(tokens), torch.float32)
+    assert sums.n_tokens.tolist() == n_tokens.tolist()
+    assert sums.n_bytes.tolist() == n_bytes.tolist()
+    np.testing.assert_allclose(sums.losses, losses, rtol=1e-5)
+
+
+def test_documents_without_a_target_are_left_out(finished):
+    run = load_run(finished / "runs" / "frontier" / NAMES[0] / "seed-7")
+    sums = document_sums(run, 1, torch.float32)  # one window, in the first documents
+    assert sums.n_tokens.sum() == SEQ_LEN
+    assert len(sums.n_tokens) < len(run.validation.bounds) - 1
+    assert sums.losses.shape == (3, len(sums.n_tokens))
+
+
+def made_documents(n_documents: int, seed: int = 0, loops: int = 2) -> Documents:
+    draw = np.random.default_rng(seed)
+    n_tokens = draw.integers(1, 50, n_documents).astype(float)
+    losses = np.abs(draw.normal(3, 0.5, (loops, n_documents))) * n_tokens
+    return Documents(losses, n_tokens, 4 * n_tokens)
+
+
+def test_a_draw_is_the_text_of_the_drawn_documents():
+    documents = made_documents(7)
+    counts = resample(7, 20)
+    assert counts.shape == (21, 7)
+    assert (counts.sum(1) == 7).all()
+    assert len(np.unique(counts, axis=0)) > 10
+    bits = frontier.bits_per_byte(documents, counts)
+    for row, ppl, bpb in zip(counts, perplexity(documents, counts), bits, strict=True):
+        chosen = np.repeat(np.arange(7), row.astype(int))
+        nats, n_tokens = documents.losses[:, chosen].sum(1), documents.n_tokens[chosen].sum()
+        np.testing.assert_allclose(ppl, np.exp(nats / n_tokens))
+        np.testing.assert_allclose(bpb, nats / math.log(2) / documents.n_bytes[chosen].sum())
+    np.testing.assert_array_equal(counts, resample(7, 20))
+
+
+def test_interval_is_that_of_the_mean():
+    """Of documents of one length the mean loss is normal, with standard deviation sd / sqrt(D)."""
+    losses = np.random.default_rng(1).normal(3, 0.5, (1, 400))
+    documents = Documents(losses, np.ones(400), None)
+    (estimate,) = estimates([perplexity(documents, resample(400, 4000))], 400)
+    half = 1.96 * losses.std() / math.sqrt(400)
+    assert estimate.mean == pytest.approx(math.exp(losses.mean()))
+    assert math.log(estimate.low) == pytest.approx(losses.mean() - half, abs=0.1 * half)
+    assert math.log(estimate.high) == pytest.approx(losses.mean() + half, abs=0.1 * half)
+
+
+def test_draws_of_all_seeds_are_pooled():
+    samples = [np.full((101, 1), 2.0), np.full((101, 1), 6.0)]
+    assert estimates(samples, 5) == [(4.0, 2.0, 6.0, [2.0, 6.0])]
+    (alone,) = estimates(samples[:1], 1)
+    assert alone.mean == 2
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+
+
+def test_differences_are_paired_by_draw_and_seed():
+    """Documents differ much, conditions by a constant: the perplexities' intervals overlap, the difference is clear."""
+    of_reference = {seed: made_documents(30, seed) for seed in (1, 2)}
+    better = {
+        seed: Documents(made.losses - 0.1 * made.n_tokens, made.n_tokens, None) for seed, made in of_reference.items()
+    }
+    rates = {4: {name: [Rate(3.0, 2.0, 4.0)] * 2 for name in ("per-loop-rmsnorm", "per-loop-raw")}}
+    made = points({"per-loop-rmsnorm": of_reference, "per-loop-raw": better | {3: made_documents(30, 3)}}, rates)
+    for theirs, ours in zip(made[:2], made[2:], strict=True):
+        difference = ours["ppl_difference"]
+        assert ours["ppl"]["high"] > theirs["ppl"]["low"]
+        assert difference["high"] < 0
+        expected = [value * math.expm1(-0.1) for value in theirs["ppl"]["by_seed"]]
+        assert difference["by_seed"] == pytest.approx(expected)  # seed 3 has no partner
+        assert ours["seeds"] == [1, 2, 3]
+        assert ours["bits_per_byte"] is None
+        assert ours["tokens_per_second"] == {"4": {"median": 3.0, "low": 2.0, "high": 4.0}}
+    alone = points({"per-loop-raw": of_reference}, rates)
+    assert [point["ppl_difference"] for point in alone] == [None, None]
+
+
+def test_conditions_and_depths_take_turns(monkeypatch):
+    turns: list[tuple[str, int]] = []
+    seconds = {("a", 1): 1.0, ("b", 1): 2.0, ("a", 2): 4.0, ("b", 2): 8.0}
+
+    def timed(call):
+        assert call() is None
+        return seconds[turns[-1]] if len(turns) > 4 else 1e9  # the first round warms up
+
+    class Turn(LoopedDecoder):
+        def forward(self, tokens, *, n_loops=None):
+            turns.append((self.name, n_loops))
+            states = super().forward(tokens, n_loops=n_loops)
+            assert len(states) == n_loops
+            return states
+
+    config = LoopedConfig(vocab_size=11, d_model=8, n_heads=2, n_layers=1, n_loops=2, d_ff=8, max_seq_len=4)
+    models = {name: Turn(config).to(frontier.DEVICE).eval() for name in "ab"}
+    for name, model in models.items():
+        model.name = name
+    monkeypatch.setattr(frontier, "seconds_of", timed)
+    inputs = torch.zeros(2, 4, dtype=torch.int64, device=frontier.DEVICE)
+    rates = throughput(models, inputs, torch.float32, 3)
+    assert turns == list(seconds) * 4
+    for (name, depth), duration in seconds.items():
+        assert rates[name][depth - 1] == (8 / duration,) * 3
+
+
+def test_report(finished):
+    out = finished / "out"
+    record, table = json.loads((out / "frontier.json").read_text()), (out / "frontier.md").read_text()
+    assert plt.imread(out / "frontier.png").shape[1] > 1200
+    ours, _, papers = table.partition("## The paper's numbers")
+    for point in record["points"]:
+        start = f"| `{point['condition']}` | {point['n_loops']} | {point['ppl']['mean']:.4g} ({point['ppl']['low']:.4g}"
+        (line,) = (line for line in ours.splitlines() if line.startswith(start))
+        assert f"{point['bits_per_byte']['mean']:.4f} (" in line
+        assert line.endswith(f"| {point['tokens_per_second']['3']['median']:,.0f} |")
+    for name, values in PAPER_PPL.items():
+        row = f"| `{name}` | {' | '.join(f'{value:.2f}' for value in values)} |"
+        assert row in papers
+        assert row not in ours
+    assert "read those loops without it" not in ours
+    record["points"][0]["condition"] = "per-loop-final-only"
+    assert "read those loops without it" in markdown(record)
+    for found in (record["device"], record["date"], str(record["commit"])):
+        assert found in ours
+
+
+def test_report_without_bytes_and_with_one_document(runs, tmp_path):
+    """A tokenizer that loses text has no bits per byte; one document has no interval. Neither stops the figure."""
+    for path in runs.rglob("validation.safetensors"):
+        tokens = safetensors.numpy.load_file(path)["tokens"]
+        bounds = np.array([0, len(tokens)], dtype=np.int32)
+        path.write_bytes(safetensors.numpy.save({"tokens": tokens, "bounds": bounds}))
+    record = measured(runs, tmp_path / "out")
+    for point in record["points"]:
+        assert point["bits_per_byte"] is None
+        assert (point["ppl"]["low"], point["ppl"]["high"]) == (None, None)
+    lines = (tmp_path / "out" / "frontier.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith(f"| `{NAMES[0]}` | 1 |")).split(" | ")
+    assert row[2:6] == [f"{record['points'][0]['ppl']['mean']:.4g}", "1", "-", "-"]
+    assert "No intervals" in "\n".join(lines)
+
+
+def test_perplexities_far_apart(finished, tmp_path):
+    """As of a model that was trained at its last loop alone, far off at K = 1, or at infinity."""
+    record = json.loads((finished / "out" / "frontier.json").read_text())
+    for point, factor in zip(record["points"], (1, 1, 1, 1e4, 10, 1), strict=True):
+        for name in ("mean", "low", "high"):
+            point["ppl"][name] *= factor
+    record["points"][4]["ppl"] |= {"mean": None, "low": None, "high": None}
+    frontier.draw(tmp_path / "wide.png", record)
+    assert (tmp_path / "wide.png").stat().st_size > 10_000
+    assert "| - |" in markdown(record)
+
+
+def assert_rejected(argv: list[str], out: Path, message: str, capsys) -> None:
+    """One line on stderr, exit code 2, nothing written."""
+    capsys.readouterr()
+    assert main([*argv, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_rejects_what_is_no_sweep(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert_rejected(["--runs", str(tmp_path)], out, "--runs must be a sweep with a complete run.* has none", capsys)
+    absent = ["--runs", str(runs), "--conditions", "per-loop-raw"]
+    assert_rejected(absent, out, "of the conditions per-loop-raw", capsys)
+    (runs / NAMES[1] / "seed-7" / "validation.safetensors").unlink()
+    assert_rejected(["--runs", str(runs)], out, "terminal-rmsnorm/seed-7/validation.safetensors cannot be used", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1. Got 0"),
+        (["--batches", "4", "0"], r"--batches must be at least 1. Got \[4, 0\]"),
+        (["--batches", "4", "4"], "--batches must be given only once each. Got 4 4"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--conditions", "raw"], "invalid choice: 'raw'"),
+    ],
+)
+def test_rejects_options(options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(options)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_rejects_training_options_where_nothing_is_trained(runs, tmp_path, capsys):
+    assert main(["--runs", str(runs), "--out", str(tmp_path / "out"), "--", "--steps", "3"]) == 2
+    assert "only without --runs" in capsys.readouterr().err
+
+
+def test_rejects_runs_that_do_not_compare(runs, tmp_path, capsys):
+    other = runs / NAMES[1] / "seed-7"
+    argv, out = ["--runs", str(runs)], tmp_path / "out"
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"n_loops": 3', '"n_loops": 2'))
+    assert_rejected(argv, out, "runs must have one n_loops. Got 3 in .* and 2 in .*terminal-rmsnorm", capsys)
+    (other / "config.json").write_text(config.replace('"dtype": "fp32"', '"dtype": "bf16"'))
+    assert_rejected(argv, out, "runs must have one dtype. Got fp32 in .* and bf16 in", capsys)
+    (other / "config.json").write_text(config)
+    path = other / "validation.safetensors"
+    split = safetensors.numpy.load_file(path)
+    path.write_bytes(safetensors.numpy.save(split | {"tokens": split["tokens"][::-1].copy()}))
+    assert_rejected(argv, out, "runs must have one validation text", capsys)
+
+
+def test_rejects_a_validation_text_without_a_window(runs, tmp_path, capsys):
+    for path in runs.rglob("validation.safetensors"):
+        tokens = safetensors.numpy.load_file(path)["tokens"][:SEQ_LEN]
+        bounds = np.array([0, 5, SEQ_LEN], dtype=np.int32)
+        path.write_bytes(safetensors.numpy.save({"tokens": tokens, "bounds": bounds}))
+    message = r"must hold a window of seq_len \+ 1 = 17 tokens. Got 16"
+    assert_rejected(["--runs", str(runs)], tmp_path / "out", message, capsys)

@@ -1,0 +1,146 @@
+"""The predicted tables: written by the real command for one GPU, in an interpreter without TRITON_INTERPRET."""
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu_peers import IMPLEMENTATIONS
+from bench.gpu_tables import READOUT_TARGETS, page, verdicts
+
+ROOT = Path(__file__).parents[1]
+SMALL, LARGE = READOUT_TARGETS
+INSTALLED = [implementation for implementation in IMPLEMENTATIONS if implementation.missing is None]
+WITH_LIGER = pytest.mark.skipif(not any("Liger" in i.name for i in INSTALLED), reason="liger-kernel is not installed")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("gpu_static")
+    command = [sys.executable, "-m", "bench.gpu_static", "--targets", "sm_90", "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture
+def report(written) -> dict:
+    return json.loads((written / "gpu_static.json").read_text())
+
+
+@pytest.fixture
+def readouts(report) -> dict:
+    return {(row["shape"], row["implementation"]): row for row in report["readouts"]}
+
+
+def test_every_installed_implementation_is_there(readouts):
+    assert set(readouts) == {(shape, i.name) for shape in READOUT_TARGETS for i in INSTALLED}
+
+
+@pytest.mark.parametrize("shape", READOUT_TARGETS)
+def test_ours_does_no_more_products_and_never_waits(readouts, shape):
+    for implementation in INSTALLED:
+        row = readouts[shape, implementation.name]
+        if implementation.ours:
+            assert row["flops_over_6KNdV"] == 1
+            assert row["host_waits"] == 0
+        assert row["flops_over_6KNdV"] >= 1
+        assert row["predicted_ms"] > row["floor_ms"] * row["flops_over_6KNdV"]
+
+
+@WITH_LIGER
+def test_liger_is_counted_as_its_code_runs(readouts):
+    """Liger cuts 8192 rows (K calls) or 32,768 (one call) so that a chunk's logits are as large as its rows."""
+    calls, one = (
+        readouts[SMALL, "Liger, K calls, bfloat16 dW"],
+        readouts[SMALL, "Liger, states concatenated, bfloat16 dW"],
+    )
+    assert calls["host_waits"] == 4 * one["host_waits"] == 12  # .item(), torch.tensor, torch.equal
+    assert one["temporary_MiB"] == pytest.approx(2048 * 20_000 * 2 / 2**20 + 2 * 48, rel=0.02)  # logits, rows and cat
+    weighted = readouts[SMALL, "Liger, states concatenated, bfloat16 dW, with weights [K, N]"]
+    assert weighted["flops_over_6KNdV"] == pytest.approx(4 / 3)  # its gradients need the logits again
+    wide = readouts[SMALL, "Liger, K calls, float32 dW"]
+    assert wide["gigabytes"] > calls["gigabytes"]
+
+
+@pytest.mark.skipif("cut-cross-entropy" not in [i.package for i in INSTALLED], reason="cut-cross-entropy is missing")
+def test_cut_cross_entropy_recomputes_and_keeps_no_logits(readouts):
+    row = readouts[SMALL, "cut-cross-entropy, states concatenated"]
+    assert row["flops_over_6KNdV"] == pytest.approx(4 / 3)
+    assert row["temporary_MiB"] < 100  # the concatenated and the normed rows
+    assert row["host_waits"] == 1
+
+
+def test_plain_pytorch_holds_all_logits(readouts):
+    logits_mib = 4 * 8192 * 20_000 * 2 / 2**20
+    assert readouts[SMALL, "plain PyTorch"]["temporary_MiB"] > 1.9 * logits_mib
+    assert readouts[SMALL, "looped_cross_entropy"]["temporary_MiB"] < 0.2 * logits_mib
+
+
+def test_steps(report):
+    fused, plain = report["steps"]
+    assert fused["predicted_ms"] < plain["predicted_ms"]
+    for row in (fused, plain):
+        assert sum(row["predicted_ms_by_part"].values()) == pytest.approx(row["predicted_ms"])
+        assert 0.1 < row["predicted_mfu"] < 0.81
+        assert row["host_waits"] == 0
+        parts = row["predicted_ms_by_part"]
+        assert {"MLP's products", "attention", "norms", "readout and embedding", "optimiser and clipping"} < set(parts)
+    products = [row["predicted_ms_by_part"]["MLP's products"] for row in (fused, plain)]
+    assert products[0] == pytest.approx(products[1])
+
+
+def test_kernels(report):
+    names = {row["kernel"] for row in report["kernels"]}
+    assert {"norm_forward_kernel", "norm_backward_kernel", "cross_entropy_kernel", "stream_kernel"} <= names
+    for row in report["kernels"]:
+        assert row["spills"] == 0
+        assert 0 < row["occupancy"] <= 1
+        assert 0 < row["registers"] <= 255
+        assert (row["matrix_instructions"] > 0) == (row["kernel"] == "stream_kernel")
+
+
+def test_page(written, report):
+    text = (written / "gpu_static.md").read_text()
+    assert text == page(report)
+    lines = text.splitlines()
+    headers = [above for above, line in itertools.pairwise(lines) if line.startswith("| ---")]
+    timed = [cell for header in headers for cell in header.split("|") if {"ms", "us", "tokens/s"} & set(cell.split())]
+    assert len(timed) >= 6
+    assert all("*predicted*" in cell for cell in timed)  # no time without the word
+    assert report["date"] in text
+    assert all(f"{name} {number}" in text for name, number in report["versions"].items() if number)
+
+
+def test_a_measured_column_stands_beside(report):
+    report["measured_on"] = "a GPU"
+    for row in (*report["readouts"], *report["steps"]):
+        row["measured_ms"] = 123.456
+    assert page(report).count("123.46") == len(report["readouts"]) + len(report["steps"])
+
+
+def test_verdicts_can_be_missed(report):
+    """Each changes with the number that it judges."""
+    before = {verdict.target: verdict.met for verdict in verdicts(report)}
+    assert len(before) == 8
+    for found, better, worse in (
+        ("readouts", {"predicted_over_floor": 1.0, "launches": 40, "flops_over_6KNdV": 1.0}, {}),
+        ("readouts", {}, {"predicted_over_floor": 2.0, "launches": 50, "flops_over_6KNdV": 4 / 3, "predicted_ms": 1e3}),
+        ("norms", {"backward_predicted_over_roof": 1.0}, {"backward_predicted_over_roof": 1.4}),
+    ):
+        for change, met in ((better, True), (worse, False)):
+            changed = copy.deepcopy(report)
+            for row in changed[found]:
+                row |= change if row.get("ours", row["implementation"] == "rms_norm_penalty") else {}
+            words = {"predicted_over_floor": "GEMM floor", "launches": "launches", "flops_over_6KNdV": "FLOPs"}
+            words |= {"predicted_ms": "library", "backward_predicted_over_roof": "byte roof"}
+            for name in change:
+                judged = [v for v in verdicts(changed) if words[name] in v.target]
+                assert judged
+                assert all(verdict.met is met for verdict in judged), (name, judged)
