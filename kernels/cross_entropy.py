@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, uses_triton
+from kernels.device import accumulator, cpu_blocks, uses_triton
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
 MAX_HELD_BLOCKS = 2  # how many it keeps without spills; one more of 16-bit logits that need nothing but the loss
@@ -332,10 +332,41 @@ def _cross_entropy_block_cpu(
         z.masked_fill_(zero.unsqueeze(-1), 0.0)
 
 
-def _cpu_block_rows(n_columns: int) -> int:
-    """How many rows of float32 logits fit the second-level caches of the threads that share the work."""
-    cache = torch.cpu.get_capabilities().get("l2_cache_size", 1 << 20)
-    return max(1, torch.get_num_threads() * cache // (4 * n_columns))
+def _row_maximum(z: Tensor) -> Tensor:
+    """max_j z[r, j] of bfloat16: as int16, four times faster and the same where it is not negative."""
+    maximum = z.view(torch.int16).amax(-1)
+    negative = (maximum < 0).nonzero().squeeze(-1)
+    maximum = maximum.view(z.dtype).float()
+    return maximum.index_copy_(0, negative, z[negative].amax(-1).float()) if len(negative) else maximum
+
+
+def _cross_entropy_bf16_(
+    z: Tensor, targets: Tensor, weight: Tensor, ignore_index: int, results: RowResults, rows: slice
+) -> None:
+    """Losses of bfloat16 logits z [rows, V], which become weight * dCE/dz: p = softmax(z) in one pass, rounded once.
+
+    CE = -log p_t has the relative precision of p, 2^-9, where p_t <= 1/2.  A larger p_t is taken as the rest's
+    complement, 1 - sum_{j != t} p_j, in float32; where p_t leaves the range, CE = max_j z_j - z_t - log max_j p_j.
+    """
+    ignored = targets == ignore_index
+    target = targets.masked_fill(ignored, 0)
+    row = torch.arange(len(z))
+    maximum, z_target = _row_maximum(z), z[row, target].float()
+    p = torch.softmax(z, -1, out=z)
+    p_target = p[row, target].float()
+    loss = -p_target.log()
+    likely, tiny = ((outside).nonzero().squeeze(-1) for outside in (p_target > 0.5, ~(p_target > 1e-30)))
+    if len(likely):
+        loss[likely] = -torch.log1p(-(p[likely].float().sum(-1) - p_target[likely]).clamp_(min=0))
+    if len(tiny):  # or nan
+        loss[tiny] = maximum[tiny] - z_target[tiny] - p[tiny].amax(-1).float().log()
+    results.loss[rows] = loss.masked_fill(ignored, 0.0)
+    if not bool((weight == 1).all()):
+        p.mul_(weight.unsqueeze(-1))
+    p[row, target] = (weight * torch.expm1(-loss)).to(p.dtype)
+    zero = (weight == 0).nonzero().squeeze(-1)
+    if len(zero):  # whatever the logits
+        p[zero] = 0.0
 
 
 def _cross_entropy_cpu(
@@ -343,21 +374,22 @@ def _cross_entropy_cpu(
     results: RowResults, first_row: int,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    wide = accumulator(logits.dtype)
-    block_rows = _cpu_block_rows(n_columns)
-    work = None if logits.dtype == wide else torch.empty((min(block_rows, n_rows), n_columns), dtype=wide)
     token = torch.arange(first_row, first_row + n_rows).remainder_(targets.shape[0])
     chunk_targets = targets[token]
-    for start in range(0, n_rows, block_rows):
-        stop = min(start + block_rows, n_rows)
-        block = logits[start:stop]
-        z = block if work is None else work[: stop - start].copy_(block)
+    plain = bias is None and results.lse is None and options == LossOptions(options.ignore_index)
+    if omega is not None and plain and logits.dtype == torch.bfloat16:
+        rows = slice(first_row, first_row + n_rows)
+        _cross_entropy_bf16_(logits, chunk_targets, omega[rows], options.ignore_index, results, rows)
+        return
+    wide = accumulator(logits.dtype)
+    for block in cpu_blocks(n_rows, n_columns * wide.itemsize):
+        z = logits[block].to(wide)  # the logits themselves where they are of that dtype
         if bias is not None:
             z.add_(bias)
-        rows = slice(first_row + start, first_row + stop)
-        _cross_entropy_block_cpu(z, chunk_targets[start:stop], omega, options, results, rows)
-        if work is not None and omega is not None:
-            block.copy_(z)
+        rows = slice(first_row + block.start, first_row + block.stop)
+        _cross_entropy_block_cpu(z, chunk_targets[block], omega, options, results, rows)
+        if z.dtype != logits.dtype and omega is not None:
+            logits[block] = z
 
 
 # The pass -------------------------------------------------------------------------------------------------------------

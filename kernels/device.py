@@ -1,6 +1,7 @@
 """Which implementation a tensor takes, and in which dtypes its products and sums are formed."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -46,3 +47,11 @@ def autocasts(tensor: torch.Tensor) -> bool:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `tensor` runs now: autocast's, or its own."""
     return torch.get_autocast_dtype(tensor.device.type) if autocasts(tensor) else tensor.dtype
+
+
+def cpu_blocks(n_rows: int, row_bytes: int) -> Iterator[slice]:
+    """The rows of a CPU pass in blocks whose `row_bytes` fit the second-level caches of the threads that share it."""
+    cache = torch.get_num_threads() * torch.cpu.get_capabilities().get("l2_cache_size", 1 << 20)
+    size = max(1, cache // row_bytes)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))

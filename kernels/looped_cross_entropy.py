@@ -22,8 +22,8 @@ from kernels.arguments import (
     gathered,
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
-from kernels.device import accumulator, autocast_dtype
-from kernels.readout import Gradients, Readout, ReadoutPass, default_chunk_rows
+from kernels.device import accumulator, autocast_dtype, cpu_blocks
+from kernels.readout import Gradients, Readout, ReadoutPass, default_chunk_rows, head_accumulator
 from kernels.row_norm import norm_backward, norm_forward, partial_sums
 from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
 
@@ -138,14 +138,15 @@ def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, activ
     return torch.stack([*per_row, mean_square, dot, fraction])
 
 
-def _accumulators(head: Tensor, h: Tensor, needs: list[bool], formed: bool) -> list[Tensor | None]:
+def _accumulators(
+    head: Tensor, h: Tensor, needs: list[bool], formed: bool, compute_dtype: torch.dtype
+) -> list[Tensor | None]:
     """Those needed of head, norm_weight, norm_bias and bias; zeroed where no first chunk writes over them."""
-
-    def product(*shape: int) -> Tensor:
-        space = head.new_empty(shape, dtype=accumulator(head.dtype))
-        return space if formed else space.zero_()
-
-    dhead, dbias = product(*head.shape) if needs[0] else None, product(head.shape[0]) if needs[3] else None
+    dhead = head_accumulator(head, compute_dtype) if needs[0] else None
+    dbias = head.new_empty(head.shape[0], dtype=accumulator(head.dtype)) if needs[3] else None
+    for product in (dhead, dbias):
+        if product is not None and not formed:
+            product.zero_()
     dnorm_weight, dnorm_bias = (partial_sums(h).zero_() if need else None for need in needs[1:3])
     return [dhead, dnorm_weight, dnorm_bias, dbias]
 
@@ -199,7 +200,7 @@ def _cross_entropy(
     for row, loop in enumerate(differentiated):
         dloops[loop] = dstates[row]
     formed = weights is not None and n_rows > 0
-    gradients = Gradients(dloops, *_accumulators(head, loops[0], needs, formed))
+    gradients = Gradients(dloops, *_accumulators(head, loops[0], needs, formed, compute_dtype))
     rows = RowResults(buffer(n_rows))
     if statistics:
         top1 = head.new_empty(n_rows, dtype=torch.int64)
@@ -236,16 +237,17 @@ def _(
 ):  # fmt: skip
     wide = accumulator(head.dtype)
     shape = (len(active), targets.shape[0])
-    parameters = [
+    dhead = head_accumulator(head, compute_dtype) if needs[0] else head.new_empty(0)
+    vectors = [
         like.new_empty(like.shape, dtype=wide) if need and like is not None else head.new_empty(0)
-        for need, like in zip(needs, (head, norm_weight, norm_bias, bias), strict=True)
+        for need, like in zip(needs[1:], (norm_weight, norm_bias, bias), strict=True)
     ]
     n_differentiated = len(_differentiated(states, need_states, active, penalty))
     dstates = states[0].new_empty((n_differentiated, *states[0].shape[-2:]), dtype=_stored(states[0].dtype))
     stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
     top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
     sums = (head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3))
-    return *sums, *parameters, stats, top1, dstates
+    return *sums, dhead, *vectors, stats, top1, dstates
 
 
 @torch.library.custom_op("looped::scaled", mutates_args=())
@@ -254,12 +256,15 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if scale.is_cuda:  # one element, not a scalar: a scalar tensor would be rounded to the gradient's dtype first
         out = torch.empty_like(gradient, dtype=dtype)
         return torch.mul(gradient, scale.view((1,) * gradient.dim()), out=out)
-    return (gradient * scale.item()).to(dtype)
+    out = torch.empty(gradient.shape, dtype=dtype)
+    for rows in cpu_blocks(gradient.shape[0], 2 * gradient.nbytes // max(1, gradient.shape[0])):
+        torch.mul(gradient[rows], scale.item(), out=out[rows])  # in float32, whatever the dtype of `out`
+    return out
 
 
 @_scaled.register_fake
 def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
+    return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -426,7 +431,7 @@ def looped_cross_entropy(
         rows, head, targets, weighting if eager else None, norm_weight, norm_bias, bias, active,
         [needed(state) for state in rows], [needed(t) for t in (head, norm_weight, norm_bias, bias)], statistics,
         readout, eps, penalty, reduction == "mean", ignore_index, label_smoothing, softcap, z_loss,
-        chunk_rows or default_chunk_rows(head.device, head.shape[0]), compute_dtype,
+        chunk_rows or default_chunk_rows(head, compute_dtype), compute_dtype,
     )  # fmt: skip
     detached = ce.detach()
     per_loop = _spread(mean_ce.unsqueeze(1), active, n_loops, torch.Size(()), torch.nan).view(n_loops)

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import check_rows
-from kernels.device import accumulator, uses_triton
-from kernels.row_norm import norm_blocks, rows_of
+from kernels.device import accumulator, cpu_blocks, uses_triton
+from kernels.row_norm import CPU_ROW_TENSORS, norm_blocks, rows_of
 
 
 class RadialGradient(NamedTuple):
@@ -95,11 +95,13 @@ def radial_backward_kernel(
 
 @torch.library.custom_op("looped::radial_gradient", mutates_args=())
 def _radial_gradient(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not uses_triton(h):
-        return tuple(radial_gradient_reference(h, grad))  # type: ignore[return-value]
     h_rows, grad_rows = rows_of(h), rows_of(grad)
-    dot, grad_square, state_square = (h.new_empty(h.shape[:-1], dtype=torch.float32) for _ in range(3))
-    if h_rows.shape[0] > 0:
+    dot, grad_square, state_square = sums = [h.new_empty(h.shape[:-1], dtype=accumulator(h.dtype)) for _ in range(3)]
+    if not uses_triton(h):
+        for rows in cpu_blocks(h_rows.shape[0], CPU_ROW_TENSORS * 4 * h.shape[-1]):
+            for out, block in zip(sums, radial_gradient_reference(h_rows[rows], grad_rows[rows]), strict=True):
+                out.view(-1)[rows] = block
+    elif h_rows.shape[0] > 0:
         blocks = norm_blocks(h.shape[-1])
         radial_forward_kernel[(triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),)](
             h_ptr=h_rows, grad_ptr=grad_rows, dot_ptr=dot, grad_square_ptr=grad_square, state_square_ptr=state_square,

@@ -27,14 +27,15 @@ import triton
 from torch import Tensor
 
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
-from kernels.device import product_dtype, uses_triton
+from kernels.device import accumulator, product_dtype, uses_triton
 from kernels.row_norm import Norm, norm_backward, norm_forward
 from kernels.weighted_loss import Scales
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096
-CPU_CHUNK_ELEMENTS = 1 << 25
-HEAD_ROWS = 8192  # rows of dW formed at once in low precision, where no product gives float32, before its sum
+CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
+CPU_WIDE_CHUNK_ROWS = 512
+CPU_HEAD_ROWS = 4096  # rows of the head in one product: MKL and oneDNN keep a panel of 20,000 less well in cache
 
 
 class Piece(NamedTuple):
@@ -75,11 +76,11 @@ def chunks(active: Sequence[int], n_tokens: int, chunk_rows: int) -> Iterator[li
         yield pieces
 
 
-def default_chunk_rows(device: torch.device, n_columns: int) -> int:
-    """Rows of a chunk: enough for full-rate products; on the CPU few enough for its logits to stay in cache."""
-    if device.type == "cuda":
+def default_chunk_rows(head: Tensor, compute_dtype: torch.dtype) -> int:
+    """Rows of a chunk: as few as full-rate products need."""
+    if head.device.type == "cuda":
         return CUDA_CHUNK_ROWS
-    return max(128, min(2048, CPU_CHUNK_ELEMENTS // n_columns // 64 * 64))
+    return CPU_CHUNK_ROWS.get(product_dtype(head, compute_dtype), CPU_WIDE_CHUNK_ROWS)
 
 
 class Gradients(NamedTuple):
@@ -102,22 +103,50 @@ class Gradients(NamedTuple):
         return any(gradient is not None for gradient in (*self.loops, *others))
 
 
+def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Space [V, d] for dW's sum over the chunks; transposed in memory where AMX forms y^T g faster than g^T y."""
+    dtype = accumulator(head.dtype)
+    if head.is_cuda or product_dtype(head, compute_dtype) == dtype:
+        return head.new_empty(head.shape, dtype=dtype)
+    return head.new_empty(head.shape[::-1], dtype=dtype).t()
+
+
+def _head_blocks(n_columns: int) -> Iterator[slice]:
+    """The rows of the head that enter one product on the CPU."""
+    for first in range(0, n_columns, CPU_HEAD_ROWS):
+        yield slice(first, min(first + CPU_HEAD_ROWS, n_columns))
+
+
+def _form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
+    """logits [R, V] = y W^T for y [R, d], W [V, d]."""
+    if y.is_cuda:
+        return torch.mm(y, head.t(), out=logits)
+    for block in _head_blocks(len(head)):
+        torch.mm(y, head[block].t(), out=logits[:, block])
+    return logits
+
+
 def _accumulate(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
     """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32; the first product is written over it."""
-    if total.dtype == y.dtype:
+    if total.is_cuda and total.dtype == y.dtype:
         torch.mm(g.t(), y, out=total) if first else total.addmm_(g.t(), y)
     elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
         if first:
             torch.mm(g.t(), y, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
+    elif total.dtype == y.dtype:
+        for block in _head_blocks(len(total)):
+            rows, g_block = total[block], g[:, block].t()
+            torch.mm(g_block, y, out=rows) if first else rows.addmm_(g_block, y)
     else:
-        if y.dtype == torch.float16:  # whose range a sum over the chunk's rows may leave
-            y = y.float()
-        for block in range(0, total.shape[0], HEAD_ROWS):
-            product = torch.mm(g[:, block : block + HEAD_ROWS].t().to(y.dtype), y)
-            rows = total[block : block + HEAD_ROWS]
-            rows.copy_(product) if first else rows.add_(product)
+        transposed = (y.float() if y.dtype == torch.float16 else y).t().contiguous()  # a sum may leave float16's range
+        low = transposed.new_empty(y.shape[1] * CPU_HEAD_ROWS)
+        wide = total.new_empty(y.shape[1] * CPU_HEAD_ROWS)
+        for block in _head_blocks(len(total)):
+            rows = total[block].t()
+            product = torch.mm(transposed, g[:, block].to(transposed.dtype), out=low[: rows.numel()].view(rows.shape))
+            rows.copy_(product) if first else rows.add_(wide[: rows.numel()].view(rows.shape).copy_(product))
 
 
 class ReadoutPass:
@@ -206,7 +235,7 @@ class ReadoutPass:
         for index, pieces in enumerate(chunks(active, n_tokens, chunk_rows)):
             n_rows = pieces[-1].rows.stop
             y = self.forward(pieces, work, mean_square)
-            g = torch.mm(y, self.head.t(), out=logits[:n_rows])
+            g = _form_logits(y, self.head, logits[:n_rows])
             omega = None if scales is None else scales.omega
             cross_entropy_(g, targets, omega, bias, options, results, index * chunk_rows)
             if scales is not None and gradients is not None:

@@ -26,9 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, uses_triton
+from kernels.device import accumulator, cpu_blocks, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
+CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
 
 
@@ -317,8 +318,12 @@ def norm_forward(
     """
     if x.shape[0] == 0:
         return
-    run = _norm_forward_triton if uses_triton(x) else _norm_forward_cpu
-    run(x, weight, bias, eps, norm, residual, y, total, mean_square)
+    if uses_triton(x):
+        _norm_forward_triton(x, weight, bias, eps, norm, residual, y, total, mean_square)
+        return
+    for block in cpu_blocks(x.shape[0], CPU_ROW_TENSORS * 4 * x.shape[1]):
+        rows = (None if tensor is None else tensor[block] for tensor in (residual, y, total, mean_square))
+        _norm_forward_cpu(x[block], weight, bias, eps, norm, *rows)
 
 
 def norm_backward(
@@ -346,8 +351,17 @@ def norm_backward(
     """
     if h.shape[0] == 0:
         return
-    run = _norm_backward_triton if uses_triton(h) else _norm_backward_cpu
-    run(dy, h, weight, eps, norm, dmean_square, dtotal, scale, dh, dx, dweight, dbias, radial, add)
+    if uses_triton(h):
+        _norm_backward_triton(
+            dy, h, weight, eps, norm, dmean_square, dtotal, scale, dh, dx, dweight, dbias, radial, add
+        )
+        return
+    for block in cpu_blocks(h.shape[0], CPU_ROW_TENSORS * 4 * h.shape[1]):
+        rows = [None if tensor is None else tensor[block] for tensor in (dy, dmean_square, dtotal, dh, dx)]
+        _norm_backward_cpu(
+            rows[0], h[block], weight, eps, norm, rows[1], rows[2], scale, rows[3], rows[4], dweight, dbias,
+            None if radial is None else radial[:, block], add or block.start > 0,
+        )  # fmt: skip
 
 
 def partial_sums(h: Tensor) -> Tensor:

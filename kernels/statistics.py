@@ -237,7 +237,7 @@ def _readout_statistics(
                 _stream_triton(y, reader.head, bias, targets, options, results, n_tokens, first_row)
         else:
             known = head.new_full((n_tokens,), ignore_index, dtype=torch.int64) if targets is None else targets
-            chunk_rows = default_chunk_rows(head.device, head.shape[0])
+            chunk_rows = default_chunk_rows(head, compute_dtype)
             reader.run(range(n_loops), known, bias, options, chunk_rows, results)
     shape = (n_loops, n_tokens)
     loss = loss.view(shape) if targets is not None else head.new_empty(0, dtype=loss.dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.readout import CPU_CHUNK_ELEMENTS, chunks, default_chunk_rows
+from kernels.readout import chunks
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import looped_loss
@@ -22,13 +22,6 @@ def test_chunks_cover_every_row_of_the_active_loops_once_and_in_order(active, n_
             seen += [(piece.loop, token) for token in range(piece.start, piece.stop)]
         assert 0 < first <= chunk_rows
     assert seen == [(loop, token) for loop in active for token in range(n_tokens)]
-
-
-@pytest.mark.parametrize("n_columns", [1, 3, 20_000, 50_257, 128_256, 10**7])
-def test_default_chunk_on_the_cpu_is_bounded(n_columns):
-    rows = default_chunk_rows(torch.device("cpu"), n_columns)
-    assert 128 <= rows <= 2048
-    assert rows == 128 or rows * n_columns <= CPU_CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("readout", ["rmsnorm", "final-only"])

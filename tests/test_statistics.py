@@ -108,10 +108,10 @@ def test_no_logits_larger_than_a_chunk():
     products, mm = [], torch.mm
     states, head = torch.randn(4, 4096, 8), torch.randn(20_000, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "mm", lambda *a, **k: products.append(a[0].shape[0]) or mm(*a, **k))
+        patch.setattr(torch, "mm", lambda a, b, **k: products.append((len(a), b.shape[1])) or mm(a, b, **k))
         readout_statistics(states, head)
-    assert sum(products) == 4 * 4096
-    assert max(products) <= 2048
+    assert sum(rows * columns for rows, columns in products) == 4 * 4096 * 20_000
+    assert max(rows for rows, _ in products) <= 2048
 
 
 def test_opcheck():
