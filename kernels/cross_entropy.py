@@ -359,7 +359,7 @@ def _cross_entropy_bf16_(
     if len(likely):
         loss[likely] = -torch.log1p(-(p[likely].float().sum(-1) - p_target[likely]).clamp_(min=0))
     if len(tiny):  # or nan
-        loss[tiny] = maximum[tiny] - z_target[tiny] - p[tiny].amax(-1).float().log()
+        loss[tiny] = (maximum - z_target - _row_maximum(p).log())[tiny]
     results.loss[rows] = loss.masked_fill(ignored, 0.0)
     if not bool((weight == 1).all()):
         p.mul_(weight.unsqueeze(-1))

@@ -52,6 +52,6 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 def cpu_blocks(n_rows: int, row_bytes: int) -> Iterator[slice]:
     """The rows of a CPU pass in blocks whose `row_bytes` fit the second-level caches of the threads that share it."""
     cache = torch.get_num_threads() * torch.cpu.get_capabilities().get("l2_cache_size", 1 << 20)
-    size = max(1, cache // row_bytes)
+    size = max(1, cache // max(1, row_bytes))
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))

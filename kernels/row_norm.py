@@ -240,7 +240,7 @@ def _norm_forward_cpu(
         normed = h.to(wide) - h.mean(-1, keepdim=True, dtype=wide)
         normed *= torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
     elif norm == "rmsnorm":
-        normed = h * torch.rsqrt(square + eps).unsqueeze(-1)
+        normed = torch.mul(h, torch.rsqrt(square + eps).unsqueeze(-1), out=y if y.dtype == wide else None)
     else:
         y.copy_(h)
         return
@@ -248,7 +248,8 @@ def _norm_forward_cpu(
         normed *= weight
     if bias is not None:
         normed += bias
-    y.copy_(normed)
+    if normed is not y:
+        y.copy_(normed)
 
 
 def _sum_rows(x: Tensor, out: Tensor, add: bool) -> None:
@@ -264,34 +265,34 @@ def _norm_backward_cpu(
 ) -> None:  # fmt: skip
     wide = accumulator(h.dtype)
     d = h.shape[-1]
-    gradient = torch.zeros((), dtype=wide).expand(h.shape)
-    if dy is not None:
-        if norm == "none":
-            gradient = dy.to(wide, copy=True)
-        else:
-            xhat = h - h.mean(-1, keepdim=True, dtype=wide) if norm == "layernorm" else h.to(wide, copy=True)
-            norms = torch.linalg.vector_norm(xhat, dim=-1, keepdim=True, dtype=wide)
-            rstd = torch.rsqrt(norms.square_().div_(d) + eps)
-            xhat *= rstd
-            if dweight is not None:
-                _sum_rows(dy * xhat, dweight[0], add)
-            gradient = dy.to(wide, copy=True) if weight is None else dy * weight.to(wide)
-            projection = (gradient * xhat).sum(-1, keepdim=True).div_(d)
-            if norm == "layernorm":
-                gradient -= gradient.mean(-1, keepdim=True)
-            gradient -= xhat.mul_(projection)
-            gradient *= rstd
-        if dbias is not None:
-            _sum_rows(dy, dbias[0], add)
-        if scale is not None:
-            gradient *= scale
+    if dy is None:
+        gradient = torch.zeros(h.shape, dtype=wide)
+    elif norm == "none":
+        gradient = dy.to(wide, copy=True)
+    else:
+        dy = dy.to(wide)
+        xhat = h - h.mean(-1, keepdim=True, dtype=wide) if norm == "layernorm" else h.to(wide, copy=True)
+        rstd = torch.rsqrt(torch.linalg.vector_norm(xhat, dim=-1, keepdim=True, dtype=wide).square_().div_(d) + eps)
+        xhat *= rstd
+        product = dy * xhat
+        if dweight is not None:
+            _sum_rows(product, dweight[0], add)
+        gradient = dy.clone() if weight is None else dy * weight.to(wide)
+        projection = product.sum(-1) if weight is None else torch.mv(product, weight.to(wide))
+        if norm == "layernorm":
+            gradient -= gradient.mean(-1, keepdim=True)
+        gradient.addcmul_(xhat, projection.unsqueeze(-1), value=-1 / d).mul_(rstd)
+    if dy is not None and dbias is not None:
+        _sum_rows(dy, dbias[0], add)
+    if dy is not None and scale is not None:
+        gradient *= scale
     if radial is not None:
         torch.sum(gradient * h, -1, out=radial[0])
         torch.sum(gradient.square(), -1, out=radial[1])
     if dmean_square is not None:
-        gradient = gradient + h * (dmean_square * (2.0 / d)).unsqueeze(-1)
+        gradient.addcmul_(h.to(wide), (dmean_square * (2.0 / d)).unsqueeze(-1))
     if dtotal is not None:
-        gradient = gradient + dtotal
+        gradient += dtotal
     for out in (dh, dx):
         if out is not None:
             out.copy_(gradient)

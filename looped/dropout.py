@@ -15,6 +15,7 @@ those are not multiplied.  Half precision is computed in float32: a CPU's small 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor
 
 ROWS_PER_BLOCK = 128  # of queries: fewer waste less on later keys, more make larger products
 SCORES_PER_BLOCK = 1 << 18  # elements of a block, all heads: 1 MiB of float32, half of a typical core's L2 cache
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def _threshold(p: float) -> int:
@@ -29,12 +31,19 @@ def _threshold(p: float) -> int:
     return min(round(p * 65536), 65535)
 
 
-def _dropped(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
-    """A mask that is True with probability `_threshold(p) / 65536`."""
-    size = torch.Size(shape).numel()
+def _kept(x: Tensor, p: float, seed: int) -> Tensor:
+    """For each element of x an integer of its size: all bits 0 with probability `_threshold(p) / 65536`, else all 1."""
     generator = torch.Generator().manual_seed(seed)
-    bits = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (bits.view(torch.int16)[:size] < _threshold(p) - 32768).view(shape)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    number = bits.view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32)  # uniform in -2^15 .. 2^15 - 1
+    below = torch.rsub(number, _threshold(p) - 32768 - 1)  # negative where kept
+    return below.bitwise_right_shift_(31).to(INTEGERS[x.element_size()])
+
+
+def _and_(x: Tensor, kept: Tensor) -> Tensor:
+    """Set the elements of x that are not kept to 0, in place: on the CPU a tenth of masked_fill_'s time."""
+    x.view(kept.dtype).bitwise_and_(kept)
+    return x
 
 
 def _keep(p: float) -> float:
@@ -51,12 +60,13 @@ def _draw_seed() -> Tensor:
 
 @torch.library.custom_op("looped::dropout", mutates_args=())
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return (x * (1 / _keep(p))).masked_fill_(_dropped(x.shape, p, int(seed)), 0.0)
+    scaled = x.contiguous() * (1 / _keep(p))
+    return _and_(scaled, _kept(scaled, p, int(seed)))
 
 
 @_dropout.register_fake
 def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save_seed(ctx, inputs, output) -> None:
@@ -86,90 +96,96 @@ def dropout(x: Tensor, p: float) -> Tensor:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class _Block(NamedTuple):
+    """Some of the B * H heads, query rows, the keys up to the last of those rows, and the seed of their dropout."""
 
+    heads: slice
+    rows: slice
+    keys: slice
+    seed: int
 
-class _Block:
-    """Heads `heads` of sequence `batch`, query rows `rows`, and the keys up to the last of those rows."""
-
-    def __init__(self, batch: int, heads: slice, rows: slice, seed: int) -> None:
-        self.batch, self.heads, self.rows, self.keys = batch, heads, rows, slice(0, rows.stop)
-        self.seed = seed
-
-    def queries_of(self, x: Tensor) -> Tensor:
-        """[H', rows, head_dim] of x [B, T, H, head_dim], at least float32: then a view."""
-        return _wide(x[self.batch, self.rows, self.heads].transpose(0, 1))
-
-    def keys_of(self, x: Tensor) -> Tensor:
-        """[H', keys, head_dim] of x [B, T, H, head_dim], at least float32: then a view."""
-        return _wide(x[self.batch, self.keys, self.heads].transpose(0, 1))
-
-    def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
-        """softmax(q k^T) [H', rows, keys] of scaled queries q [H', rows, head_dim] and keys k [H', keys, head_dim]."""
-        scores = torch.bmm(q, k.transpose(1, 2))
+    def probabilities(self, q: Tensor, k: Tensor, future: Tensor) -> Tensor:
+        """softmax(q k^T) [H', rows, keys] of scaled queries and keys [B * H, T, head_dim]."""
+        scores = torch.bmm(q[self.heads, self.rows], k[self.heads, self.keys].transpose(1, 2))
         diagonal = scores[:, :, self.rows]  # all earlier keys are visible
-        n = diagonal.shape[-1]
-        diagonal += torch.full((n, n), -torch.inf, dtype=scores.dtype).triu_(1)
+        diagonal += future[: diagonal.shape[1], : diagonal.shape[1]]
         return torch.softmax(scores, -1, out=scores)
 
-    def dropped(self, probabilities: Tensor, p: float) -> Tensor:
-        return _dropped(probabilities.shape, p, self.seed)
 
-
-def _blocks(shape: torch.Size, seed: Tensor) -> Iterator[_Block]:
+def _blocks(n_heads: int, seq_len: int, seed: Tensor) -> Iterator[_Block]:
     """Blocks of at most about SCORES_PER_BLOCK scores (one head's, if those are more), each with its seed."""
-    batch, seq_len, n_heads, _ = shape
     rows = min(ROWS_PER_BLOCK, seq_len)
     n = max(1, min(n_heads, SCORES_PER_BLOCK // max(1, rows * seq_len)))
     number = int(seed)
-    for b in range(batch):
-        for first in range(0, n_heads, n):
-            for start in range(0, seq_len, rows):
-                yield _Block(b, slice(first, first + n), slice(start, min(start + rows, seq_len)), number)
-                number += 1
+    for first in range(0, n_heads, n):
+        for start in range(0, seq_len, rows):
+            stop = min(start + rows, seq_len)
+            yield _Block(slice(first, min(first + n, n_heads)), slice(start, stop), slice(0, stop), number)
+            number += 1
+
+
+def _future(like: Tensor) -> Tensor:
+    """[rows, rows]: -inf above the diagonal, 0 elsewhere."""
+    n = min(ROWS_PER_BLOCK, like.shape[1])
+    return torch.full((n, n), -torch.inf, dtype=like.dtype).triu_(1)
+
+
+def _by_head(x: Tensor, factor: float = 1.0) -> Tensor:
+    """factor * x [B, T, H, head_dim], at least float32, as a new [B * H, T, head_dim]."""
+    batch, seq_len, n_heads, head_dim = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads = torch.empty((batch, n_heads, seq_len, head_dim), dtype=dtype).copy_(x.transpose(1, 2))
+    return heads.mul_(factor).flatten(0, 1)
+
+
+def _by_token(heads: Tensor, like: Tensor) -> Tensor:
+    """heads [B * H, T, head_dim] in the shape [B, T, H, head_dim] and the dtype of `like`."""
+    batch, seq_len, n_heads, head_dim = like.shape
+    return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(
+        heads.view(batch, n_heads, seq_len, head_dim).transpose(1, 2)
+    )
 
 
 @torch.library.custom_op("looped::dropout_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, p: float) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype)
-    scale = q.shape[-1] ** -0.5
-    for block in _blocks(q.shape, seed):
-        weights = block.probabilities(block.queries_of(q) * scale, block.keys_of(k))
-        weights.masked_fill_(block.dropped(weights, p), 0.0)
-        mixed = torch.bmm(weights, block.keys_of(v)).mul_(1 / _keep(p))
-        out[block.batch, block.rows, block.heads] = mixed.transpose(0, 1)
-    return out
+    queries, keys, values = _by_head(q, q.shape[-1] ** -0.5), _by_head(k), _by_head(v, 1 / _keep(p))
+    out, future = torch.empty_like(values), _future(queries)
+    for block in _blocks(*queries.shape[:2], seed):
+        weights = block.probabilities(queries, keys, future)
+        _and_(weights, _kept(weights, p, block.seed))
+        out[block.heads, block.rows] = torch.bmm(weights, values[block.heads, block.keys])
+    return _by_token(out, q)
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("looped::dropout_attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, seed: Tensor, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_wide(torch.zeros(x.shape, dtype=x.dtype)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
-    for block in _blocks(q.shape, seed):
-        query, keys, values = block.queries_of(q) * scale, block.keys_of(k), block.keys_of(v)
-        probabilities = block.probabilities(query, keys)
-        mask = block.dropped(probabilities, p)
-        do = block.queries_of(dout) * (1 / _keep(p))
-        mean = (block.queries_of(out) * block.queries_of(dout)).sum(-1, keepdim=True)  # sum_j P_j dP_j
-        ds = torch.bmm(do, values.transpose(1, 2)).masked_fill_(mask, 0.0).sub_(mean).mul_(probabilities)
-        weights = probabilities.masked_fill_(mask, 0.0)
-        block.keys_of(dv).add_(torch.bmm(weights.transpose(1, 2), do))
-        block.keys_of(dk).add_(torch.bmm(ds.transpose(1, 2), query))
-        block.queries_of(dq).copy_(torch.bmm(ds, keys).mul_(scale))
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    queries, keys, values, douts = _by_head(q, scale), _by_head(k), _by_head(v), _by_head(dout)
+    mean = (_by_head(out) * douts).sum(-1, keepdim=True)  # sum_j P_j dP_j
+    douts.mul_(1 / _keep(p))
+    dqueries, dkeys, dvalues, future = *(torch.zeros_like(queries) for _ in range(3)), _future(queries)
+    for heads, rows, seen, block_seed in _blocks(*queries.shape[:2], seed):
+        probabilities = _Block(heads, rows, seen, block_seed).probabilities(queries, keys, future)
+        kept = _kept(probabilities, p, block_seed)
+        ds = _and_(torch.bmm(douts[heads, rows], values[heads, seen].transpose(1, 2)), kept)
+        ds.sub_(mean[heads, rows]).mul_(probabilities)
+        weights = _and_(probabilities, kept)
+        dvalues[heads, seen].baddbmm_(weights.transpose(1, 2), douts[heads, rows])
+        dkeys[heads, seen].baddbmm_(ds.transpose(1, 2), queries[heads, rows])
+        dqueries[heads, rows] = torch.bmm(ds, keys[heads, seen])
+    return _by_token(dqueries.mul_(scale), q), _by_token(dkeys, k), _by_token(dvalues, v)
 
 
 @_attention_backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, seed: Tensor, p: float):
-    return tuple(torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output) -> None:
