@@ -17,6 +17,7 @@ those are not multiplied.  Half precision is computed in float32: a CPU's small 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +34,8 @@ def _threshold(p: float) -> int:
 
 def _kept(x: Tensor, p: float, seed: int) -> Tensor:
     """For each element of x an integer of its size: all bits 0 with probability `_threshold(p) / 65536`, else all 1."""
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    number = bits.view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32)  # uniform in -2^15 .. 2^15 - 1
+    bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)  # twice as fast as torch's generator
+    number = torch.from_numpy(bits)[: x.numel()].view(x.shape).to(torch.int32)  # uniform in -2^15 .. 2^15 - 1
     below = torch.rsub(number, _threshold(p) - 32768 - 1)  # negative where kept
     return below.bitwise_right_shift_(31).to(INTEGERS[x.element_size()])
 
@@ -135,7 +135,7 @@ def _by_head(x: Tensor, factor: float = 1.0) -> Tensor:
     batch, seq_len, n_heads, head_dim = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads = torch.empty((batch, n_heads, seq_len, head_dim), dtype=dtype).copy_(x.transpose(1, 2))
-    return heads.mul_(factor).flatten(0, 1)
+    return (heads if factor == 1.0 else heads.mul_(factor)).flatten(0, 1)
 
 
 def _by_token(heads: Tensor, like: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _by_token(heads: Tensor, like: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, p: float) -> Tensor:
     queries, keys, values = _by_head(q, q.shape[-1] ** -0.5), _by_head(k), _by_head(v, 1 / _keep(p))
     out, future = torch.empty_like(values), _future(queries)
-    for block in _blocks(*queries.shape[:2], seed):
+    for block in _blocks(queries.shape[0], queries.shape[1], seed):
         weights = block.probabilities(queries, keys, future)
         _and_(weights, _kept(weights, p, block.seed))
         out[block.heads, block.rows] = torch.bmm(weights, values[block.heads, block.keys])
@@ -171,14 +171,14 @@ def _attention_backward(
     mean = (_by_head(out) * douts).sum(-1, keepdim=True)  # sum_j P_j dP_j
     douts.mul_(1 / _keep(p))
     dqueries, dkeys, dvalues, future = *(torch.zeros_like(queries) for _ in range(3)), _future(queries)
-    for heads, rows, seen, block_seed in _blocks(*queries.shape[:2], seed):
+    for heads, rows, seen, block_seed in _blocks(queries.shape[0], queries.shape[1], seed):
         probabilities = _Block(heads, rows, seen, block_seed).probabilities(queries, keys, future)
         kept = _kept(probabilities, p, block_seed)
         ds = _and_(torch.bmm(douts[heads, rows], values[heads, seen].transpose(1, 2)), kept)
         ds.sub_(mean[heads, rows]).mul_(probabilities)
         weights = _and_(probabilities, kept)
-        dvalues[heads, seen].baddbmm_(weights.transpose(1, 2), douts[heads, rows])
-        dkeys[heads, seen].baddbmm_(ds.transpose(1, 2), queries[heads, rows])
+        dvalues[heads, seen] += torch.bmm(weights.transpose(1, 2), douts[heads, rows])  # baddbmm_ would go head by head
+        dkeys[heads, seen] += torch.bmm(ds.transpose(1, 2), queries[heads, rows])
         dqueries[heads, rows] = torch.bmm(ds, keys[heads, seen])
     return _by_token(dqueries.mul_(scale), q), _by_token(dkeys, k), _by_token(dvalues, v)
 
