@@ -86,8 +86,8 @@ READOUTS: list[Case[ReadoutShape]] = [
         "cpu": [
             Case(ReadoutShape(4, 2048, 512, 20_000), "bf16", 3),
             Case(ReadoutShape(4, 2048, 512, 20_000), "fp32", 2),
-            Case(ReadoutShape(4, 1024, 512, 50_257), "bf16", 2),
-            Case(ReadoutShape(4, 512, 512, 50_257), "fp32", 2),
+            Case(ReadoutShape(4, 2048, 512, 50_257), "bf16", 3),
+            Case(ReadoutShape(4, 2048, 512, 50_257), "fp32", 2),
             *(Case(ReadoutShape(n_loops, 256, 512, 20_000), "bf16", 3) for n_loops in (1, 2, 8)),
         ],
         "cuda": [
@@ -113,7 +113,7 @@ FORWARDS: list[Case[DecoderShape]] = [
 
 STEPS: list[Case[DecoderShape]] = [
     *{
-        "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype, 2) for dtype in DTYPES],
+        "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype, 4) for dtype in DTYPES],
         "cuda": [
             Case(DecoderShape(preset, batch, 256), dtype, 10)
             for preset, batch in (("paper-44m", 64), ("paper-129m", 32))
