@@ -113,7 +113,7 @@ FORWARDS: list[Case[DecoderShape]] = [
 
 STEPS: list[Case[DecoderShape]] = [
     *{
-        "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype, 4) for dtype in DTYPES],
+        "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype, 3) for dtype in DTYPES],
         "cuda": [
             Case(DecoderShape(preset, batch, 256), dtype, 10)
             for preset, batch in (("paper-44m", 64), ("paper-129m", 32))
