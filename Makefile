@@ -21,7 +21,7 @@ bench-smoke: $(VENV)/.installed-bench
 
 # every kernel in every configuration for four GPUs, offline: tens of minutes; `make test` has a sample
 gpu-check: $(VENV)/.installed
-	GPU_CHECK=all $(PY) -m pytest tests/test_gpu_compile.py tests/test_gpu_path.py tests/test_gpu_bytes.py $(ARGS)
+	GPU_CHECK=all $(PY) -m pytest tests/test_gpu_*.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
