@@ -114,7 +114,10 @@ TRIPS: dict[str, Callable[[Call], int]] = {
         _blocks(c.arguments["n_rows"], c.arguments["BLOCK_ROWS"]), math.prod(c.grid)
     ),
     "cross_entropy_kernel": lambda c: (
-        1 if c.arguments["HELD_BLOCKS"] else 2 * _blocks(c.arguments["n_columns"], c.arguments["BLOCK_VOCAB"])
+        1
+        if c.arguments["HELD_BLOCKS"]
+        else _blocks(c.arguments["n_rows"], math.prod(c.grid))
+        * (2 * _blocks(c.arguments["n_columns"], c.arguments["BLOCK_VOCAB"]))
     ),  # a row that registers hold is loaded at once
     "loss_weights_kernel": lambda c: (
         _blocks(c.arguments["n_tokens"], c.arguments["BLOCK_TOKENS"])

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks, uses_triton
+from kernels.device import accumulator, cpu_blocks, multiprocessors, uses_triton
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
 MAX_HELD_BLOCKS = 2  # how many it keeps without spills; one more of 16-bit logits that need nothing but the loss
@@ -182,77 +182,89 @@ def cross_entropy_kernel(
     HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
     HELD_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
-    in_rows = row < n_rows
-    out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
-    logits_row = logits_ptr + row[:, None] * row_length
-    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
-    target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
+    for group in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+        row = tl.cast(group, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
+        in_rows = row < n_rows
+        out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
+        logits_row = logits_ptr + row[:, None] * row_length
+        block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+        target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
 
-    sums = empty_sums(BLOCK_ROWS)
-    held = ()  # all of a row, or, where HELD_BLOCKS is 0, nothing
-    for block in tl.static_range(HELD_BLOCKS):
-        column = block * BLOCK_VOCAB + block_column
-        z = load_logits(
-            logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
-        )  # fmt: skip
-        held = held + (z,)  # type: ignore[assignment]
-    for block in tl.static_range(HELD_BLOCKS):
-        column = block * BLOCK_VOCAB + block_column
-        sums = fold_block(held[block], column, target, n_columns, block == 0, sums, HAS_STATISTICS)
-    if HELD_BLOCKS == 0:
-        for start in range(0, n_columns, BLOCK_VOCAB):
-            column = start + block_column
+        sums = empty_sums(BLOCK_ROWS)
+        held = ()  # all of a row, or, where HELD_BLOCKS is 0, nothing
+        for block in tl.static_range(HELD_BLOCKS):
+            column = block * BLOCK_VOCAB + block_column
             z = load_logits(
                 logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
             )  # fmt: skip
-            sums = fold_block(z, column, target, n_columns, start == 0, sums, HAS_STATISTICS)
-    maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
-
-    lse = maximum + tl.log(total)
-    ignored = target == ignore_index
-    # differences from the maximum, not from lse, which a large common offset would round
-    loss = tl.log(total) + (1.0 - smoothing) * (maximum - z_target) + z_loss * lse * lse
-    loss += tl.where(smoothing > 0, smoothing * (maximum - pivot - sum_z / n_columns), 0.0)
-    loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
-    tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
-    if HAS_STATISTICS:
-        tl.store(lse_ptr + out, lse, mask=in_rows)
-        tl.store(entropy_ptr + out, tl.log(total) - moment / total, mask=in_rows)
-        tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
-        tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
-
-    if HAS_GRADIENT:
-        omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
+            held = held + (z,)  # type: ignore[assignment]
         for block in tl.static_range(HELD_BLOCKS):
             column = block * BLOCK_VOCAB + block_column
-            store_gradient(
-                logits_row, held[block], lse, target, omega, column, in_rows, n_columns, row_length, smoothing,
-                softcap, z_loss, HAS_SOFTCAP,
-            )  # fmt: skip
+            sums = fold_block(held[block], column, target, n_columns, block == 0, sums, HAS_STATISTICS)
         if HELD_BLOCKS == 0:
             for start in range(0, n_columns, BLOCK_VOCAB):
                 column = start + block_column
                 z = load_logits(
                     logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
                 )  # fmt: skip
+                sums = fold_block(z, column, target, n_columns, start == 0, sums, HAS_STATISTICS)
+        maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
+
+        lse = maximum + tl.log(total)
+        ignored = target == ignore_index
+        # differences from the maximum, not from lse, which a large common offset would round
+        loss = tl.log(total) + (1.0 - smoothing) * (maximum - z_target) + z_loss * lse * lse
+        loss += tl.where(smoothing > 0, smoothing * (maximum - pivot - sum_z / n_columns), 0.0)
+        loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
+        tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
+        if HAS_STATISTICS:
+            tl.store(lse_ptr + out, lse, mask=in_rows)
+            tl.store(entropy_ptr + out, tl.log(total) - moment / total, mask=in_rows)
+            tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
+            tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
+
+        if HAS_GRADIENT:
+            omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
+            for block in tl.static_range(HELD_BLOCKS):
+                column = block * BLOCK_VOCAB + block_column
                 store_gradient(
-                    logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap,
-                    z_loss, HAS_SOFTCAP,
+                    logits_row, held[block], lse, target, omega, column, in_rows, n_columns, row_length, smoothing,
+                    softcap, z_loss, HAS_SOFTCAP,
                 )  # fmt: skip
+            if HELD_BLOCKS == 0:
+                for start in range(0, n_columns, BLOCK_VOCAB):
+                    column = start + block_column
+                    z = load_logits(
+                        logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
+                    )  # fmt: skip
+                    store_gradient(
+                        logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap,
+                        z_loss, HAS_SOFTCAP,
+                    )  # fmt: skip
 
 
-def cross_entropy_blocks(n_columns: int, plain: bool) -> dict[str, int]:
-    """Tile and warps for a vocabulary of `n_columns`; plain: 16-bit logits, no bias, no softcap, no statistics."""
+def cross_entropy_blocks(n_columns: int, plain: bool, elaborate: bool) -> dict[str, int]:
+    """Tile and warps for a vocabulary of `n_columns`.
+
+    plain: 16-bit logits, no bias, no softcap, no statistics. elaborate: a softcap or statistics.
+    """
     held_block = min(HELD_BLOCK, max(16, triton.next_power_of_2(n_columns)))
     held_blocks = triton.cdiv(n_columns, held_block)
     if held_blocks > MAX_HELD_BLOCKS + plain:
-        # Read twice, by so large a program that a multiprocessor holds one: then what is read again is still in L2.
-        warps = 16 if torch.version.hip else 32
-        return {"HELD_BLOCKS": 0, "BLOCK_ROWS": 1, "BLOCK_VOCAB": HELD_BLOCK, "num_warps": warps}
+        # a program has its multiprocessor to itself (cross_entropy_programs): loads in flight are what counts
+        warps = 32 if elaborate and not torch.version.hip else 16  # so many that no register is spilled
+        return {"HELD_BLOCKS": 0, "BLOCK_ROWS": 1, "BLOCK_VOCAB": (1 + plain) * HELD_BLOCK, "num_warps": warps}
     block_rows = max(1, min(8, 2048 // held_block))
     warps = max(4, block_rows * held_block // 512)
     return {"HELD_BLOCKS": held_blocks, "BLOCK_ROWS": block_rows, "BLOCK_VOCAB": held_block, "num_warps": warps}
+
+
+def cross_entropy_programs(n_rows: int, blocks: dict[str, int], device: torch.device) -> int:
+    """One for each block of rows; where rows are read twice, one a multiprocessor, whose row is still in L2 then."""
+    n_groups = triton.cdiv(n_rows, blocks["BLOCK_ROWS"])
+    if blocks["HELD_BLOCKS"] > 0:
+        return n_groups
+    return min(n_groups, multiprocessors(device))
 
 
 def _cross_entropy_triton(
@@ -261,8 +273,8 @@ def _cross_entropy_triton(
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
     plain = logits.element_size() == 2 and bias is None and options.softcap is None and results.lse is None
-    blocks = cross_entropy_blocks(n_columns, plain)
-    cross_entropy_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),)](
+    blocks = cross_entropy_blocks(n_columns, plain, options.softcap is not None or results.lse is not None)
+    cross_entropy_kernel[(cross_entropy_programs(n_rows, blocks, logits.device),)](
         logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
         loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
         margin_ptr=results.margin, top1_ptr=results.top1,

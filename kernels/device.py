@@ -17,6 +17,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; 2 in the interpreter, so that programs that share rows are tested there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 @functools.cache
 def multiplies_faster(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of `dtype`, bfloat16 or float16, faster than float32.

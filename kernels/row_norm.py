@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks, uses_triton
+from kernels.device import accumulator, cpu_blocks, multiprocessors, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
 CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once
@@ -171,8 +171,7 @@ def norm_blocks(n_columns: int) -> dict[str, int]:
 
 def norm_backward_programs(n_rows: int, block_rows: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: four a multiprocessor keep its loads in flight."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(triton.cdiv(n_rows, block_rows), 4 * multiprocessors)
+    return min(triton.cdiv(n_rows, block_rows), 4 * multiprocessors(device))
 
 
 def _norm_forward_triton(

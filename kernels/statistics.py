@@ -33,7 +33,7 @@ from kernels.arguments import (
     gathered,
 )
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
-from kernels.device import accumulator, autocast_dtype, uses_triton
+from kernels.device import accumulator, autocast_dtype, multiprocessors, uses_triton
 from kernels.readout import Readout, ReadoutPass, chunks, default_chunk_rows
 
 STREAM_ROWS = 16384  # rows normed at once before their sweep
@@ -173,8 +173,7 @@ def stream_blocks(n_rows: int, d: int, dtype: torch.dtype, precision: str) -> di
 
 def stream_splits(n_rows: int, n_columns: int, blocks: dict[str, int], device: torch.device) -> int:
     """Parts of the vocabulary swept by different programs: enough programs for every multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    wanted = triton.cdiv(processors, triton.cdiv(n_rows, blocks["BLOCK_ROWS"]))
+    wanted = triton.cdiv(multiprocessors(device), triton.cdiv(n_rows, blocks["BLOCK_ROWS"]))
     return max(1, min(wanted, triton.cdiv(n_columns, blocks["BLOCK_VOCAB"])))
 
 
