@@ -136,8 +136,9 @@ def read_again(call: Call, at_once: float, cache_bytes: int) -> int:
     """Bytes that a kernel reads a second time from memory; at_once: the share of its programs that are resident."""
     arguments = call.arguments
     if call.name == "cross_entropy_kernel" and not arguments["HELD_BLOCKS"]:
-        rows = arguments["logits_ptr"]
-        return rows if at_once * rows > cache_bytes else 0
+        rows, n_groups = arguments["logits_ptr"], _blocks(arguments["n_rows"], arguments["BLOCK_ROWS"])
+        held = rows * at_once * math.prod(call.grid) / n_groups  # a program holds one group of rows after the other
+        return rows if held > cache_bytes else 0
     if call.name == "liger_cross_entropy_kernel":
         rows = arguments["X_ptr"]
         return rows if at_once * rows > cache_bytes else 0
