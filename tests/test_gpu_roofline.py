@@ -51,11 +51,14 @@ def test_rows_in_turn_wait_for_each_other():
         assert predict(call, "sm_90", compiled)[:2] == (pytest.approx(trips * ROUND_TRIP_SECONDS), "round trips")
 
 
-@pytest.mark.parametrize(("resident", "again"), [(1, False), (16, True)])
-def test_rows_read_twice_from_memory_where_the_cache_is_too_small(resident, again):
+@pytest.mark.parametrize(("grid", "resident", "again"), [(4096, 1, False), (4096, 16, True), (132, 16, False)])
+def test_rows_read_twice_from_memory_where_the_cache_is_too_small(grid, resident, again):
     """4096 rows of 40,000 bytes: 132 of them are 5 MB, 2112 of them 84 MB, and the H100's cache holds 50."""
-    arguments = {"HELD_BLOCKS": 0, "n_columns": 20_000, "BLOCK_VOCAB": 2048, "logits_ptr": 4096 * 40_000}
-    call = triton_call("cross_entropy_kernel", 4096, arguments)
+    arguments = {
+        "HELD_BLOCKS": 0, "n_rows": 4096, "BLOCK_ROWS": 1, "n_columns": 20_000, "BLOCK_VOCAB": 2048,
+        "logits_ptr": 4096 * 40_000,
+    }  # fmt: skip
+    call = triton_call("cross_entropy_kernel", grid, arguments)
     predicted = predict(call, "sm_90", {call.key: Compiled(kernel(), resident, 0.5)})
     assert predicted.bytes == 1000 + again * 4096 * 40_000
 
