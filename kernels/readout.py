@@ -35,7 +35,7 @@ Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
 CPU_WIDE_CHUNK_ROWS = 512
-CPU_HEAD_ROWS = 4096  # rows of the head in one product: MKL and oneDNN keep a panel of 20,000 less well in cache
+HEAD_ROWS = 4096  # rows of the head in one product on a CPU: MKL and oneDNN keep a panel of 20,000 less well in cache
 
 
 class Piece(NamedTuple):
@@ -112,9 +112,9 @@ def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 def _head_blocks(n_columns: int) -> Iterator[slice]:
-    """The rows of the head that enter one product on the CPU."""
-    for first in range(0, n_columns, CPU_HEAD_ROWS):
-        yield slice(first, min(first + CPU_HEAD_ROWS, n_columns))
+    """The rows of the head that enter one product."""
+    for first in range(0, n_columns, HEAD_ROWS):
+        yield slice(first, min(first + HEAD_ROWS, n_columns))
 
 
 def _form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
@@ -135,18 +135,27 @@ def _accumulate(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
             torch.mm(g.t(), y, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
-    elif total.dtype == y.dtype:
-        for block in _head_blocks(len(total)):
-            rows, g_block = total[block], g[:, block].t()
-            torch.mm(g_block, y, out=rows) if first else rows.addmm_(g_block, y)
     else:
-        transposed = (y.float() if y.dtype == torch.float16 else y).t().contiguous()  # a sum may leave float16's range
-        low = transposed.new_empty(y.shape[1] * CPU_HEAD_ROWS)
-        wide = total.new_empty(y.shape[1] * CPU_HEAD_ROWS)
-        for block in _head_blocks(len(total)):
-            rows = total[block].t()
-            product = torch.mm(transposed, g[:, block].to(transposed.dtype), out=low[: rows.numel()].view(rows.shape))
+        _accumulate_blocks(total, g, y, first)
+
+
+def _accumulate_blocks(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
+    """`_accumulate` where no product of low precision gives float32: block by block of the head, each rounded once."""
+    y = y.float() if y.dtype == torch.float16 else y  # a sum may leave float16's range
+    if not total.is_contiguous():  # see head_accumulator
+        transposed = y.t().contiguous()
+        low, wide = (like.new_empty(y.shape[1] * HEAD_ROWS) for like in (transposed, total))
+    for block in _head_blocks(len(total)):
+        rows, g_block = total[block], g[:, block].to(y.dtype)
+        if not total.is_contiguous():
+            rows = rows.t()
+            product = torch.mm(transposed, g_block, out=low[: rows.numel()].view(rows.shape))
             rows.copy_(product) if first else rows.add_(wide[: rows.numel()].view(rows.shape).copy_(product))
+        elif total.dtype == y.dtype:
+            torch.mm(g_block.t(), y, out=rows) if first else rows.addmm_(g_block.t(), y)
+        else:
+            product = torch.mm(g_block.t(), y)
+            rows.copy_(product) if first else rows.add_(product)
 
 
 class ReadoutPass:

@@ -6,7 +6,7 @@ from readout_case import Case
 
 import kernels.device
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_reference
-from kernels.readout import CPU_HEAD_ROWS
+from kernels.readout import HEAD_ROWS, _accumulate
 
 HALVES = [torch.bfloat16, torch.float16]
 V = 301
@@ -27,7 +27,7 @@ def test_products_of_either_dtype(multiplies_faster, dtype, options):
     Case((3, 41, 48, V), dtype=dtype, **options).check(chunk_rows=50)
 
 
-@pytest.mark.parametrize("vocabulary", [CPU_HEAD_ROWS + 1, 2 * CPU_HEAD_ROWS])
+@pytest.mark.parametrize("vocabulary", [HEAD_ROWS + 1, 2 * HEAD_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_products_in_several_blocks_of_the_head(multiplies_faster, dtype, vocabulary):
     Case((2, 19, 16, vocabulary), dtype=dtype).check(chunk_rows=16)
@@ -37,6 +37,19 @@ def test_products_in_several_blocks_of_the_head(multiplies_faster, dtype, vocabu
 def test_head_gradient_has_the_heads_layout(multiplies_faster, dtype):
     found, _ = Case((2, 19, 16, 65), dtype=dtype).run(kernels.looped_cross_entropy)
     assert found["head"].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("transposed", [True, False])  # as on a CPU with fast products of low precision, and on ROCm
+def test_sum_of_the_head_gradient_over_chunks(dtype, transposed):
+    torch.manual_seed(0)
+    total = torch.full((16, HEAD_ROWS + 3), torch.nan).t() if transposed else torch.full((HEAD_ROWS + 3, 16), torch.nan)
+    chunks = [(torch.randn(7, HEAD_ROWS + 3).to(dtype), torch.randn(7, 16).to(dtype)) for _ in range(3)]
+    for index, (g, y) in enumerate(chunks):
+        _accumulate(total, g, y, index == 0)
+    truth = sum(g.double().t() @ y.double() for g, y in chunks)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(total.double(), truth, rtol=rounding, atol=rounding * 8)
 
 
 def rows_of_every_kind() -> tuple[torch.Tensor, torch.Tensor]:
