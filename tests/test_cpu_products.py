@@ -49,7 +49,7 @@ def test_sum_of_the_head_gradient_over_chunks(dtype, transposed):
         _accumulate(total, g, y, index == 0)
     truth = sum(g.double().t() @ y.double() for g, y in chunks)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(total.double(), truth, rtol=rounding, atol=rounding * 8)
+    torch.testing.assert_close(total.double(), truth, rtol=rounding, atol=rounding * 16)  # products of up to 12
 
 
 def rows_of_every_kind() -> tuple[torch.Tensor, torch.Tensor]:
