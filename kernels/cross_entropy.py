@@ -176,71 +176,95 @@ def store_gradient(
 
 
 @triton.jit
-def cross_entropy_kernel(
+def cross_entropy_rows(
+    group,
     logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
     n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
     HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
     HELD_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
 ):  # fmt: skip
-    for group in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
-        row = tl.cast(group, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
-        in_rows = row < n_rows
-        out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
-        logits_row = logits_ptr + row[:, None] * row_length
-        block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
-        target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
+    """Rows `group * BLOCK_ROWS` and on of the chunk."""
+    row = tl.cast(group, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS], in the chunk
+    in_rows = row < n_rows
+    out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
+    logits_row = logits_ptr + row[:, None] * row_length
+    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+    target = tl.load(targets_ptr + out % n_tokens, mask=in_rows, other=0)
 
-        sums = empty_sums(BLOCK_ROWS)
-        held = ()  # all of a row, or, where HELD_BLOCKS is 0, nothing
-        for block in tl.static_range(HELD_BLOCKS):
-            column = block * BLOCK_VOCAB + block_column
+    sums = empty_sums(BLOCK_ROWS)
+    held = ()  # all of a row, or, where HELD_BLOCKS is 0, nothing
+    for block in tl.static_range(HELD_BLOCKS):
+        column = block * BLOCK_VOCAB + block_column
+        z = load_logits(
+            logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
+        )  # fmt: skip
+        held = held + (z,)  # type: ignore[assignment]
+    for block in tl.static_range(HELD_BLOCKS):
+        column = block * BLOCK_VOCAB + block_column
+        sums = fold_block(held[block], column, target, n_columns, block == 0, sums, HAS_STATISTICS)
+    if HELD_BLOCKS == 0:
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + block_column
             z = load_logits(
                 logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
             )  # fmt: skip
-            held = held + (z,)  # type: ignore[assignment]
+            sums = fold_block(z, column, target, n_columns, start == 0, sums, HAS_STATISTICS)
+    maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
+
+    lse = maximum + tl.log(total)
+    ignored = target == ignore_index
+    # differences from the maximum, not from lse, which a large common offset would round
+    loss = tl.log(total) + (1.0 - smoothing) * (maximum - z_target) + z_loss * lse * lse
+    loss += tl.where(smoothing > 0, smoothing * (maximum - pivot - sum_z / n_columns), 0.0)
+    loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
+    tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
+    if HAS_STATISTICS:
+        tl.store(lse_ptr + out, lse, mask=in_rows)
+        tl.store(entropy_ptr + out, tl.log(total) - moment / total, mask=in_rows)
+        tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
+        tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
+
+    if HAS_GRADIENT:
+        omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
         for block in tl.static_range(HELD_BLOCKS):
             column = block * BLOCK_VOCAB + block_column
-            sums = fold_block(held[block], column, target, n_columns, block == 0, sums, HAS_STATISTICS)
+            store_gradient(
+                logits_row, held[block], lse, target, omega, column, in_rows, n_columns, row_length, smoothing,
+                softcap, z_loss, HAS_SOFTCAP,
+            )  # fmt: skip
         if HELD_BLOCKS == 0:
             for start in range(0, n_columns, BLOCK_VOCAB):
                 column = start + block_column
                 z = load_logits(
                     logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
                 )  # fmt: skip
-                sums = fold_block(z, column, target, n_columns, start == 0, sums, HAS_STATISTICS)
-        maximum, total, pivot, sum_z, z_target, moment, top1, best, top2 = sums
-
-        lse = maximum + tl.log(total)
-        ignored = target == ignore_index
-        # differences from the maximum, not from lse, which a large common offset would round
-        loss = tl.log(total) + (1.0 - smoothing) * (maximum - z_target) + z_loss * lse * lse
-        loss += tl.where(smoothing > 0, smoothing * (maximum - pivot - sum_z / n_columns), 0.0)
-        loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
-        tl.store(loss_ptr + out, tl.where(ignored, 0.0, loss), mask=in_rows)
-        if HAS_STATISTICS:
-            tl.store(lse_ptr + out, lse, mask=in_rows)
-            tl.store(entropy_ptr + out, tl.log(total) - moment / total, mask=in_rows)
-            tl.store(margin_ptr + out, top1 - top2, mask=in_rows)
-            tl.store(top1_ptr + out, best.to(tl.int64), mask=in_rows)
-
-        if HAS_GRADIENT:
-            omega = tl.load(omega_ptr + out, mask=in_rows, other=0.0)
-            for block in tl.static_range(HELD_BLOCKS):
-                column = block * BLOCK_VOCAB + block_column
                 store_gradient(
-                    logits_row, held[block], lse, target, omega, column, in_rows, n_columns, row_length, smoothing,
-                    softcap, z_loss, HAS_SOFTCAP,
+                    logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap,
+                    z_loss, HAS_SOFTCAP,
                 )  # fmt: skip
-            if HELD_BLOCKS == 0:
-                for start in range(0, n_columns, BLOCK_VOCAB):
-                    column = start + block_column
-                    z = load_logits(
-                        logits_row, bias_ptr, column, in_rows, n_columns, row_length, softcap, HAS_BIAS, HAS_SOFTCAP
-                    )  # fmt: skip
-                    store_gradient(
-                        logits_row, z, lse, target, omega, column, in_rows, n_columns, row_length, smoothing, softcap,
-                        z_loss, HAS_SOFTCAP,
-                    )  # fmt: skip
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
+    n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
+    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    HELD_BLOCKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    first, step = tl.program_id(0), tl.num_programs(0)
+    if HELD_BLOCKS > 0:  # not in a loop, in which the registers would not hold a row
+        cross_entropy_rows(
+            first, logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
+            n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
+            HAS_GRADIENT, HAS_BIAS, HAS_SOFTCAP, HAS_STATISTICS, HELD_BLOCKS, BLOCK_ROWS, BLOCK_VOCAB,
+        )  # fmt: skip
+    else:
+        for group in range(first, tl.cdiv(n_rows, BLOCK_ROWS), step):
+            cross_entropy_rows(
+                group, logits_ptr, targets_ptr, omega_ptr, bias_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr,
+                top1_ptr, n_rows, n_columns, row_length, n_tokens, first_row, ignore_index, smoothing, softcap, z_loss,
+                HAS_GRADIENT, HAS_BIAS, HAS_SOFTCAP, HAS_STATISTICS, HELD_BLOCKS, BLOCK_ROWS, BLOCK_VOCAB,
+            )  # fmt: skip
 
 
 def cross_entropy_blocks(n_columns: int, plain: bool, elaborate: bool) -> dict[str, int]:

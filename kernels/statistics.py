@@ -166,7 +166,7 @@ def stream_blocks(n_rows: int, d: int, dtype: torch.dtype, precision: str) -> di
         "BLOCK_ROWS": block_rows,
         "BLOCK_VOCAB": 128 if torch.version.hip and not single else 64,
         "BLOCK_D": max(16, min(depth, triton.next_power_of_2(d))),
-        "num_warps": 8 if single or block_rows == 128 else 4,
+        "num_warps": 8,
         "num_stages": 2 if torch.version.hip else 3,
     }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.device import uses_triton
 
-BLOCK_TOKENS = 4096
+BLOCK_TOKENS = 2048
 NUM_WARPS = 16
 
 
