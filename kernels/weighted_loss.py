@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.device import uses_triton
 
 BLOCK_TOKENS = 2048
-NUM_WARPS = 16
+NUM_WARPS = 8
 
 
 class Scales(NamedTuple):
