@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from looped.diagnose import Batch, LoopedModel
 from looped.diagnose.depth import Depth
 from looped.diagnose.dynamics import Norms, Updates
-from looped.diagnose.interventions import AlphaSweep, RadialClamp
+from looped.diagnose.halting import Halt, Halting
+from looped.diagnose.interventions import AlphaSweep, Clamped, RadialClamp
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import Measurements
 
@@ -62,6 +63,21 @@ def rows_of(model: Recurrence, n_loops: int) -> tuple[list[Tensor], Tensor]:
     return states, targets
 
 
+def clamp(both: float, frozen: float = 0.0005, tangential: float = 0.0002) -> RadialClamp:
+    """Of four loops, with these changes at the last one."""
+    forms = [Clamped([0.0, 0.0, 0.0, change], [0.0, 0.0, 0.0, 0.0001]) for change in (frozen, tangential, both)]
+    return RadialClamp([5.0, 4.9, 4.8, 4.7], *forms)
+
+
+def halting(as_trained: float, as_last: float | None = None) -> Halting:
+    """Of four loops, with these mean loops on the report slice."""
+    readings = [
+        Halt(0.5, loops, 1.008, loops, 1.009, [0.7, 0.1, 0.1, 0.1])
+        for loops in (as_trained, as_trained if as_last is None else as_last)
+    ]
+    return Halting(1.01, 8, 1024, 8, 1024, *readings)
+
+
 def measurements(**changes) -> Measurements:
     """Those of a model whose readouts are blind and whose scale is free and grows; `changes` replace fields."""
     mean = [10.0, 20.0, 30.0, 40.0, 80.0]
@@ -71,12 +87,13 @@ def measurements(**changes) -> Measurements:
         n_loops=4,
         weights=(0.25,) * 4,
         penalty=0.0,
-        norms=Norms(mean, [[value] * 9 for value in mean], mean),
+        norms=Norms(mean, [[value] * 9 for value in mean], mean, [1.0, *mean[:-1]], [10.0, 2.0, 1.5, 1.3, 2.0]),
         updates=Updates(*[update] * 8),
         radial=RadialFractions([1e-8] * 4, [1e-12] * 4, [1e-12] * 4, whole, whole),
-        clamp=RadialClamp([5.0, 4.9, 4.8, 4.7], [5.0, 4.9, 4.8, 4.701]),
+        clamp=clamp(0.001),
         alpha=AlphaSweep([0.1, 1, 10], [[5.0, 5.0001, 5.0]] * 4),
         response=[0.9, 0.9, 0.9],
-        depth=Depth([5.0, 4.9, 4.8, 4.7, 4.9], [148.0, 134.0, 121.0, 110.0, 134.0], [1.0] * 5),
+        depth=Depth([5.0, 4.9, 4.8, 4.7, 4.9], [148.0, 134.0, 121.0, 110.0, 134.0], [1.0] * 5, [5.0, 4.9, 4.8, 4.7]),
+        halting=halting(1.0),
     )
     return dataclasses.replace(blind, **changes)

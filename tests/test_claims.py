@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from diagnosed_models import measurements
+from diagnosed_models import clamp, measurements
 from tiny_run import arguments
 
 from looped.diagnose import Diagnosis
 from looped.diagnose.depth import Depth
 from looped.diagnose.dynamics import Norms, Updates
-from looped.diagnose.interventions import ALPHAS, AlphaSweep, RadialClamp
+from looped.diagnose.interventions import ALPHAS, AlphaSweep
 from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
@@ -57,7 +57,7 @@ def updates(**changes) -> Updates:
 
 
 def norms(mean: list[float]) -> Norms:
-    return Norms(mean, [[value] * 9 for value in mean], mean)
+    return Norms(mean, [[value] * 9 for value in mean], mean, mean, [1.0] * len(mean))
 
 
 def evidence(condition: str, seed: int = 42, *, ce: list[float] | None = None, norm: float | None = None, **changes):
@@ -72,13 +72,13 @@ def evidence(condition: str, seed: int = 42, *, ce: list[float] | None = None, n
     usual = {
         "norms": norms([10.0 + (0.01 if level else 10.0) * k for k in range(30)]),
         "updates": updates(),
-        "clamp": RadialClamp([5.0] * 4, [5.0] * 3 + [5.004]),
+        "clamp": clamp(0.004),
         "alpha": AlphaSweep(list(ALPHAS), [[5.0001, *[5.0] * 12]] * 4),
-        "depth": Depth([5.0] * 16, [148.0] * 16, [math.nan] * 16),
+        "depth": Depth([5.0] * 16, [148.0] * 16, [math.nan] * 16, [5.0] * 4),
     }
     measured = measurements(**(usual | differing | changes))
     result = RunResult(condition, seed, "complete", 8, 1.5, rows, 1000, "cpu: synthetic", {"torch": "0"}, "abc")
-    return Evidence(result, Diagnosis(condition, 4096, measured, verdict(measured)))
+    return Evidence(result, Diagnosis(condition, 4096, measured, verdict(measured), {"date": "2026-11-24"}))
 
 
 def paper_seed(seed: int = 42) -> dict[str, Evidence]:
@@ -118,8 +118,8 @@ CONTRADICTIONS = [
     ("per-loop-layernorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {14}),
     ("per-loop-rmsnorm-loop-norm", {"response": [0.0, 0.5, 0.0]}, {15}),
     ("per-loop-rmsnorm-loop-norm", {"norms": norms([10.0 * k for k in range(1, 31)])}, {15}),
-    ("per-loop-rmsnorm", {"clamp": RadialClamp([5.0] * 4, [4.98] * 4)}, {16}),
-    ("per-loop-raw", {"clamp": RadialClamp([5.0] * 4, [5.02] * 4)}, {17}),
+    ("per-loop-rmsnorm", {"clamp": clamp(-0.02)}, {16}),
+    ("per-loop-raw", {"clamp": clamp(0.02)}, {17}),
     ("per-loop-rmsnorm", {"updates": updates(second_error=[2.0] * 29, first_error=[3.0] * 29)}, {18}),
     ("per-loop-rmsnorm", {"updates": updates(first_error=[0.05] * 29)}, {18}),
     ("per-loop-rmsnorm", {"updates": updates(angular_times_scale=[12.0] * 29)}, {19}),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diagnosed_models import N_LOOPS, Recurrence, batches
+from safetensors.torch import load_file, save_file
 from tiny_run import arguments
 
 from looped import LoopedConfig, LoopedDecoder
@@ -72,7 +73,8 @@ def test_a_model_of_ones_own(tmp_path):
     assert diagnosis.verdict.control == "free"
     assert diagnosis.verdict.blind == [True] * N_LOOPS
     assert len(diagnosis.measured.norms.mean) == 8
-    assert len(diagnosis.measured.depth.ce) == 4 * N_LOOPS
+    assert len(diagnosis.measured.depth.ce) == 16  # at least, and four times the trained depth
+    assert set(diagnosis.origin) == {"date", "commit", "versions", "device"}
     raw = diagnose(model.described(norm=None), batches(), name="raw", horizon=8)
     assert raw.verdict.control == "visible"
     write_diagnosis([diagnosis, raw], tmp_path)
@@ -89,7 +91,8 @@ def test_a_model_in_bf16():
     double.load_state_dict(model.state_dict())
     expected = diagnose(double.described(), batches(), horizon=6)
     assert diagnosis.measured.norms.mean == pytest.approx(expected.measured.norms.mean, rel=0.02)
-    assert diagnosis.measured.clamp.clamped == pytest.approx(expected.measured.clamp.clamped, rel=0.02)
+    assert diagnosis.measured.clamp.free == pytest.approx(expected.measured.clamp.free, rel=0.02)
+    assert diagnosis.measured.clamp.change == pytest.approx(expected.measured.clamp.change, abs=0.02)
     assert max(diagnosis.measured.radial.exact) < 1e-5 < min(diagnosis.measured.radial.immediate) < 0.02
 
 
@@ -114,6 +117,7 @@ def test_models_that_contradict_themselves(changes, message):
         ([], {}, "at least one batch"),
         ([(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))], {}, r"Got inputs \[1, 3\]"),
         ([(torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), -100))], {}, "must not be negative.*Got -100"),
+        (batches(sizes=(1,)), {}, "must hold two windows.* Got 1"),
         (batches(), {"horizon": 3}, "horizon must be above the n_loops=3 .* Got horizon=3"),
     ],
 )
@@ -154,8 +158,9 @@ def test_windows_do_not_overlap_and_are_spread():
     everything = validation_batches(validation, seq_len=10, n_tokens=10**9)
     assert torch.equal(torch.cat([part[0] for part in everything]).flatten(), torch.arange(100))
     assert len(validation_batches(validation, seq_len=1, n_tokens=50)) == 1
-    for seq_len, n_tokens in ((10, 9), (101, 1000)):
-        with pytest.raises(ValueError, match=rf"at least seq_len={seq_len}, .* Got tokens={n_tokens}, validation 101"):
+    for seq_len, n_tokens in ((10, 19), (51, 1000)):
+        message = rf"two windows of seq_len={seq_len}, .* Got tokens={n_tokens}, validation 101"
+        with pytest.raises(ValueError, match=message):
             validation_batches(validation, seq_len=seq_len, n_tokens=n_tokens)
 
 
@@ -186,14 +191,14 @@ class Page(HTMLParser):
 def test_the_page_holds_everything_and_needs_no_network(out):
     text = (out / "index.html").read_text()
     page = Page(text)
-    assert len(page.pictures) == len(FIGURES) == 7
+    assert len(page.pictures) == len(FIGURES) == 8
     for name, picture in zip(FIGURES, page.pictures, strict=True):
         assert picture == (out / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not re.search(r"https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
-    assert len(page.tables) == 7
+    assert len(page.tables) == 9
     for table in page.tables:
         assert len(set(table)) == 1  # as many cells in every row as in the header
         assert len(table) > 2
@@ -225,6 +230,27 @@ def test_one_run_is_diagnosed_in_its_own_directory(runs, capsys):
     shutil.rmtree(runs[1] / "diagnosis")
 
 
+def test_a_run_that_has_diverged_is_found_before_anything_is_measured(runs, tmp_path, capsys, monkeypatch):
+    torn = tmp_path / "torn"
+    shutil.copytree(runs[1], torn)
+    weights = load_file(torn / "checkpoint" / "model.safetensors")
+    save_file({name: value * torch.nan for name, value in weights.items()}, torn / "checkpoint" / "model.safetensors")
+    monkeypatch.setattr("looped.diagnose.__main__.diagnose_run", None)
+    assert main([str(runs[0]), str(torn), "--out", str(tmp_path / "o"), "--tokens", "64"]) == 2
+    assert capsys.readouterr().err == "error: torn has diverged: its cross-entropy at K = 3 is nan.\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_page_says_where_its_numbers_are_from(out, runs):
+    (first, second) = (one["origin"] for one in json.loads((out / "diagnosis.json").read_text())["diagnoses"])
+    assert (first["run"], first["step"], first["data"], first["tokenizer"]) == ("seed-1", "8", "text.txt", "bpe")
+    assert second["device"].startswith("cpu: ")
+    text = (out / "index.html").read_text()
+    for words in (*first.values(), f"torch {torch.__version__}"):
+        assert words in text
+    assert "<title>Diagnosis: 2 models</title>" in text
+
+
 def test_names_tell_runs_apart(tmp_path):
     a, b, c = tmp_path / "x" / "seed-1", tmp_path / "y" / "seed-1", tmp_path / "y" / "seed-2"
     assert run_names([b, c]) == ["seed-1", "seed-2"]
@@ -242,11 +268,14 @@ def test_names_tell_runs_apart(tmp_path):
         (["{tmp}"], "config.json cannot be used"),
         (["{run}", "--out", "{run}/config.json"], "out must be a directory that can be written"),
         (["{run}", "--out", "/proc/diagnosis"], "out must be a directory that can be written"),
-        (["{run}", "--tokens", "3"], "tokens must be at least seq_len=16, .* Got tokens=3"),
+        (["{run}", "--tokens", "3"], "tokens must be at least two windows of seq_len=16, .* Got tokens=3"),
+        (["{run}", "{raw}", "--out", "{tmp}/o", "--tokens", "20"], "tokens must be at least two windows"),
+        (["{run}", "--device", "cuda"], "device must be one that PyTorch finds here. Got device=cuda"),
         (["{run}", "--loops", "3"], "horizon must be above the n_loops=3 .* Got horizon=3"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tmp_path, capsys):
+def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     places = {"run": runs[0], "raw": runs[1], "tmp": tmp_path}
     before = sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")])
     assert main([option.format(**places) for option in options]) == 2

@@ -11,9 +11,11 @@ from torch import nn
 
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import PERCENTILES, measure_dynamics
+from looped.diagnose.halting import measure_halting
 from looped.diagnose.interventions import ALPHAS, clamp_radially, scale_response, sweep_alpha
 from looped.diagnose.model import LoopedModel
 from looped.diagnose.radial import measure_radial
+from looped.halting import calibrate, exit_loops
 
 
 @pytest.fixture
@@ -28,6 +30,30 @@ def test_norms_and_their_percentiles(model):
         assert norms.mean[loop] == pytest.approx(lengths.mean(), rel=1e-12)
         assert norms.percentiles[loop] == pytest.approx(np.percentile(lengths, PERCENTILES), rel=1e-12)
         assert norms.scale[loop] == pytest.approx(lengths.mean() / math.sqrt(CHANNELS), rel=1e-12)
+
+
+def test_what_one_loop_makes_of_the_scale_it_begins_with(model):
+    """Without and with a norm between loops, which the model applies and describes."""
+
+    def between(state):
+        return F.rms_norm(state, (CHANNELS,), eps=0.0)
+
+    def loop(state, embedded, done):
+        return model.advance(between(state) if done else state, embedded, done)
+
+    for removes in (False, True):
+        changes = {"between": between, "loop": loop} if removes else {}
+        norms, _ = measure_dynamics(model.described(**changes), batches(), 4)
+        tokens = torch.cat([part.flatten() for part, _ in batches()])
+        with torch.no_grad():
+            embedded = state = model.embedding(tokens)
+            for k in range(4):
+                start = between(state) if removes and k else state
+                state = model.advance(start, embedded, 0)
+                lengths = state.norm(dim=1), start.norm(dim=1)
+                assert norms.entered[k] == pytest.approx(lengths[1].mean().item(), rel=1e-12)
+                assert norms.within[k] == pytest.approx((lengths[0] / lengths[1]).mean().item(), rel=1e-12)
+        assert (norms.entered[2] == pytest.approx(math.sqrt(CHANNELS))) == removes
 
 
 def test_updates_token_by_token(model):
@@ -171,24 +197,48 @@ def test_the_sweep_leaves_the_state_fed_back_alone(model):
     assert sweep.ce[1][1] == pytest.approx(F.cross_entropy(model.head(5 * states[1]), targets).item(), rel=1e-12)
 
 
-def test_clamp_token_by_token(model):
-    clamp = clamp_radially(model.described(), batches())
+def clamped_by_hand(model: Recurrence, form: str) -> list[torch.Tensor]:
+    """Losses [tokens] after every loop, one token after the other, by the definition of a form of the clamp."""
     inputs, targets = (torch.cat([part.flatten() for part in parts]) for parts in zip(*batches(), strict=True))
+    losses = []
     with torch.no_grad():
         embedded = model.embedding(inputs)
-        free = clamped = model.advance(embedded, embedded, 0)
-        scale = clamped.norm(dim=1, keepdim=True)
+        states = model.advance(embedded, embedded, 0)
+        scales = [h.square().mean().sqrt() for h in states]
         for loop in range(N_LOOPS):
             if loop > 0:
-                free = model.advance(free, embedded, loop)
-                update = model.advance(clamped, embedded, loop) - clamped
-                along = (update * clamped).sum(1, keepdim=True) / clamped.norm(dim=1, keepdim=True) ** 2
-                clamped = F.normalize(clamped + update - along * clamped, dim=1) * scale
-                assert (clamped.norm(dim=1, keepdim=True) - scale).abs().max() < 1e-12
-            for state, values in ((free, clamp.free), (clamped, clamp.clamped)):
-                expected = F.cross_entropy(model.head(normalised(state, model.norm.weight, 1e-2)), targets)
-                assert values[loop] == pytest.approx(expected.item(), rel=1e-12)
-    assert clamp.change == clamp.clamped[-1] - clamp.free[-1] != 0
+                moved = model.advance(states, embedded, loop)
+                rows = []
+                for h, after, scale in zip(states, moved, scales, strict=True):
+                    u = h / h.square().mean().sqrt()
+                    b = after - h
+                    v = h + b if form in ("free", "frozen") else h + b - (u @ b / CHANNELS) * u
+                    rows.append(scale * v / v.square().mean().sqrt() if form in ("frozen", "both") else v)
+                states = torch.stack(rows)
+            readout = normalised(states, model.norm.weight, 1e-2)
+            losses.append(F.cross_entropy(model.head(readout), targets, reduction="none"))
+    return losses
+
+
+def test_clamp_token_by_token(model):
+    clamp = clamp_radially(model.described(), batches())
+    free = clamped_by_hand(model, "free")
+    assert clamp.free == pytest.approx([loss.mean().item() for loss in free], rel=1e-12)
+    changes = []
+    for form in ("frozen", "tangential", "both"):
+        measured = getattr(clamp, form)
+        for loop, losses in enumerate(clamped_by_hand(model, form)):
+            difference = (losses - free[loop]).view(3, 5).mean(1).numpy()  # three windows of five tokens
+            assert measured.change[loop] == pytest.approx(difference.mean(), abs=1e-12)
+            assert measured.error[loop] == pytest.approx(difference.std(ddof=1) / math.sqrt(3), abs=1e-12)
+        changes.append(measured.change[-1])
+    assert len(set(changes)) == 3
+    assert clamp.change == clamp.both.change[-1] != 0
+
+
+def test_a_single_window_has_no_standard_error(model):
+    clamp = clamp_radially(model.described(), batches(sizes=(1,)))
+    assert all(math.isnan(error) for error in clamp.both.error)
 
 
 def tangential_model(norm: nn.Module | None) -> LoopedModel:
@@ -203,10 +253,12 @@ def tangential_model(norm: nn.Module | None) -> LoopedModel:
 
 def test_the_clamp_changes_nothing_where_updates_are_tangential():
     clamp = clamp_radially(tangential_model(nn.Identity()), batches())
-    assert clamp.clamped == pytest.approx(clamp.free, rel=1e-12)
+    for form in (clamp.frozen, clamp.tangential, clamp.both):
+        assert form.change == pytest.approx([0.0] * 5, abs=1e-12)
     assert max(clamp.free) - min(clamp.free) > 0.01  # though the loops do something
     seen = clamp_radially(tangential_model(None), batches())  # a raw readout sees the scale that is taken away
     assert abs(seen.change) > 0.1
+    assert seen.tangential.change == pytest.approx([0.0] * 5, abs=1e-12)  # which the updates alone leave there
 
 
 def test_the_next_loops_response_to_the_scale(model):
@@ -235,4 +287,61 @@ def test_depth(model):
         assert depth.ppl[loop] == pytest.approx(math.exp(losses.mean().item()), rel=1e-12)
         expected = losses.sum().item() / math.log(2) / sizes[targets].sum().item()
         assert depth.bits_per_byte[loop] == pytest.approx(expected, rel=1e-12)
-    assert all(math.isnan(bits) for bits in measure_depth(model.described(), batches(), 2).bits_per_byte)
+    assert depth.as_trained[-1] == depth.ce[N_LOOPS - 1]
+    for loop, state in enumerate(states[: N_LOOPS - 1]):
+        assert depth.as_trained[loop] == pytest.approx(F.cross_entropy(model.head(state), targets).item(), rel=1e-12)
+    assert depth.two_readings
+    usual = measure_depth(model.described(), batches(), N_LOOPS)
+    assert all(math.isnan(bits) for bits in usual.bits_per_byte)
+    assert (usual.as_trained, usual.two_readings) == (usual.ce, False)
+
+
+@pytest.mark.parametrize("norm_every_loop", [True, False])
+def test_halting_is_calibrated_on_one_slice_and_reported_on_another(model, norm_every_loop):
+    described = model.described(norm_every_loop=norm_every_loop)
+    measured = measure_halting(described, batches(sizes=(3, 2), length=40), tolerance=1.05)
+    assert (measured.calibration_windows, measured.report_windows) == (2, 3)
+    assert (measured.calibration_tokens, measured.report_tokens) == (80, 120)
+    rows = torch.cat([tokens for tokens, _ in batches((3, 2), 40)])
+    targets = torch.cat([targets for _, targets in batches((3, 2), 40)])
+    for reading, as_last in ((measured.as_trained, False), (measured.as_last, True)):
+        with torch.no_grad():
+            states = described.states(rows, N_LOOPS)
+            logits = torch.stack(
+                [
+                    model.head(model.norm(state) if norm_every_loop or as_last or loop == N_LOOPS - 1 else state)
+                    for loop, state in enumerate(states)
+                ]
+            )
+        best = logits.sort(-1, descending=True).values
+        margin = best[..., 0] - best[..., 1]
+        loss = -logits.log_softmax(-1).gather(-1, targets.expand(N_LOOPS, -1, -1).unsqueeze(-1)).squeeze(-1)
+        tau = calibrate(loss[:, :2], margin[:, :2], 1.05)
+        assert (math.inf if reading.tau is None else reading.tau) == pytest.approx(tau)
+        exits = exit_loops(margin[:, 2:], tau)
+        assert reading.loops == pytest.approx(exits.double().mean().item())
+        assert reading.exits == pytest.approx([(exits == k).double().mean().item() for k in (1, 2, 3)])
+        halted = loss[:, 2:].gather(0, exits.unsqueeze(0) - 1)
+        assert reading.ratio == pytest.approx(math.exp(halted.mean() - loss[-1, 2:].mean()))
+        assert reading.calibration_ratio <= 1.05 + 1e-12
+    assert (measured.as_trained == measured.as_last) == norm_every_loop
+
+
+def test_the_report_does_not_see_the_calibration_slice(model):
+    """Other targets in the second half change the report, and not tau; other targets in the first half change tau."""
+    usual, other = batches((2, 2), 40), batches((2, 2), 40)
+    described = model.described()
+    first = measure_halting(described, usual)
+    report = measure_halting(described, [usual[0], (other[1][0], (other[1][1] + 1) % VOCABULARY)])
+    assert (report.as_trained.tau, report.as_trained.calibration_ratio) == (
+        first.as_trained.tau,
+        first.as_trained.calibration_ratio,
+    )
+    assert report.as_trained.ratio != first.as_trained.ratio
+    calibration = measure_halting(described, [(other[0][0], (other[0][1] + 1) % VOCABULARY), usual[1]])
+    assert calibration.as_trained.calibration_ratio != first.as_trained.calibration_ratio
+
+
+def test_one_window_cannot_be_halved(model):
+    with pytest.raises(ValueError, match=r"must hold two windows.* Got 1"):
+        measure_halting(model.described(), batches(sizes=(1,)))

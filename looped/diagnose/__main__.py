@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from looped.diagnose.diagnosis import diagnose_run
+from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.page import write_diagnosis
 from looped.saved_run import load_run
 
@@ -21,12 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = _out_directory(options.runs, options.out)
         names = run_names(options.runs)
+        device = _device(options.device)
         runs = [load_run(directory) for directory in options.runs]
+        for name, run in zip(names, runs, strict=True):
+            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
         _check_writable(out)
         diagnoses = []
         for name, run in zip(names, runs, strict=True):
             print(f"diagnosing {name}", flush=True)
-            diagnoses.append(diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops))
+            diagnoses.append(
+                diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, device=device)
+            )
         write_diagnosis(diagnoses, out)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -58,6 +63,12 @@ def _out_directory(runs: Sequence[Path], out: Path | None) -> Path:
     return out
 
 
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def _check_writable(out: Path) -> None:
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     try:
@@ -73,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
     parser.add_argument("--tokens", type=int, default=8192, help="validation tokens to measure on (default: 8192)")
     parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure (default: auto)"
+    )
     return parser
 
 

@@ -10,24 +10,31 @@ from torch import Tensor
 
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import measure_dynamics
+from looped.diagnose.halting import measure_halting
 from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
 from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
 from looped.saved_run import SavedRun, Validation
 
-DEPTH_FACTOR = 4  # depth is measured to this times the trained loops
+DEPTH_FACTOR, LEAST_DEPTH = 4, 16  # depth is measured to this times the trained loops, and at least to this
 BATCH_TOKENS = 1024  # of a batch of `validation_batches`: the logits of one loop are the largest tensor
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """name: the model's, in figures and tables. n_tokens: targets that were measured on."""
+    """name: the model's, in figures and tables. n_tokens: targets that were measured on. origin: of the numbers."""
 
     name: str
     n_tokens: int
     measured: Measurements
     verdict: Verdict
+    origin: dict[str, str]
+
+
+class DivergedError(ValueError):
+    """The model has no finite loss."""
 
 
 def diagnose(
@@ -38,32 +45,22 @@ def diagnose(
     horizon: int = 30,
     bytes_per_token: Tensor | None = None,
     double: LoopedModel | None = None,
+    run: SavedRun | None = None,
 ) -> Diagnosis:
-    """Measure a model on batches of (inputs, targets), int64 [B, T] each; every target counts.
+    """Measure a model on batches of (inputs, targets), int64 [B, T] each, where the model is; every target counts.
 
     name: for figures and tables. horizon: loops over which norms and updates are followed. bytes_per_token: [V] int64,
     for bits per byte. double: the same model in float64, whose readout shows the radial gradient without rounding.
+    run: where the model is from, for the record.
 
-    Raises ValueError, before anything is computed, without batches, for inputs and targets of different shapes, for
-    negative targets, or a horizon that does not go beyond the trained loops; and for a model without a finite loss.
+    Raises ValueError, before anything is computed, without batches or with a single window, for inputs and targets of
+    different shapes, for negative targets, or a horizon that does not go beyond the trained loops; and DivergedError,
+    which is one, for a model without a finite loss.
     """
-    if not batches or any(tokens.numel() == 0 for tokens, _ in batches):
-        raise ValueError("batches must hold at least one batch, and none that is empty.")
-    for tokens, targets in batches:
-        if tokens.shape != targets.shape or tokens.dim() != 2:
-            raise ValueError(
-                "inputs and targets of a batch must have one shape [B, T]. "
-                f"Got inputs {list(tokens.shape)}, targets {list(targets.shape)}."
-            )
-        if int(targets.min()) < 0:
-            raise ValueError(f"targets must not be negative: every one is measured on. Got {int(targets.min())}.")
-    if horizon <= model.n_loops:
-        raise ValueError(f"horizon must be above the n_loops={model.n_loops} that were trained. Got horizon={horizon}.")
-    depth = measure_depth(model, batches, DEPTH_FACTOR * model.n_loops, bytes_per_token)
-    if not math.isfinite(depth.ce[model.n_loops - 1]):
-        raise ValueError(
-            f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {depth.ce[model.n_loops - 1]}."
-        )
+    _check(model, batches, horizon)
+    depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
+    if not all(map(math.isfinite, [*depth.ce[: model.n_loops], *depth.as_trained])):
+        raise DivergedError(_diverged(name, model, depth.ce[model.n_loops - 1]))
     norms, updates = measure_dynamics(model, batches, horizon)
     measured = Measurements(
         n_loops=model.n_loops,
@@ -76,39 +73,85 @@ def diagnose(
         alpha=sweep_alpha(model, batches),
         response=scale_response(model, batches),
         depth=depth,
+        halting=measure_halting(model, batches),
     )
-    return Diagnosis(name, sum(targets.numel() for _, targets in batches), measured, judge(measured))
+    n_tokens = sum(targets.numel() for _, targets in batches)
+    return Diagnosis(name, n_tokens, measured, judge(measured), origin(batches[0][0].device, run))
 
 
-def diagnose_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30) -> Diagnosis:
-    """Measure a saved run on at most `n_tokens` of its validation split.
+def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
+    if not batches or any(tokens.numel() == 0 for tokens, _ in batches):
+        raise ValueError("batches must hold at least one batch, and none that is empty.")
+    for tokens, targets in batches:
+        if tokens.shape != targets.shape or tokens.dim() != 2:
+            raise ValueError(
+                "inputs and targets of a batch must have one shape [B, T]. "
+                f"Got inputs {list(tokens.shape)}, targets {list(targets.shape)}."
+            )
+        if int(targets.min()) < 0:
+            raise ValueError(f"targets must not be negative: every one is measured on. Got {int(targets.min())}.")
+    n_windows = sum(len(tokens) for tokens, _ in batches)
+    if n_windows < 2:
+        raise ValueError(f"batches must hold two windows, to calibrate halting and to report it. Got {n_windows}.")
+    _check_horizon(model.n_loops, horizon)
+
+
+def _check_horizon(n_loops: int, horizon: int) -> None:
+    if horizon <= n_loops:
+        raise ValueError(f"horizon must be above the n_loops={n_loops} that were trained. Got horizon={horizon}.")
+
+
+def _diverged(name: str, model: LoopedModel, ce: float) -> str:
+    return f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {ce}."
+
+
+@torch.no_grad()
+def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30) -> None:
+    """Raise what `diagnose_run` would, at the cost of one window: ValueError, or DivergedError for a run without a
+    finite loss on it."""
+    _check_horizon(run.model.config.n_loops, horizon)
+    batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
+    tokens, targets = (part[:1] for part in batches[0])
+    model = from_decoder(run.model)
+    loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
+    if not loss.isfinite().all():
+        raise DivergedError(_diverged(run.name if name is None else name, model, loss.mean().item()))
+
+
+def diagnose_run(
+    run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30, device: str = "cpu"
+) -> Diagnosis:
+    """Measure a saved run on at most `n_tokens` of its validation split, on a device that PyTorch knows.
 
     Raises ValueError as `diagnose` and `validation_batches` do.
     """
-    decoder, n_loops = run.model, run.model.config.n_loops
+    decoder = copy.deepcopy(run.model).to(device)
+    n_loops = decoder.config.n_loops
     training = run.config["train"]
     terminal = training["supervision"] == "terminal"
     weights = (0.0,) * (n_loops - 1) + (1.0,) if terminal else None
+    batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
     return diagnose(
         from_decoder(decoder, weights=weights, penalty=training["penalty"]),
-        validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens),
+        [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
         name=run.name if name is None else name,
         horizon=horizon,
         bytes_per_token=run.validation.bytes_per_token,
         double=from_decoder(copy.deepcopy(decoder).double()),
+        run=run,
     )
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:
     """Windows of `seq_len` tokens that do not overlap, evenly spread over the split: `n_tokens // seq_len`, or all.
 
-    Raises ValueError if that is none.
+    Raises ValueError if those are fewer than two: halting is calibrated on half of them and reported on the rest.
     """
     available = (len(validation.tokens) - 1) // seq_len
     count = min(available, n_tokens // seq_len)
-    if count < 1:
+    if count < 2:
         raise ValueError(
-            f"tokens must be at least seq_len={seq_len}, and the validation split seq_len + 1. "
+            f"tokens must be at least two windows of seq_len={seq_len}, and the validation split one token more. "
             f"Got tokens={n_tokens}, validation {len(validation.tokens)}."
         )
     starts = torch.arange(count) * available // count * seq_len

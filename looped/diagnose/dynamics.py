@@ -20,11 +20,17 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
 @dataclass(frozen=True)
 class Norms:
-    """||H_k||_2 over tokens, k = 1..n. mean: [n]. percentiles: [n][9], those in PERCENTILES. scale: [n], mean rms."""
+    """||H_k||_2 over tokens, k = 1..n. mean: [n]. percentiles: [n][9], those in PERCENTILES. scale: [n], mean rms.
+
+    entered: [n], mean norm of what loop k begins with: H_0, then H_{k-1} or, with a norm between loops, what that makes
+    of it. within: [n], mean over tokens of ||H_k|| over that norm: how much one loop makes of the scale.
+    """
 
     mean: list[float]
     percentiles: list[list[float]]
     scale: list[float]
+    entered: list[float]
+    within: list[float]
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,35 @@ class Updates:
 def measure_dynamics(model: LoopedModel, batches: Sequence[Batch], n_loops: int) -> tuple[Norms, Updates]:
     """Norms of H_1..H_n and the n-1 updates between them, n = `n_loops` >= 2."""
     scales: list[np.ndarray] = []
+    entered: list[np.ndarray] = []
     updates: list[np.ndarray] = []
     for tokens, _ in batches:
-        states = model.states(tokens, n_loops)
+        embedded = model.embed(tokens)
+        states = model.unroll(embedded, n_loops)
         d_model = states[0].shape[-1]
-        scales.append(torch.stack([rms(state).flatten() for state in states]).double().cpu().numpy())
+        scales.append(_scales(states))
+        entered.append(_scales(model.entered(embedded, states)))
         updates.append(np.stack([_update(before, after) for before, after in pairwise(states)], axis=1))
-    scale = np.concatenate(scales, axis=1)  # [n, tokens]
+    scale, start = np.concatenate(scales, axis=1), np.concatenate(entered, axis=1)  # [n, tokens] each
     norms = scale * d_model**0.5
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a state that begins as zeros
+        within = scale / start
     percentiles = np.percentile(norms, PERCENTILES, axis=1).T
     return (
-        Norms(norms.mean(1).tolist(), percentiles.tolist(), scale.mean(1).tolist()),
+        Norms(
+            norms.mean(1).tolist(),
+            percentiles.tolist(),
+            scale.mean(1).tolist(),
+            (start.mean(1) * d_model**0.5).tolist(),
+            within.mean(1).tolist(),
+        ),
         Updates(*np.concatenate(updates, axis=2).mean(2).tolist()),
     )
+
+
+def _scales(states: Sequence[torch.Tensor]) -> np.ndarray:
+    """rms of every state and token, [n, tokens] float64."""
+    return torch.stack([rms(state).flatten() for state in states]).double().cpu().numpy()
 
 
 def _update(before: torch.Tensor, after: torch.Tensor) -> np.ndarray:

@@ -25,16 +25,34 @@ class AlphaSweep:
 
 
 @dataclass(frozen=True)
+class Clamped:
+    """change: [K], of the cross-entropy in nats after loops 1..K. error: [K], its standard error, from the differences
+    of the windows' means, since the tokens of a window share their text; nan for a single window."""
+
+    change: list[float]
+    error: list[float]
+
+
+@dataclass(frozen=True)
 class RadialClamp:
-    """Mean cross-entropy in nats after loops 1..K, each read as the last, [K]: as the model is, and clamped."""
+    """The radial clamp in its parts. free: [K], cross-entropy of the model as it is, each loop read as the last.
+
+    With `s u` the state before a loop, `b` its update, `a = <u, b> / d`, `b_perp = b - a u` and s_1 the scale after
+    loop 1, the state after every loop from the second on becomes
+    frozen: `s_1 v / rms(v)`, `v = s u + b`: the scale is held, updates are whole.
+    tangential: `s u + b_perp`: updates lose their radial part, the scale grows by what b_perp adds.
+    both: `s_1 v / rms(v)`, `v = s u + b_perp`.
+    """
 
     free: list[float]
-    clamped: list[float]
+    frozen: Clamped
+    tangential: Clamped
+    both: Clamped
 
     @property
     def change(self) -> float:
-        """Of the cross-entropy at K, nats."""
-        return self.clamped[-1] - self.free[-1]
+        """Of the cross-entropy at K under both, nats."""
+        return self.both.change[-1]
 
 
 @torch.no_grad()
@@ -51,30 +69,42 @@ def sweep_alpha(model: LoopedModel, batches: Sequence[Batch], alphas: Sequence[f
 
 @torch.no_grad()
 def clamp_radially(model: LoopedModel, batches: Sequence[Batch]) -> RadialClamp:
-    """Freeze the scale of every token at what it is after loop 1, and take the radial part from each later update.
-
-    From loop 2 on, with `s u` the state before and `b` its update, the state after becomes
-    `s_1 v / rms(v)`, `v = s u + b - <u, b>/d u` (arXiv 2606.24898, section on the radial clamp).
-    """
-    total = torch.zeros(2, model.n_loops, dtype=torch.float64)
+    """Hold the scale of every token at what it is after loop 1, take the radial part from each later update, and both
+    (arXiv 2606.24898, section on the radial clamp)."""
+    forms = ((False, False), (True, False), (False, True), (True, True))
+    windows: list[list[Tensor]] = [[] for _ in forms]
     for tokens, targets in batches:
-        paths = (model.states(tokens, model.n_loops), _clamped_states(model, tokens))
-        for row, path in enumerate(paths):
-            for loop, state in enumerate(path):
-                total[row, loop] += model.cross_entropy(state, targets, final=True).double().sum().cpu()
-    return RadialClamp(*(total / _count(batches)).tolist())
+        for freeze, remove in forms:
+            path = _clamped_states(model, tokens, freeze=freeze, remove=remove)
+            loss = torch.stack([model.cross_entropy(state, targets, final=True) for state in path])
+            windows[2 * remove + freeze].append(loss.double().mean(-1).cpu())  # [K, B]
+    free, *clamped = (torch.cat(parts, dim=1) for parts in windows)
+    sizes = torch.cat([torch.full((len(tokens),), float(tokens.shape[1])) for tokens, _ in batches]).double()
+    shares = sizes / sizes.sum()
+    return RadialClamp((free @ shares).tolist(), *(_paired(one - free, shares) for one in clamped))
 
 
-def _clamped_states(model: LoopedModel, tokens: Tensor) -> list[Tensor]:
+def _paired(difference: Tensor, shares: Tensor) -> Clamped:
+    """Mean and standard error over windows of [K, windows]; `shares`: [windows], of the tokens."""
+    mean, count = difference @ shares, len(shares)
+    spread = (shares * (difference - mean.unsqueeze(-1))).square().sum(-1)
+    return Clamped(mean.tolist(), (spread * count / (count - 1) if count > 1 else spread * torch.nan).sqrt().tolist())
+
+
+def _clamped_states(model: LoopedModel, tokens: Tensor, *, freeze: bool, remove: bool) -> list[Tensor]:
+    """H_1..H_K. freeze: at the scale after loop 1. remove: the radial part of every update."""
     embedded = model.embed(tokens)
     state = model.loop(embedded, embedded, 0)
     frozen = rms(state).unsqueeze(-1)
     states = [state]
     for done in range(1, model.n_loops):
-        direction = state / rms(state).unsqueeze(-1)
-        update = model.loop(state, embedded, done) - state
-        moved = state + update - (direction * update).mean(-1, keepdim=True) * direction
-        state = (frozen * moved / rms(moved).unsqueeze(-1)).to(state.dtype)
+        moved = model.loop(state, embedded, done)
+        if remove:
+            direction = state / rms(state).unsqueeze(-1)
+            moved = moved - (direction * (moved - state)).mean(-1, keepdim=True) * direction
+        if freeze:
+            moved = frozen * moved / rms(moved).unsqueeze(-1)
+        state = moved.to(state.dtype)
         states.append(state)
     return states
 

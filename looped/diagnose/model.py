@@ -1,6 +1,6 @@
 """What is diagnosed: any model with a repeated loop, as four functions; and a LoopedDecoder seen as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ class LoopedModel:
     head: what norm gave, [B, T, d] -> logits [B, T, V].
     norm: the readout's norm, None for none. For an nn.RMSNorm or nn.LayerNorm the exact radial gradient is known.
     norm_every_loop: False if training normalises the last loop's state only.
+    between: what a loop makes of H_k before its own work, k >= 1, if it removes the scale: a norm between loops. None:
+        a loop works on H_k itself. Only for measuring what a loop adds to the scale that it starts from.
     weights: of each loop's cross-entropy in the training loss, [K], 0 for loops that are not read; None: 1/K each.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
 
@@ -37,6 +39,7 @@ class LoopedModel:
     head: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor] | None = None
     norm_every_loop: bool = True
+    between: Callable[[Tensor], Tensor] | None = None
     weights: tuple[float, ...] | None = None
     penalty: float = 0.0
 
@@ -68,6 +71,11 @@ class LoopedModel:
             state = self.loop(state, embedded, done)
             states.append(state)
         return states
+
+    def entered(self, embedded: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+        """What each of the loops that gave `states` began with: H_0, then H_k or what `between` makes of it."""
+        later = states[:-1] if self.between is None else [self.between(state) for state in states[:-1]]
+        return [embedded, *later]
 
     def normalised(self, state: Tensor, *, final: bool) -> Tensor:
         """What the head sees of a state; `final`: it is read as the last loop's."""
@@ -110,6 +118,7 @@ def from_decoder(
         head=lambda state: F.linear(state, decoder.head_weight),
         norm=decoder.readout_norm,
         norm_every_loop=decoder.config.readout != "final-only",
+        between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,
     )

@@ -4,17 +4,21 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from looped.diagnose.depth import Depth
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
-from looped.diagnose.figures import FIGURES
+from looped.diagnose.figures import FIGURES, colours_of, halting_readings
 from looped.diagnose.verdict import CONTROLS, THRESHOLDS
+
+FORMAT = 2  # of diagnosis.json: raised whenever what is measured, or how it is called, changes
+CLAMP_FORMS = {"frozen": "scale frozen", "tangential": "radial part removed", "both": "both"}
 
 Rows = Iterable[Sequence[str | float]]
 
@@ -41,12 +45,15 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def write_diagnosis(diagnoses: Sequence[Diagnosis], out: Path) -> None:
-    """Write index.html, diagnosis.json and one PNG a figure into the directory `out`, which is made."""
+def write_diagnosis(diagnoses: Sequence[Diagnosis], out: Path, colours: Mapping[str, str] | None = None) -> None:
+    """Write index.html, diagnosis.json and one PNG a figure into the directory `out`, which is made.
+
+    colours: of the models in all figures, by name; of those that are not in it, by their place.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    images = {}
+    images, chosen = {}, colours_of([one.name for one in diagnoses], colours)
     for name, draw in FIGURES.items():
-        figure, buffer = draw(diagnoses), io.BytesIO()
+        figure, buffer = draw(diagnoses, chosen), io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         plt.close(figure)
         images[name] = buffer.getvalue()
@@ -58,6 +65,7 @@ def write_diagnosis(diagnoses: Sequence[Diagnosis], out: Path) -> None:
 def to_json(diagnoses: Sequence[Diagnosis]) -> str:
     """Every number; nan and infinity, which JSON does not have, as null."""
     content = {
+        "format": FORMAT,
         "percentiles": PERCENTILES,
         "thresholds": THRESHOLDS,
         "diagnoses": [
@@ -71,7 +79,7 @@ def to_json(diagnoses: Sequence[Diagnosis]) -> str:
 
 def page(diagnoses: Sequence[Diagnosis], images: dict[str, bytes]) -> str:
     """The page, with `images` (PNG, by the figures' names) inside it."""
-    names = ", ".join(one.name for one in diagnoses)
+    shown = diagnoses[0].name if len(diagnoses) == 1 else f"{len(diagnoses)} models"
     verdicts = "".join(
         f'<div class="verdict"><h3>{escape(one.name)}: {CONTROLS[one.verdict.control]}</h3>'
         f"<p>{escape(one.verdict.text)}</p></div>"
@@ -81,19 +89,21 @@ def page(diagnoses: Sequence[Diagnosis], images: dict[str, bytes]) -> str:
         _section(title, about, figures, table(diagnoses), images) for title, about, figures, table in SECTIONS
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Diagnosis: {escape(names)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Diagnosis: {escape(shown)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>What the loss controls: {escape(names)}</h1>"
+        f"<style>{STYLE}</style></head><body><h1>What the loss controls: {escape(shown)}</h1>"
         '<p class="about">H_k is the state after loop k, h = s u its row of a token, s = rms(h). Cross-entropy is in '
         "nats a token. Means are over the validation tokens named below; all arithmetic is in the model's precision "
-        "unless it says float64.</p>"
-        f'{verdicts}<p class="note">{escape(THRESHOLDS)}</p>{_summary(diagnoses)}{sections}</body></html>\n'
+        "unless it says float64. As the last: loop k is read as the last one is; as trained: as training reads it, "
+        "which for a readout that normalises the last loop only is without the norm before that.</p>"
+        f'{verdicts}<p class="note">{escape(THRESHOLDS)}</p>{_summary(diagnoses)}{sections}'
+        f"{_origins(diagnoses)}</body></html>\n"
     )
 
 
 def _summary(diagnoses: Sequence[Diagnosis]) -> str:
     header = ("model", "verdict", "K", "tokens", "||H_K||", "CE at K", "PPL at K", "bits/byte", "CE at 1",
-              "range over alpha, K", "radial, K", "clamp")  # fmt: skip
+              "range over alpha, K", "radial, K", "clamp", "halting loops")  # fmt: skip
     return f'<div class="scroll">{_table(header, map(_summary_row, diagnoses))}</div>'
 
 
@@ -102,18 +112,20 @@ def _summary_row(one: Diagnosis) -> Sequence[str | float]:
     return (
         one.name, CONTROLS[one.verdict.control], str(measured.n_loops), f"{one.n_tokens:,}", measured.norms.mean[last],
         depth.ce[last], depth.ppl[last], depth.bits_per_byte[last], depth.ce[0], measured.alpha.ranges[last],
-        measured.radial.immediate[last], f"{measured.clamp.change:+.4f}",
+        measured.radial.immediate[last], f"{measured.clamp.change:+.4f}", measured.halting.as_trained.loops,
     )  # fmt: skip
 
 
 def _norm_table(diagnoses: Sequence[Diagnosis]) -> str:
-    header = ("model", "k", "mean", *(f"{percent}%" for percent in PERCENTILES))
+    percentiles = (f"{percent}%" for percent in PERCENTILES)
+    header = ("model", "k", "mean", *percentiles, "loop begins with", "makes of it, times")
     return _table(
         header,
         (
-            (one.name, str(k), one.measured.norms.mean[k - 1], *one.measured.norms.percentiles[k - 1])
+            (one.name, str(k), norms.mean[k - 1], *norms.percentiles[k - 1], norms.entered[k - 1], norms.within[k - 1])
             for one in diagnoses
-            for k in _chosen(one, len(one.measured.norms.mean))
+            for norms in [one.measured.norms]
+            for k in _chosen(one, len(norms.mean))
         ),
     )
 
@@ -145,16 +157,20 @@ def _update_table(diagnoses: Sequence[Diagnosis]) -> str:
 
 
 def _clamp_table(diagnoses: Sequence[Diagnosis]) -> str:
+    columns = [column for form in CLAMP_FORMS.values() for column in (form, "standard error")]
     return _table(
-        ("model", "k", "CE", "CE, clamped", "change"),
+        ("model", "k", "CE", *columns),
         (
-            (one.name, str(k), free, clamped, f"{clamped - free:+.5f}")
+            (one.name, str(k + 1), free, *_clamp_cells(one, k))
             for one in diagnoses
-            for k, (free, clamped) in enumerate(
-                zip(one.measured.clamp.free, one.measured.clamp.clamped, strict=True), start=1
-            )
+            for k, free in enumerate(one.measured.clamp.free)
         ),
     )
+
+
+def _clamp_cells(one: Diagnosis, loop: int) -> list[str]:
+    forms = [getattr(one.measured.clamp, form) for form in CLAMP_FORMS]
+    return [cell for form in forms for cell in (f"{form.change[loop]:+.5f}", f"{form.error[loop]:.5f}")]
 
 
 def _alpha_table(diagnoses: Sequence[Diagnosis]) -> str:
@@ -180,9 +196,9 @@ def _alpha_table(diagnoses: Sequence[Diagnosis]) -> str:
 
 def _depth_table(diagnoses: Sequence[Diagnosis]) -> str:
     return _table(
-        ("model", "K", "CE", "PPL", "bits/byte"),
+        ("model", "K", "CE", "CE as trained", "PPL", "bits/byte"),
         (
-            (one.name, str(k), depth.ce[k - 1], depth.ppl[k - 1], depth.bits_per_byte[k - 1])
+            (one.name, str(k), depth.ce[k - 1], _as_trained(depth, k), depth.ppl[k - 1], depth.bits_per_byte[k - 1])
             for one in diagnoses
             for depth in [one.measured.depth]
             for k in _chosen(one, len(depth.ce))
@@ -190,11 +206,44 @@ def _depth_table(diagnoses: Sequence[Diagnosis]) -> str:
     )
 
 
+def _as_trained(depth: Depth, k: int) -> str | float:
+    if k > len(depth.as_trained):
+        return "-"
+    return depth.as_trained[k - 1] if depth.as_trained[k - 1] != depth.ce[k - 1] else "the same"
+
+
+def _halting_table(diagnoses: Sequence[Diagnosis]) -> str:
+    header = ("model", "read", "tau", "loops", "PPL / PPL at K", "loops, calibration", "PPL / PPL at K, calibration",
+              "tokens: calibration", "report", "share of tokens that stop at 1..K")  # fmt: skip
+    return _table(
+        header,
+        (
+            (
+                one.name, read, "none" if halt.tau is None else halt.tau, halt.loops, f"{halt.ratio:.4f}",
+                halt.calibration_loops, f"{halt.calibration_ratio:.4f}", f"{halting.calibration_tokens:,}",
+                f"{halting.report_tokens:,}", " / ".join(f"{share:.1%}" for share in halt.exits),
+            )
+            for one in diagnoses
+            for halting in [one.measured.halting]
+            for read, halt in halting_readings(one).items()
+        ),
+    )  # fmt: skip
+
+
+def _origins(diagnoses: Sequence[Diagnosis]) -> str:
+    """What each diagnosis says of itself; the page of models of one's own has no run, step, data or tokenizer."""
+    columns = list(dict.fromkeys(key for one in diagnoses for key in one.origin))
+    rows = [(one.name, *(one.origin.get(column, "-") for column in columns)) for one in diagnoses]
+    return f'<h2>Origin</h2><div class="scroll">{_table(("model", *columns), rows)}</div>'
+
+
 # Title, what it is, the figures beside the table, the table.
 SECTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Sequence[Diagnosis]], str]], ...] = (
     (
         "1. Norm of the state",
-        "||H_k||_2 token by token, far beyond the trained loops: percentiles, since a mean can hide a few huge tokens.",
+        "||H_k||_2 token by token, far beyond the trained loops: percentiles, since a mean can hide a few huge tokens. "
+        "A loop begins with H_0, then with H_{k-1} or, with a norm between loops, with what that makes of it; the last "
+        "column is the mean over tokens of ||H_k|| over that.",
         ("norms",),
         _norm_table,
     ),
@@ -216,8 +265,10 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Sequence[Diagnosis]],
     ),
     (
         "4. Radial clamp",
-        "From loop 2 on every update loses its radial part, and every token is set back to the scale it had after "
-        "loop 1. What the cross-entropy loses is what the loops made of the scale.",
+        "From loop 2 on. Scale frozen: every token is set back to the scale it had after loop 1, s_1 v / rms(v) with "
+        "v = H + b. Radial part removed: H + b_perp, whose scale still grows by what b_perp adds. Both: s_1 v / rms(v) "
+        "with v = H + b_perp. What the cross-entropy loses is what the loops made of the scale; the standard error is "
+        "of the paired difference, from the windows' means. Loops before the last are read as if they were the last.",
         ("clamp",),
         _clamp_table,
     ),
@@ -229,9 +280,20 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Sequence[Diagnosis]],
     ),
     (
         "6. Depth",
-        "Stopping after K loops, each read as the last; beyond the trained depth too.",
+        "Stopping after K loops, each read as the last; beyond the trained depth too. As trained: each of the trained "
+        "loops read as training reads it, which differs where only the last loop is normalised.",
         ("depth",),
         _depth_table,
+    ),
+    (
+        "7. Calibrated halting",
+        "A token stops at the first loop k < K whose margin, its largest logit minus the second, is at least tau, else "
+        "at K. tau uses the fewest loops among those that cost at most 1% of perplexity on the first half of the "
+        "windows; the figure and the first columns are of the other half. The margin is the token's own, so the rule "
+        "is causal; later tokens attend to the states of all loops, so those of a token that has stopped are computed "
+        "all the same, and no time is saved that way.",
+        ("halting",),
+        _halting_table,
     ),
 )  # fmt: skip
 

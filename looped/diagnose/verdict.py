@@ -6,6 +6,7 @@ from typing import Literal
 
 from looped.diagnose.depth import Depth
 from looped.diagnose.dynamics import Norms, Updates
+from looped.diagnose.halting import Halt, Halting
 from looped.diagnose.interventions import AlphaSweep, RadialClamp
 from looped.diagnose.radial import RadialFractions
 
@@ -22,8 +23,9 @@ THRESHOLDS = (
     f"{BLIND_RANGE} nats and the mean radial fraction of the immediate gradient is below {BLIND_FRACTION:g}; the scale "
     "as held by the penalty where that lifts the fraction of the training gradient above this at the last loop read; "
     f"as fed back where the next loop's response to twice the state is above {CARRIED}; as hardly used where the "
-    f"radial clamp moves the cross-entropy at K by less than {UNUSED} nats; as growing where the mean norm after K "
-    f"loops is over {GROWTH} times that after one; depth beyond K as changing the cross-entropy above {WORSE} nats."
+    f"radial clamp in both its parts moves the cross-entropy at K by less than {UNUSED} nats; as growing where the "
+    f"mean norm after K loops is over {GROWTH} times that after one; depth beyond K as changing the cross-entropy "
+    f"above {WORSE} nats."
 )
 
 Control = Literal["free", "penalised", "removed", "visible"]
@@ -49,6 +51,7 @@ class Measurements:
     alpha: AlphaSweep
     response: list[float]
     depth: Depth
+    halting: Halting
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def judge(measured: Measurements) -> Verdict:
         control = "free"
     sentences = (
         _visibility(measured, blind, read), _gradient(measured), _growth(measured), _use(measured), _depth(measured),
-        _advice(measured, control),
+        _halting(measured), _advice(measured, control),
     )  # fmt: skip
     return Verdict(control, blind, " ".join(sentence for sentence in sentences if sentence))
 
@@ -128,9 +131,12 @@ def _use(measured: Measurements) -> str:
         return ""
     fed = "is fed back" if max(measured.response) > CARRIED else "is not fed back"
     used = "the loops hardly use it" if abs(measured.clamp.change) < UNUSED else "the loops do use it"
+    clamp = measured.clamp
     return (
         f"The scale {fed} (response of the next loop to twice the state: {_span(measured.response)}); freezing it "
-        f"after loop 1 changes the cross-entropy at K = {measured.n_loops} by {measured.clamp.change:+.4f} nats: "
+        "after loop 1 and taking the radial part from every later update changes the cross-entropy at "
+        f"K = {measured.n_loops} by {clamp.change:+.4f} nats (standard error {clamp.both.error[-1]:.4f}; freezing "
+        f"alone {clamp.frozen.change[-1]:+.4f}, taking the radial part alone {clamp.tangential.change[-1]:+.4f}): "
         f"{used}."
     )
 
@@ -141,10 +147,32 @@ def _depth(measured: Measurements) -> str:
     text = f"The cross-entropy is {ce[n_loops - 1]:.3f} at K = {n_loops}"
     if best != n_loops - 1:
         text += f", and least at K = {best + 1} ({ce[best]:.3f})"
+    if measured.depth.two_readings:
+        before = f"K = 1 to {n_loops - 1}" if n_loops > 2 else "K = 1"
+        text += (
+            f"; at {before} it is {_span(ce[: n_loops - 1], 3)} through the last loop's norm and "
+            f"{_span(measured.depth.as_trained[:-1], 3)} without it, as training read those loops"
+        )
     beyond = ce[-1] - ce[n_loops - 1]
     if abs(beyond) <= WORSE:
         return f"{text}; {len(ce)} loops change it by no more than {WORSE}."
     return f"{text}; going on to {len(ce)} loops {'costs' if beyond > 0 else 'gains'} {abs(beyond):.3f} nats."
+
+
+def _halting(measured: Measurements) -> str:
+    if measured.n_loops == 1:
+        return ""
+    halting = measured.halting
+
+    def outcome(halt: Halt) -> str:
+        return f"{halt.loops:.2f} loops (perplexity there {halt.ratio:.4f} times that at K = {measured.n_loops})"
+
+    other = f"; each loop read as the last, {outcome(halting.as_last)}" if measured.depth.two_readings else ""
+    return (
+        f"Stopped at the first loop whose margin is large enough, calibrated on half of the windows to cost at most "
+        f"{halting.tolerance - 1:.0%} of perplexity, a token of the other half takes {outcome(halting.as_trained)}"
+        f"{other}."
+    )
 
 
 def _advice(measured: Measurements, control: Control) -> str:
@@ -161,9 +189,22 @@ def _advice(measured: Measurements, control: Control) -> str:
             "the last without a norm."
         )
     if control == "removed":
-        return "So the readout is blind, but the recurrence removes the scale before it builds up: nothing to change."
+        return _removed(measured.norms)
     grown = " It grows all the same; a norm penalty would hold it." if _grows(measured) else ""
     return f"So the cross-entropy itself holds the scale, where its readout sees it: nothing to change.{grown}"
+
+
+def _removed(norms: Norms) -> str:
+    text = (
+        "So the readout is blind, and the recurrence removes the scale between loops, so that it does not build up "
+        f"from one to the next. Within a loop it is free: the first takes ||H_0|| = {norms.entered[0]:.3g} to "
+        f"||H_1|| = {norms.mean[0]:.3g} ({norms.within[0]:.3g} times, token by token)"
+    )
+    if len(norms.within) > 1:
+        text += f", the second {norms.entered[1]:.3g} to {norms.mean[1]:.3g}"
+    if norms.within[0] <= GROWTH:
+        return f"{text}: nothing to change."
+    return f"{text}. Nothing that is trained on sees that growth; a norm penalty would hold it."
 
 
 def _states(loops: Sequence[int]) -> str:
@@ -174,6 +215,6 @@ def _states(loops: Sequence[int]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+def _span(values: Sequence[float], digits: int = 2) -> str:
+    low, high = f"{min(values):.{digits}g}", f"{max(values):.{digits}g}"
     return low if low == high else f"{low} to {high}"
