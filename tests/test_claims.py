@@ -4,11 +4,14 @@ import math
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from diagnosed_models import clamp, measurements
+import torch
+from diagnosed_models import clamp, halting, measurements
+from safetensors.torch import load_file, save_file
 from tiny_run import arguments
 
 from looped.diagnose import Diagnosis
@@ -19,12 +22,18 @@ from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
 from train import claims
-from train.claims import CONDITIONS, Sweep, main, write_claims
+from train.claim import Claim, Mark, Untestable, judge
+from train.claims import main, write_claims
+from train.claims_page import Sweep
 from train.evidence import Evidence, kept_diagnosis, read_diagnoses
-from train.paper_claims import CLAIMS, Claim, Mark, Untestable, judge
+from train.paper_claims import paper_claims
+from train.quality_claims import RATES
 from train.run import main as train
+from train.seed_tables import TABLES
+from train.sweep_plan import CONDITIONS
 from train.sweep_report import RunResult
 
+CLAIMS = paper_claims("demo")
 SEEDS = (42, 101, 202)
 VISIBLE = RadialFractions(*[[0.02] * 4] * 5)
 # Condition: cross-entropy at K = 1..4, norm of the last state, and what differs from a blind model's measurements.
@@ -35,11 +44,15 @@ AS_IN_THE_PAPER = {
     "per-loop-raw": (
         [1.54, 1.52, 1.51, 1.51],
         30.0,
-        {"radial": VISIBLE, "alpha": AlphaSweep(list(ALPHAS), [[5.0, *[4.0] * 12]] * 4)},
+        {
+            "radial": VISIBLE,
+            "alpha": AlphaSweep(list(ALPHAS), [[5.0, *[4.0] * 12]] * 4),
+            "halting": halting(2.16),
+        },
     ),
-    "per-loop-final-only": ([1.55, 1.52, 1.51, 1.51], 40.0, {}),
+    "per-loop-final-only": ([1.55, 1.52, 1.51, 1.51], 40.0, {"halting": halting(1.78)}),
     "terminal-rmsnorm-penalty": ([5.0, 3.0, 2.0, 1.6], 20.0, {}),
-    "per-loop-rmsnorm-penalty": ([1.54, 1.51, 1.51, 1.50], 20.0, {}),
+    "per-loop-rmsnorm-penalty": ([1.54, 1.51, 1.51, 1.50], 20.0, {"halting": halting(2.60)}),
     "per-loop-layernorm": ([1.61, 1.61, 1.61, 1.61], 30_000.0, {}),
     "per-loop-rmsnorm-loop-norm": ([1.6, 1.6, 1.6, 1.6], 25.0, {"response": [1e-4] * 3}),
 }
@@ -60,21 +73,31 @@ def norms(mean: list[float]) -> Norms:
     return Norms(mean, [[value] * 9 for value in mean], mean, mean, [1.0] * len(mean))
 
 
-def evidence(condition: str, seed: int = 42, *, ce: list[float] | None = None, norm: float | None = None, **changes):
+def evidence(
+    condition: str,
+    seed: int = 42,
+    *,
+    ce: list[float] | None = None,
+    as_trained: list[float] | None = None,
+    norm: float | None = None,
+    rates: tuple[float, ...] = RATES,
+    **changes,
+):
     """A run as the paper describes it; ``changes`` replace measurements."""
     usual_ce, usual_norm, differing = AS_IN_THE_PAPER[condition]
     ce, norm = ce or usual_ce, norm or usual_norm
     rows = [
-        {"n_loops": k, "ce": value, "ppl": math.exp(value), "bits_per_byte": 1.0, "state_norm": norm}
-        for k, value in enumerate(ce, start=1)
-    ]
+        {"n_loops": k, "ce": value, "ppl": math.exp(value), "bits_per_byte": 1.0, "state_norm": norm,
+         "tokens_per_second": rate}
+        for k, (value, rate) in enumerate(zip(ce, rates, strict=True), start=1)
+    ]  # fmt: skip
     level = condition == "per-loop-rmsnorm-loop-norm"
     usual = {
         "norms": norms([10.0 + (0.01 if level else 10.0) * k for k in range(30)]),
         "updates": updates(),
         "clamp": clamp(0.004),
         "alpha": AlphaSweep(list(ALPHAS), [[5.0001, *[5.0] * 12]] * 4),
-        "depth": Depth([5.0] * 16, [148.0] * 16, [math.nan] * 16, [5.0] * 4),
+        "depth": Depth([5.0] * 16, [148.0] * 16, [math.nan] * 16, as_trained or ce),
     }
     measured = measurements(**(usual | differing | changes))
     result = RunResult(condition, seed, "complete", 8, 1.5, rows, 1000, "cpu: synthetic", {"torch": "0"}, "abc")
@@ -98,8 +121,8 @@ def test_runs_like_the_papers_reproduce_it(claim):
 
 # What, in one run, contradicts which claims, by the place that they have on the page.
 CONTRADICTIONS = [
-    ("per-loop-rmsnorm", {"norm": 250.0}, {1}),  # 8 times 30, 12 times 20
-    ("per-loop-rmsnorm", {"norm": 150.0}, {1, 2}),
+    ("per-loop-rmsnorm", {"norm": 250.0}, {1, 21, 23}),  # 8 times 30, 6 times 40, 12 times 20
+    ("per-loop-rmsnorm", {"norm": 150.0}, {1, 2, 21, 22, 23}),
     ("per-loop-rmsnorm-penalty", {"norm": 4000.0}, {2}),
     ("per-loop-raw", {"ce": [1.54, 1.52, 1.51, 1.61]}, {3, 4}),
     ("per-loop-raw", {"ce": [1.608, 1.52, 1.51, 1.51]}, {4}),
@@ -110,7 +133,7 @@ CONTRADICTIONS = [
     ("terminal-rmsnorm", {"ce": [5.5, 3.0, 2.0, 1.61]}, {9}),
     ("terminal-rmsnorm", {"ce": [2.5, 2.0, 1.8, 1.58]}, {10}),
     ("per-loop-raw", {"ce": [1.56, 1.52, 1.51, 1.45]}, {11}),
-    ("per-loop-rmsnorm", {"radial": VISIBLE}, {12}),
+    ("per-loop-rmsnorm", {"radial": VISIBLE}, {12, 24}),
     ("per-loop-raw", {"radial": measurements().radial}, {12}),
     ("per-loop-rmsnorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.0] * 13, [5.02, *[5.0] * 12]] * 2)}, {13}),
     ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {13}),
@@ -125,6 +148,18 @@ CONTRADICTIONS = [
     ("per-loop-rmsnorm", {"updates": updates(angular_times_scale=[12.0] * 29)}, {19}),
     ("per-loop-rmsnorm", {"updates": updates(angular=[0.1] * 29)}, {19}),
     ("per-loop-rmsnorm", {"norms": norms([10.0 + min(k, 20) for k in range(30)])}, {20}),
+    ("terminal-raw", {"norm": 4000.0}, {21}),
+    ("terminal-rmsnorm-penalty", {"norm": 4000.0}, {22}),
+    ("per-loop-final-only", {"norm": 4000.0}, {23}),
+    (
+        "per-loop-rmsnorm",
+        {"radial": dataclasses.replace(measurements().radial, total=[0.02, 0.01, 1e-5, 1e-8])},
+        {24},
+    ),
+    ("per-loop-rmsnorm", {"halting": halting(1.5)}, {25}),
+    ("per-loop-raw", {"halting": halting(1.1)}, {25}),
+    ("per-loop-final-only", {"halting": halting(1.1, 2.0)}, {25}),
+    ("per-loop-rmsnorm", {"rates": (80, 60, 28, 21)}, {26}),
 ]
 
 
@@ -140,6 +175,37 @@ def test_a_run_that_contradicts(condition, change, contradicted):
 
 def test_every_claim_can_fail():
     assert set.union(*(contradicted for _, _, contradicted in CONTRADICTIONS)) == set(range(1, len(TESTABLE) + 1))
+
+
+READINGS = [  # number of the claim, what final-only is: as trained it agrees, as last it does not; and the reverse
+    (6, {"ce": [1.62, 1.52, 1.51, 1.51], "as_trained": [1.55, 1.52, 1.51, 1.51]}, "reproduced", 0),
+    (6, {"ce": [1.55, 1.52, 1.51, 1.51], "as_trained": [1.62, 1.52, 1.51, 1.51]}, "not reproduced", 1),
+    (11, {"ce": [1.85, 1.52, 1.51, 1.51], "as_trained": [1.55, 1.52, 1.51, 1.51]}, "reproduced", 0),
+    (11, {"ce": [1.55, 1.52, 1.51, 1.51], "as_trained": [1.85, 1.52, 1.51, 1.51]}, "not reproduced", 1),
+    (25, {"halting": halting(1.78, 1.0)}, "reproduced", 0),
+    (25, {"halting": halting(1.0, 1.78)}, "not reproduced", 1),
+]
+
+
+@pytest.mark.parametrize(("number", "change", "mark", "otherwise"), READINGS)
+def test_both_readings_of_final_only_are_told_and_one_decides(number, change, mark, otherwise, tmp_path):
+    runs = {42: paper_seed() | {"per-loop-final-only": evidence("per-loop-final-only", **change)}}
+    outcome = judge(CLAIMS[number - 1], runs)
+    assert (outcome.mark, len(outcome.held_otherwise)) == (mark, otherwise)
+    write_claims(sweep_of(runs), tmp_path)
+    section = (tmp_path / "claims.md").read_text().partition(f"### {number}. ")[2].partition("\n#")[0]
+    would = "reproduced" if otherwise else "not reproduced"
+    other = f"with every loop read as the last: the rule holds for {otherwise} of 1 seeds, which would be *{would}*."
+    assert other in section
+    assert "final-only is read as it was trained" in section
+    record = json.loads((tmp_path / "claims.json").read_text())["claims"][number - 1]
+    assert record["alternative"]["seeds_that_hold"] == [42] * otherwise
+
+
+def test_all_that_is_said_of_a_preset_is_of_that_preset():
+    (ouro,) = (claim for claim in paper_claims("paper-129m") if isinstance(claim, Untestable))
+    assert "preset paper-129m" in ouro.why
+    assert not re.search("small|minutes|demo", " ".join([ouro.why, ouro.title, ouro.paper]))
 
 
 def test_what_is_missing_is_not_judged():
@@ -168,7 +234,8 @@ def settings() -> dict[str, object]:
 
 
 def sweep_of(runs: dict[int, dict[str, Evidence]]) -> Sweep:
-    return Sweep([one.result for seed in runs.values() for one in seed.values()], settings(), runs, SEEDS)
+    results = [one.result for seed in runs.values() for one in seed.values()]
+    return Sweep(results, settings(), runs, SEEDS, ["python train/sweep.py --preset demo", "python -m train.claims"])
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +268,29 @@ def test_page_has_every_claim(page):
         else:
             assert claim.rule in section
             assert all(f"| {quantity.label} | " in section for quantity in claim.quantities)
-    for said in ("--preset paper-129m", "Commit: abc", "cpu: synthetic", record["made"]["date"]):
+    for said in (
+        "--preset paper-129m",
+        "\npython train/sweep.py --preset demo\npython -m train.claims\n",
+        "Commit: abc",
+        "cpu: synthetic",
+        record["made"]["date"],
+    ):
         assert said in text
+
+
+def test_every_measurement_is_given_over_seeds_and_by_seed(page):
+    text = (page / "claims.md").read_text()
+    tables = json.loads((page / "claims.json").read_text())["measurements"]
+    assert [one["title"] for one in tables] == list(TABLES)
+    for one in tables:
+        section = text.partition(f"\n{one['title']}:\n\n")[2].partition("\n\n")[0]
+        assert len(section.splitlines()) == 2 + len(CONDITIONS)
+        assert list(one["values_by_seed"]) == list(CONDITIONS)
+        assert set(one["values_by_seed"]["per-loop-rmsnorm"]) == {"42", "101"}
+        assert set(one["values_by_seed"]["per-loop-raw"]) == {"42"}
+        assert all(len(row) == len(one["columns"]) for row in one["values_by_seed"]["per-loop-raw"].values())
+    norms = tables[0]
+    assert norms["values_by_seed"]["per-loop-rmsnorm"]["42"][:3] == [10.0, 10.0, 40.0]
 
 
 def test_page_says_what_is_missing(page):
@@ -227,7 +315,7 @@ def test_page_can_be_read_and_is_small(page):
     assert {claim.figure for claim in TESTABLE} <= links
     assert all((page / link).is_file() for link in links)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == len(TESTABLE) + 6
+    assert len(tables) == len(TESTABLE) + 5 + len(TABLES)
     for table in tables:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(columns) == 1, table
@@ -241,6 +329,12 @@ def test_a_diagnosis_is_read_as_it_was_written(tmp_path):
     (read,) = read_diagnoses(path)
     assert to_json([read]) == path.read_text()
     assert isinstance(read.measured.weights, tuple)
+    assert read.measured.halting.as_trained.tau == 0.5
+    none = dataclasses.replace(one.measured.halting.as_trained, tau=None)
+    halted = dataclasses.replace(one.measured.halting, as_trained=none)
+    never = dataclasses.replace(one, measured=dataclasses.replace(one.measured, halting=halted))
+    path.write_text(to_json([never]))
+    assert read_diagnoses(path)[0].measured.halting.as_trained.tau is None
     assert math.isnan(read.measured.depth.bits_per_byte[0])
     path.write_text(path.read_text().replace('"response"', '"answer"'))
     with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read .*response.* Remove it"):
@@ -262,17 +356,30 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "diagnosing per-loop-rmsnorm seed 42" in printed
-    assert "3 not testable at this scale" in printed
+    assert "1 not testable at this scale" in printed
     record = json.loads((out / "claims.json").read_text())
     number = next(number for number, claim in enumerate(CLAIMS) if claim.title.startswith("The loops make no use"))
     kept = kept_diagnosis(run, 64)
-    assert record["claims"][number]["values_by_seed"] == {"42": [kept.measured.clamp.change]}
+    assert record["claims"][number]["values_by_seed"]["42"][0] == kept.measured.clamp.change
     assert record["claims"][0]["mark"] == "not measured"
     assert record["made"]["versions"]["torch"]
+    assert record["commands"][-1] == shlex.join(["python", "-m", "train.claims", *command])
+    assert record["commands"][0].startswith("# the command was not kept")
+    assert "--steps 2 " in record["commands"][1]
+    assert " -- --vocab-size 300 " in record["commands"][1]
 
     monkeypatch.setattr(claims, "make_diagnosis", None)
     assert main(command) == 0  # the diagnosis is reused
     assert kept_diagnosis(run, 65) is None
+    file = run / "diagnosis" / "diagnosis.json"
+    whole = file.read_text()
+    for older in (whole.replace('"format": 2', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
+        file.write_text(older)
+        assert kept_diagnosis(run, 64) is None  # measured again
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read"):
+        kept_diagnosis(run, 64)
+    file.write_text(whole)
     later = (run / "diagnosis" / "diagnosis.json").stat().st_mtime + 1
     os.utime(run / "checkpoint" / "model.safetensors", (later, later))
     assert kept_diagnosis(run, 64) is None
@@ -284,12 +391,16 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
         (["--runs", "nowhere"], "runs must hold a complete run of the seeds. nowhere"),
         (["--seeds", "7"], "runs must hold a complete run"),
         (["--seeds", "42", "42"], "seeds must be at least one, and each only once. Got 42 42"),
-        (["--tokens", "15"], "tokens must be at least seq_len=16. Got tokens=15"),
+        (["--tokens", "31"], "tokens must be at least two windows of seq_len=16"),
+        (["--jobs", "0"], "jobs must be at least 1. Got jobs=0"),
+        (["--device", "cuda"], "device must be one that PyTorch finds here. Got device=cuda"),
         (["--out", "{file}/page"], "out must be a directory that can be written"),
         (["--frobnicate"], "frobnicate"),
     ],
 )
-def test_bad_input(trained, tmp_path, capsys, options, message):
+def test_bad_input(trained, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.rmtree(trained / "per-loop-rmsnorm" / "seed-42" / "diagnosis", ignore_errors=True)
     file = tmp_path / "file"
     file.write_text("")
     command = ["--runs", str(trained), "--out", str(tmp_path / "page")]
@@ -306,3 +417,46 @@ def test_other_numbers_of_loops_are_refused(trained, tmp_path, capsys):
     assert main(["--runs", str(trained), "--out", str(tmp_path / "page")]) == 2
     run.write_text(whole)
     assert "n_loops must be 4, the paper's" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two(trained, tmp_path) -> Path:
+    """A sweep of two seeds, which are the same run but for their names."""
+    for seed in (42, 101):
+        run = tmp_path / "sweep" / "per-loop-rmsnorm" / f"seed-{seed}"
+        shutil.copytree(trained / "per-loop-rmsnorm" / "seed-42", run)
+        shutil.rmtree(run / "diagnosis", ignore_errors=True)
+        config = json.loads((run / "config.json").read_text())
+        config["train"]["seed"] = seed
+        (run / "config.json").write_text(json.dumps(config))
+    return tmp_path / "sweep"
+
+
+def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
+    path = two / "per-loop-rmsnorm" / "seed-101" / "checkpoint" / "model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: per-loop-rmsnorm seed 101 has diverged" in printed
+    assert printed.index("left out") < printed.index("diagnosing per-loop-rmsnorm seed 42")
+    text = (tmp_path / "page" / "claims.md").read_text()
+    assert "`per-loop-rmsnorm` seed 101 (diverged)" in text
+    record = json.loads((tmp_path / "page" / "claims.json").read_text())
+    assert {tuple(one["values_by_seed"]) for one in record["claims"] if one.get("values_by_seed")} == {("42",)}
+
+
+def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "make_diagnosis", None)
+    config = two / "per-loop-rmsnorm" / "seed-101" / "config.json"
+    config.write_text(config.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.1'))
+    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 2
+    assert "learning_rate must be that of the runs" in capsys.readouterr().err
+
+
+def test_several_at_a_time_give_the_same(two, tmp_path):
+    """Seeds that are the same run have the same diagnosis, whichever process made it."""
+    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64", "--jobs", "2"]) == 0
+    first, second = (kept_diagnosis(two / "per-loop-rmsnorm" / f"seed-{seed}", 64) for seed in (42, 101))
+    assert first.measured.depth.ce == pytest.approx(second.measured.depth.ce)
+    record = json.loads((tmp_path / "page" / "claims.json").read_text())
+    assert set(record["measurements"][0]["values_by_seed"]["per-loop-rmsnorm"]) == {"42", "101"}

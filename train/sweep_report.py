@@ -6,6 +6,7 @@ A sweep's directory holds ``<condition>/seed-<seed>/``, each the directory of a 
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from looped.diagnose.figures import MARKERS, colours_of
 from train.metrics import read_metrics, write_json
 from train.paper_scale import paper_scale
 
@@ -40,7 +42,6 @@ PAPER_NOTE = (
 )
 FIGURE_SIZE = (8.5, 4.8)  # inches
 GAP_LINEAR = 0.01  # nats: below this the axis of exit gaps is linear
-MARKERS = "osD^vP*Xh"
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,19 @@ def _training_minutes(rows: Sequence[dict[str, Any]]) -> float:
     return sum((row["tokens"] - old) / row["tokens_per_second"] for old, row in zip(before, rows, strict=False)) / 60
 
 
-def write_report(out: Path, conditions: Sequence[str]) -> list[RunResult]:
+def stored_command(out: Path) -> list[str] | None:
+    """The words of the command that last trained in ``out``; None for a sweep that has not kept them."""
+    try:
+        command = json.loads((out / "sweep.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(word) for word in command] if isinstance(command, list) and command else None
+
+
+def write_report(out: Path, conditions: Sequence[str], command: Sequence[str] | None = None) -> list[RunResult]:
     """Write sweep.json, sweep.md and exit_gap.png into ``out``. Returns the results of its runs; if there are none,
-    nothing is written."""
+    nothing is written. command: that trains them; None: the one that is already there."""
+    command = stored_command(out) if command is None else list(command)
     found = find_runs(out, conditions)
     results = [read_run(*run) for run in found]
     if not results:
@@ -138,13 +149,14 @@ def write_report(out: Path, conditions: Sequence[str]) -> list[RunResult]:
     write_json(
         out / "sweep.json",
         {
+            "command": command,
             "settings": settings,
             "runs": [dataclasses.asdict(result) for result in results],
             "conditions": [_statistics(name, group) for name, group in _by_condition(results)],
         },
     )
-    draw_exit_gap(out / "exit_gap.png", complete)
-    (out / "sweep.md").write_text(markdown(results, settings), encoding="utf-8")
+    draw_exit_gap(out / "exit_gap.png", complete, conditions)
+    (out / "sweep.md").write_text(markdown(results, settings, command), encoding="utf-8")
     return results
 
 
@@ -178,13 +190,14 @@ def _statistics(condition: str, results: Sequence[RunResult]) -> dict[str, Any]:
     return measured | {"paper": PAPER.get(condition, {})}
 
 
-def markdown(results: Sequence[RunResult], settings: dict[str, Any]) -> str:
+def markdown(results: Sequence[RunResult], settings: dict[str, Any], command: Sequence[str] | None = None) -> str:
     """sweep.md: Table 1, perplexity at every K, the figure, the cost, and the commands for the paper's scale."""
     parts = [
         "# Loss placement, readout and the size of the state",
         settings_line(results, settings),
+        *([f"Made by\n\n```\n{shlex.join(command)}\n```"] if command else []),
         condition_table(results, settings),
-        "Perplexity when stopping after K loops, mean over seeds:",
+        "Perplexity when stopping after K loops, each read as the last, mean over seeds:",
         depth_table(results),
         "![exit gap against the size of the last state](exit_gap.png)",
         cost(results),
@@ -287,15 +300,25 @@ def cost(results: Sequence[RunResult]) -> str:
     return "\n".join([*lines, *([f"- Not complete: {', '.join(others)}."] if others else [])])
 
 
-def draw_exit_gap(path: Path, results: Sequence[RunResult]) -> None:
-    """Figure 1 of the paper: CE(K=1) - CE(K=n_loops) against ||H_K||, one point a run, one marker a condition."""
+def condition_colours(conditions: Iterable[str]) -> dict[str, str]:
+    """The colour of a condition in every figure, by its place among all."""
+    names = list(conditions)
+    return dict(zip(names, colours_of(names), strict=True))
+
+
+def draw_exit_gap(path: Path, results: Sequence[RunResult], conditions: Sequence[str]) -> None:
+    """Figure 1 of the paper: CE(K=1) - CE(K=n_loops) against ||H_K||, one point a run, one marker a condition.
+
+    conditions: all that there are, which decides on colours and markers.
+    """
+    colours = condition_colours(conditions)
     figure, axes = plt.subplots(figsize=FIGURE_SIZE, layout="constrained")
-    for number, (condition, group) in enumerate(_by_condition(results)):
+    for condition, group in _by_condition(results):
         axes.scatter(
             [result.state_norm for result in group],
             [result.exit_gap for result in group],
-            marker=MARKERS[number % len(MARKERS)],
-            color=f"C{number}",
+            marker=MARKERS[list(conditions).index(condition) % len(MARKERS)],
+            color=colours[condition],
             s=60,
             alpha=0.8,
             label=condition,
@@ -323,7 +346,7 @@ def _label(axes: Axes, results: Sequence[RunResult]) -> None:
     axes.set(
         title="What exiting after one loop costs, and the size of the state",
         xlabel=rf"mean $\|H_{{{last}}}\|_2$",
-        ylabel=f"exit gap CE(K=1) - CE(K={last}), nats",
+        ylabel=f"exit gap CE(K=1) - CE(K={last}), nats, read as the last",
     )
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
