@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from train.config import complete, preset_config
-from train.paper_scale import GPUS, MFU, PAPER_PRESETS, paper_scale, predict
+from train.paper_scale import GPUS, MFU, PAPER_PRESETS, RUNS, paper_scale, predict
+from train.sweep_plan import CONDITIONS
 
 COUNTED = Path(__file__).parents[1] / "bench" / "results" / "gpu_static.json"
 
@@ -25,7 +26,29 @@ def test_prediction(preset, parameters):
     assert one.parameters == parameters
     assert one.tokens == 4 * 2 * 2 * 103_227_021  # epochs, overlapping windows, words and gaps
     for gpu, rate in GPUS.items():
-        assert one.hours[gpu] * 3600 * rate * MFU == pytest.approx(one.flops)
+        for hours, share in zip(one.hours[gpu], reversed(MFU[gpu]), strict=True):
+            assert hours * 3600 * rate * share == pytest.approx(one.flops)
+
+
+def test_terminal_supervision_reads_out_once():
+    """Three readouts fewer, forward and backward, of 2 V d FLOPs a token each."""
+    per_loop, terminal = predict("paper-129m"), predict("paper-129m", "terminal")
+    assert per_loop.flops - terminal.flops == 3 * 3 * 2 * 20_000 * 768 * per_loop.tokens
+
+
+def test_runs_are_those_of_the_sweep():
+    placed = [values["supervision"] for values in CONDITIONS.values()]
+    assert {kind: 3 * placed.count(kind) for kind in RUNS} == RUNS
+
+
+def test_the_range_is_what_was_predicted_for_gpus():
+    steps = json.loads(COUNTED.read_text())["steps"]
+    for gpu, (low, high) in MFU.items():
+        plain, fused = (
+            next(one["predicted_mfu"] for one in steps if one["gpu"] == gpu and one["fused"] is kind)
+            for kind in (False, True)
+        )
+        assert (low, high) == pytest.approx((plain, fused), abs=0.02)
 
 
 def test_only_lengths_in_epochs():
@@ -37,7 +60,9 @@ def test_section():
     text = paper_scale()
     for preset in PAPER_PRESETS:
         assert f"train/sweep.py --preset {preset} " in text
-        assert f"| {preset} | {predict(preset).parameters:,} |" in text
+        for supervision in RUNS:
+            assert f"| {preset} | {supervision} | {predict(preset).parameters:,} |" in text
+        assert f"| {preset} | all 27 runs |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert "*predicted*" in rows[0]
