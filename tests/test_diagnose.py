@@ -15,7 +15,7 @@ from tiny_run import arguments
 from looped import LoopedConfig, LoopedDecoder
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
-from looped.diagnose.figures import FIGURES
+from looped.diagnose.figures import FIGURES, colours_of
 from looped.saved_run import Validation, load_run
 from looped.supervision import evaluation_losses, looped_loss
 from train.run import main as train
@@ -77,8 +77,15 @@ def test_a_model_of_ones_own(tmp_path):
     assert set(diagnosis.origin) == {"date", "commit", "versions", "device"}
     raw = diagnose(model.described(norm=None), batches(), name="raw", horizon=8)
     assert raw.verdict.control == "visible"
-    write_diagnosis([diagnosis, raw], tmp_path)
+    final_only = diagnose(model.described(norm_every_loop=False), batches(), name="last", horizon=8)
+    write_diagnosis([diagnosis, raw, final_only], tmp_path)
     html = (tmp_path / "index.html").read_text()
+    depth = final_only.measured.depth
+    for k, (ce, as_trained) in enumerate(zip(depth.ce[:N_LOOPS], depth.as_trained, strict=True), start=1):
+        told = "the same" if k == N_LOOPS else f"{as_trained:.4g}"
+        assert f"<td>last</td><td>{k}</td><td>{ce:.4g}</td><td>{told}</td>" in html
+    assert html.count("<td>last</td><td>as last</td>") == 1
+    assert html.count("<td>raw</td><td>as trained</td>") == 1
     assert "mine &amp; &lt;yours&gt;" in html
     assert "<yours>" not in html
 
@@ -249,6 +256,13 @@ def test_the_page_says_where_its_numbers_are_from(out, runs):
     for words in (*first.values(), f"torch {torch.__version__}"):
         assert words in text
     assert "<title>Diagnosis: 2 models</title>" in text
+
+
+def test_a_model_keeps_its_colour_where_others_are_missing():
+    every = dict(zip("abcd", colours_of("abcd"), strict=True))
+    assert len(set(every.values())) == 4
+    assert colours_of(["d", "b"], every) == [every["d"], every["b"]]
+    assert colours_of(["b"]) != colours_of(["b"], every)
 
 
 def test_names_tell_runs_apart(tmp_path):

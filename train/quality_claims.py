@@ -199,7 +199,8 @@ def throughput_claim() -> Claim:
         (BLIND,),
         tuple(ratio(k) for k in range(2, 5)),
         f"each ratio is within {RATE_TOLERANCE:.0%} of the paper's. Ratios, since tokens/s themselves are the "
-        f"machine's; forward pass and the last state's logits, `{BLIND}`",
+        f"machine's; forward pass and the last state's logits, `{BLIND}`. The logits are paid once whatever K is, and "
+        "are a larger part of a small model, whose ratios lie higher for that alone",
         lambda *ratios: all(
             abs(ours / theirs - 1) <= RATE_TOLERANCE for ours, theirs in zip(ratios, expected[1:], strict=True)
         ),

@@ -190,7 +190,8 @@ def sweep_command(out: Path) -> list[str]:
         name, value = field.name, getattr(stored, field.name)
         if name in CONDITIONS["per-loop-raw"] or name in EXECUTION or name in ("preset", "seed", "out"):
             continue
-        if value is not None and value != getattr(usual, name):
+        # The usual dtype is the machine's own choice, so that it has to be said.
+        if name == "dtype" or (value is not None and value != getattr(usual, name)):
             words = own if name.replace("_", "-") in OWN_OPTIONS else rest
             words += options_of({name: value})
     words = ["python", "train/sweep.py", *own, *(["--", *rest] if rest else [])]

@@ -59,7 +59,8 @@ def norm_figure(diagnoses: Diagnoses, colours: Colours) -> Figure:
         _style(axes)
         _log_if_wide(axes, [one.measured.norms.percentiles for one in diagnoses])
     _label_rows(panels, r"$\|H_k\|_2$ of a token")
-    panels[0].legend(loc="lower right", frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
@@ -160,7 +161,8 @@ def clamp_figure(diagnoses: Diagnoses, colours: Colours) -> Figure:
         Patch(facecolor="white" if hatch else "0.5", edgecolor="0.5", hatch=hatch, label=form)
         for form, hatch in forms.items()
     ]
-    axes.legend(handles=[*keys, _key(f"the paper's largest, {PAPER_CLAMP}", "", "--")], frameon=False, fontsize=8)
+    paper = _key(f"the paper's largest, {PAPER_CLAMP}", "", "--")
+    figure.legend(handles=[*keys, paper], loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _style(axes)
     return figure
 
@@ -168,10 +170,11 @@ def clamp_figure(diagnoses: Diagnoses, colours: Colours) -> Figure:
 def final_alpha_figure(diagnoses: Diagnoses, colours: Colours) -> Figure:
     """Cross-entropy of alpha * H_K minus that of H_K, against alpha."""
     figure, axes = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    least = 0.0
     for place, (diagnosis, colour) in enumerate(zip(diagnoses, colours, strict=True)):
         sweep = diagnosis.measured.alpha
-        one = int(np.argmin(np.abs(np.log(sweep.alphas))))
-        change = np.subtract(sweep.ce[-1], sweep.ce[-1][one])
+        change = np.subtract(sweep.ce[-1], sweep.ce[-1][int(np.argmin(np.abs(np.log(sweep.alphas))))])
+        least = min(least, change.min())
         axes.plot(sweep.alphas, change, color=colour, marker=MARKERS[place % len(MARKERS)], markersize=4)
     axes.set(
         title="The final state scaled by alpha before the readout",
@@ -180,6 +183,7 @@ def final_alpha_figure(diagnoses: Diagnoses, colours: Colours) -> Figure:
     )
     _alpha_axis(axes)
     axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(bottom=min(-0.01, 2 * least))
     _plain_symlog(axes)
     _name_curves(figure, diagnoses, colours, MARKERS)
     return figure
