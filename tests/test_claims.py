@@ -177,6 +177,15 @@ def test_every_claim_can_fail():
     assert set.union(*(contradicted for _, _, contradicted in CONTRADICTIONS)) == set(range(1, len(TESTABLE) + 1))
 
 
+def test_what_freezing_the_scale_alone_gives_is_told_beside_the_clamp_that_decides():
+    """Both parts of the clamp cost too much, freezing does not."""
+    runs = {42: paper_seed() | {name: evidence(name, clamp=clamp(0.02, 0.004)) for name in ("per-loop-rmsnorm",)}}
+    runs[42]["per-loop-raw"] = evidence("per-loop-raw", clamp=clamp(0.02, 0.03))
+    first, second = (judge(CLAIMS[number - 1], runs) for number in (16, 17))
+    assert (first.mark, first.held_otherwise) == ("not reproduced", [42])
+    assert (second.mark, second.held_otherwise) == ("not reproduced", [])
+
+
 READINGS = [  # number of the claim, what final-only is: as trained it agrees, as last it does not; and the reverse
     (6, {"ce": [1.62, 1.52, 1.51, 1.51], "as_trained": [1.55, 1.52, 1.51, 1.51]}, "reproduced", 0),
     (6, {"ce": [1.55, 1.52, 1.51, 1.51], "as_trained": [1.62, 1.52, 1.51, 1.51]}, "not reproduced", 1),

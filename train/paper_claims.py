@@ -2,7 +2,14 @@
 
 from train.claim import Claim, Untestable
 from train.quality_claims import halting_claim, perplexity_claims, placement_claims, throughput_claim
-from train.scale_claims import dynamics_claims, growth_claims, remedy_claims, visibility_claims, whole_gradient_claim
+from train.scale_claims import (
+    clamp_claims,
+    dynamics_claims,
+    growth_claims,
+    remedy_claims,
+    visibility_claims,
+    whole_gradient_claim,
+)
 
 
 def ouro(preset: str) -> Untestable:
@@ -23,6 +30,7 @@ def paper_claims(preset: str) -> tuple[Claim | Untestable, ...]:
         *perplexity_claims(),
         *placement_claims(),
         *visibility_claims(),
+        *clamp_claims(),
         *dynamics_claims(),
         *remedy_claims(),
         whole_gradient_claim(),

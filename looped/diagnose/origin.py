@@ -18,7 +18,8 @@ def origin(device: torch.device, run: SavedRun | None = None) -> dict[str, str]:
     """Words by what they are of: date, commit of this project, versions, device; and the run's directory, data,
     tokenizer and step."""
     versions = [f"{package} {found}" for package in PACKAGES if (found := _version(package))]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
     words = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit() or "not known",
