@@ -22,8 +22,8 @@ from kernels.arguments import (
     gathered,
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
-from kernels.device import accumulator, autocast_dtype, cpu_blocks
-from kernels.readout import Gradients, Readout, ReadoutPass, default_chunk_rows, head_accumulator
+from kernels.device import accumulator, autocast_dtype, cpu_blocks, product_dtype
+from kernels.readout import Readout, default_chunk_rows, head_accumulator, norm_arguments, normed_rows, read_out
 from kernels.row_norm import norm_backward, norm_forward, partial_sums
 from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
 
@@ -104,16 +104,17 @@ def looped_cross_entropy_reference(
 
 
 # The op ---------------------------------------------------------------------------------------------------------------
-# Outputs: total [], per_loop [A] and ce [A, N], the scales' factors [3], the gradients of head, norm_weight, norm_bias
-# and bias, the row statistics [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N],
-# the states' gradients [S, N, d]; A = len(active) loops are read.  What is not asked for is an empty vector.  The
-# parameters' gradients are what was added up, in the accumulator's dtype and the scales' units: upstream gradient and
-# unit are multiplied to them, and they are rounded, in one pass.
+# Outputs: total [], per_loop [A] and ce [A, N], the scales' factors [3], the gradients of head and bias, the row
+# statistics [6, A, N] (lse, entropy, margin, mean square, radial dot, radial fraction), top1 [A, N], and dy [A N, d],
+# the gradient of the normed rows; A = len(active) loops are read.  What is not asked for is an empty vector.  The
+# gradients are what was added up, in the scales' units: the backward pass multiplies upstream gradient and unit to
+# them, rounds once, and takes dy through the norm.
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a state's gradient waits for the upstream gradient, which may be a loss scale."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def _loops(states: list[Tensor]) -> list[Tensor]:
+    """The states of all loops [N, d], their last dimension contiguous."""
+    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
+    return [state if state.stride(-1) == 1 else state.contiguous() for state in loops]
 
 
 def _differentiated(states: list[Tensor], need_states: list[bool], active: list[int], penalty: float) -> list[int]:
@@ -138,37 +139,38 @@ def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, activ
     return torch.stack([*per_row, mean_square, dot, fraction])
 
 
-def _accumulators(
-    head: Tensor, h: Tensor, needs: list[bool], formed: bool, compute_dtype: torch.dtype
-) -> list[Tensor | None]:
-    """Those needed of head, norm_weight, norm_bias and bias; zeroed where no first chunk writes over them."""
+def _norms(readout: str, n_loops: int, loops: Sequence[int]) -> bool:
+    """Whether any of the loops is read out through a norm."""
+    return any(norm_arguments(readout, loop, n_loops, None, None)[0] != "none" for loop in loops)
+
+
+def _head_gradients(head: Tensor, needs: list[bool], compute_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Space for the gradients of head and bias that are needed; the first chunk writes over it."""
     dhead = head_accumulator(head, compute_dtype) if needs[0] else None
-    dbias = head.new_empty(head.shape[0], dtype=accumulator(head.dtype)) if needs[3] else None
-    for product in (dhead, dbias):
-        if product is not None and not formed:
-            product.zero_()
-    dnorm_weight, dnorm_bias = (partial_sums(h).zero_() if need else None for need in needs[1:3])
-    return [dhead, dnorm_weight, dnorm_bias, dbias]
+    return dhead, head.new_empty(head.shape[0], dtype=accumulator(head.dtype)) if needs[3] else None
 
 
-def _parameter_gradient(total: Tensor | None, like: Tensor | None, head: Tensor) -> Tensor:
-    """What was added up for a parameter, over all programs; an empty vector where nothing was."""
-    if total is None or like is None:
-        return head.new_empty(0)
-    return total.sum(0) if total.dim() > like.dim() else total
+def _needs_dy(readout: str, n_loops: int, active: list[int], differentiated: list[int], needs: list[bool]) -> bool:
+    """Whether the gradient of the normed rows is needed: for a state that is read, or the norm's parameters."""
+    read = not set(active).isdisjoint(differentiated)
+    return read or (any(needs[1:3]) and _norms(readout, n_loops, active))
 
 
-def _unread_loops(
-    loops: list[Tensor], unread: Sequence[int], mean_square: Tensor | None, dmean_square: Tensor,
-    dloops: list[Tensor | None],
-) -> None:  # fmt: skip
-    """Loops that are not read out: their scale may be penalised, and their gradient is the penalty's, or 0."""
-    for k in unread:
-        h, dh = loops[k], dloops[k]
-        if mean_square is not None:
-            norm_forward(h, None, None, eps=0.0, norm="none", mean_square=mean_square[k])
-        if dh is not None:
-            norm_backward(None, h, None, eps=0.0, norm="none", dmean_square=dmean_square.expand(len(h)), dh=dh)
+def _radial_sums(
+    dy: Tensor, loops: list[Tensor], differentiated: list[int], active: list[int], norm_weight: Tensor | None,
+    norm_bias: Tensor | None, readout: str, eps: float, reference: Tensor,
+) -> Tensor:  # fmt: skip
+    """<g, h> and |g|^2 [2, K, N] of the cross-entropy's gradient g in every state; nan where it is not formed."""
+    n_tokens = len(loops[0])
+    radial = loops[0].new_full((2, len(loops), n_tokens), torch.nan, dtype=accumulator(dy.dtype))
+    for row, loop in enumerate(active):
+        if loop in differentiated:
+            norm, weight, _ = norm_arguments(readout, loop, len(loops), norm_weight, norm_bias)
+            norm_backward(
+                dy[row * n_tokens : (row + 1) * n_tokens], loops[loop], weight, eps=eps, norm=norm, scale=reference,
+                radial=radial[:, loop],
+            )  # fmt: skip
+    return radial
 
 
 @torch.library.custom_op("looped::cross_entropy", mutates_args=())
@@ -177,11 +179,9 @@ def _cross_entropy(
     norm_bias: Tensor | None, bias: Tensor | None, active: list[int], need_states: list[bool], needs: list[bool],
     statistics: bool, readout: str, eps: float, penalty: float, mean: bool, ignore_index: int, label_smoothing: float,
     softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    targets = targets.contiguous()
-    states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
-    vectors = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias)]
-    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    targets, loops = targets.contiguous(), _loops(states)
+    norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     n_loops, (n_tokens, d) = len(loops), loops[0].shape
     n_rows = len(active) * n_tokens
     wide = accumulator(head.dtype)
@@ -194,40 +194,43 @@ def _cross_entropy(
         dmean_square=penalty / max(1, n_loops * n_tokens),
     )  # fmt: skip
     check_range(targets, head.shape[0], ignore_index, scales.in_range)
-    differentiated = _differentiated(states, need_states, active, penalty)
-    dstates = loops[0].new_empty((len(differentiated), n_tokens, d), dtype=_stored(loops[0].dtype))
-    dloops: list[Tensor | None] = [None] * n_loops
-    for row, loop in enumerate(differentiated):
-        dloops[loop] = dstates[row]
+    dhead, dbias = _head_gradients(head, needs, compute_dtype)
     formed = weights is not None and n_rows > 0
-    gradients = Gradients(dloops, *_accumulators(head, loops[0], needs, formed, compute_dtype))
+    if not formed:
+        for gradient in (dhead, dbias):
+            if gradient is not None:
+                gradient.zero_()
+    differentiated = _differentiated(states, need_states, active, penalty)
+    need_dy = formed and _needs_dy(readout, n_loops, active, differentiated, needs)
     rows = RowResults(buffer(n_rows))
     if statistics:
         top1 = head.new_empty(n_rows, dtype=torch.int64)
         rows = RowResults(rows.loss, buffer(n_rows), buffer(n_rows), buffer(n_rows), top1)
     mean_square = buffer(n_loops, n_tokens) if statistics or penalty > 0 else None
-    radial = buffer(2, n_loops, n_tokens, fill=torch.nan) if statistics else None
 
+    dtype = product_dtype(head, compute_dtype)
     with torch.autocast(head.device.type, enabled=False):
-        reader = ReadoutPass(loops, head, vectors[0], vectors[1], readout=readout, eps=eps, compute_dtype=compute_dtype)
-        options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
-        reader.run(
-            active, targets, vectors[2], options, chunk_rows, rows, mean_square=mean_square, gradients=gradients,
-            scales=scales if formed and gradients.any else None, penalised=penalty > 0, radial=radial,
+        y = normed_rows(
+            loops, active, norm_weight, norm_bias, readout=readout, eps=eps, dtype=dtype, mean_square=mean_square
+        )
+        for loop in set(range(n_loops)) - set(active) if mean_square is not None else ():  # penalised, not read
+            norm_forward(loops[loop], None, None, eps=0.0, norm="none", mean_square=mean_square[loop])
+        read_out(
+            y, head.to(dtype), targets, bias, LossOptions(ignore_index, label_smoothing, softcap, z_loss), chunk_rows,
+            rows, omega=scales.omega if need_dy or (formed and (needs[0] or needs[3])) else None,
+            dhead=dhead if formed else None, dbias=dbias if formed else None, need_dy=need_dy,
         )  # fmt: skip
-        _unread_loops(loops, sorted(set(range(n_loops)) - set(active)), mean_square, scales.dmean_square, dloops)
+    dy = y if need_dy else y.new_empty(0)
 
     ce = rows.loss.view(len(active), n_tokens)
     total, per_loop = loss_sums(ce, scales, mean_square if penalty > 0 else None, penalty)
-    stats = head.new_empty(0, dtype=wide)
-    if mean_square is not None and radial is not None:
-        stats = _row_statistics(rows, mean_square, radial, active, d)
-    top1 = rows.top1.view(len(active), n_tokens) if rows.top1 is not None else head.new_empty(0, dtype=torch.int64)
-    dhead, dnorm_weight, dnorm_bias, dbias = (
-        _parameter_gradient(gradient, like, head)
-        for gradient, like in zip(gradients[1:], (head, norm_weight, norm_bias, bias), strict=True)
-    )
-    return total, per_loop, ce, scales.factors, dhead, dnorm_weight, dnorm_bias, dbias, stats, top1, dstates
+    stats, top1 = head.new_empty(0, dtype=wide), head.new_empty(0, dtype=torch.int64)
+    if statistics and mean_square is not None and rows.top1 is not None:
+        read = differentiated if need_dy else []
+        radial = _radial_sums(dy, loops, read, active, norm_weight, norm_bias, readout, eps, scales.reference)
+        stats, top1 = _row_statistics(rows, mean_square, radial, active, d), rows.top1.view(len(active), n_tokens)
+    dhead, dbias = (head.new_empty(0) if gradient is None else gradient for gradient in (dhead, dbias))
+    return total, per_loop, ce, scales.factors, dhead, dbias, stats, top1, dy
 
 
 @_cross_entropy.register_fake
@@ -237,17 +240,66 @@ def _(
 ):  # fmt: skip
     wide = accumulator(head.dtype)
     shape = (len(active), targets.shape[0])
-    dhead = head_accumulator(head, compute_dtype) if needs[0] else head.new_empty(0)
-    vectors = [
-        like.new_empty(like.shape, dtype=wide) if need and like is not None else head.new_empty(0)
-        for need, like in zip(needs[1:], (norm_weight, norm_bias, bias), strict=True)
-    ]
-    n_differentiated = len(_differentiated(states, need_states, active, penalty))
-    dstates = states[0].new_empty((n_differentiated, *states[0].shape[-2:]), dtype=_stored(states[0].dtype))
+    dhead, dbias = (
+        head.new_empty(0) if gradient is None else gradient for gradient in _head_gradients(head, needs, compute_dtype)
+    )
+    differentiated = _differentiated(states, need_states, active, penalty)
+    n_loops, (n_tokens, d) = len(states), states[0].shape[-2:]
+    n_loops = len(states[0]) if states[0].dim() == 3 else n_loops
+    need_dy = weights is not None and _needs_dy(readout, n_loops, active, differentiated, needs)
+    dtype = product_dtype(head, compute_dtype)
+    dy = states[0].new_empty((len(active) * n_tokens, d) if need_dy else 0, dtype=dtype)
     stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
     top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
-    sums = (head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3))
-    return *sums, dhead, *vectors, stats, top1, dstates
+    return *(head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3)), dhead, dbias, stats, top1, dy
+
+
+@torch.library.custom_op("looped::cross_entropy_backward", mutates_args=())
+def _states_and_norm_backward(
+    states: list[Tensor], dy: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, factors: Tensor,
+    active: list[int], need_states: list[bool], needs: list[bool], readout: str, eps: float, penalty: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the norm's weight and bias, and of the states [S, N, d], from dy [A N, d].
+
+    factors [3]: the scales' factors times the upstream gradient.
+    """
+    loops = _loops(states)
+    n_tokens, d = loops[0].shape
+    weight = None if norm_weight is None else norm_weight.contiguous()
+    differentiated = _differentiated(states, need_states, active, penalty)
+    dstates = loops[0].new_empty((len(differentiated), n_tokens, d))
+    sums = [partial_sums(loops[0]) if need and dy.numel() else None for need in needs[1:3]]
+    added = False
+    for loop, h in enumerate(loops):
+        norm, loop_weight, _ = norm_arguments(readout, loop, len(loops), weight, None)
+        dloop = dstates[differentiated.index(loop)] if loop in differentiated else None
+        dy_loop = dy.view(len(active), n_tokens, d)[active.index(loop)] if dy.numel() and loop in active else None
+        of_norm = [partial if dy_loop is not None and norm != "none" else None for partial in sums]
+        if dloop is None and of_norm == [None, None]:
+            continue
+        norm_backward(
+            dy_loop, h, loop_weight, eps=eps, norm=norm, scale=factors[0],
+            dmean_square=factors[2].expand(n_tokens) if penalty > 0 else None,
+            dh=dloop, dweight=of_norm[0], dbias=of_norm[1], add=added,
+        )  # fmt: skip
+        added = added or of_norm != [None, None]
+    dweight, dbias = (
+        loops[0].new_empty(0) if not need or like is None
+        else like.new_zeros(like.shape) if partial is None or not added
+        else partial.sum(0).to(like.dtype)
+        for need, like, partial in zip(needs[1:3], (norm_weight, norm_bias), sums, strict=True)
+    )  # fmt: skip
+    return dweight, dbias, dstates
+
+
+@_states_and_norm_backward.register_fake
+def _(states, dy, norm_weight, norm_bias, factors, active, need_states, needs, readout, eps, penalty):
+    dweight, dbias = (
+        like.new_empty(like.shape) if need and like is not None else dy.new_empty(0, dtype=states[0].dtype)
+        for need, like in zip(needs[1:3], (norm_weight, norm_bias), strict=True)
+    )
+    n_differentiated = len(_differentiated(states, need_states, active, penalty))
+    return dweight, dbias, states[0].new_empty((n_differentiated, *states[0].shape[-2:]))
 
 
 @torch.library.custom_op("looped::scaled", mutates_args=())
@@ -268,68 +320,77 @@ def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    states, head, targets, weights, norm_weight, norm_bias, bias, *options = inputs
-    total, per_loop, ce, factors, *parameters, statistics, top1, dstates = output
+    states, head, targets, weights, norm_weight, norm_bias, bias, *ctx.options = inputs
+    total, per_loop, ce, factors, dhead, dbias, statistics, top1, dy = output
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.n_states, ctx.stacked = options, len(states), states[0].dim() == 3
-    active, need_states, _, _, _, _, penalty, ctx.mean, *_ = options
-    ctx.differentiated = _differentiated(states, need_states, active, penalty)
-    ctx.dtypes = [None if t is None else t.dtype for t in (head, norm_weight, norm_bias, bias, states[0])]
+    ctx.n_states, ctx.dtypes = len(states), (head.dtype, None if bias is None else bias.dtype)
     ctx.weights_shape = None if weights is None else weights.shape  # with weights `total` is differentiated, else ce
     other = total if weights is None else ce
-    ctx.mark_non_differentiable(other, per_loop, factors, *parameters, statistics, top1, dstates)
-    if weights is None:
-        ctx.save_for_backward(head, targets, norm_weight, norm_bias, bias, *states)
-    else:
-        ctx.save_for_backward(ce, factors, *parameters, dstates)
+    ctx.mark_non_differentiable(other, per_loop, factors, dhead, dbias, statistics, top1, dy)
+    ctx.save_for_backward(
+        norm_weight,
+        norm_bias,
+        *((head, targets, bias) if weights is None else (ce, factors, dhead, dbias, dy)),
+        *states,
+    )
 
 
-def _again(ctx, dce: Tensor) -> tuple[Tensor, list[Tensor], list[int]]:
-    """The gradients of sum dce * ce, by the same pass with dce for weights: factors, gradients, the states' loops."""
-    head, targets, norm_weight, norm_bias, bias, *states = ctx.saved_tensors
+def _again(
+    ctx,
+    dce: Tensor,
+    states: list[Tensor],
+    head: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[list[Tensor], list[bool], list[bool]]:
+    """The gradients of sum dce * ce, by the same pass with dce for weights; which states and parameters need them."""
     active, _, _, _, readout, eps, _, _, *loss_options, chunk_rows, compute_dtype = ctx.options
     wanted = ctx.needs_input_grad
     need_states = [bool(w) for w in wanted[0]] if isinstance(wanted[0], (list, tuple)) else [wanted[0]] * len(states)
-    _, _, _, factors, *parameters, _, _, dstates = _cross_entropy(
+    needs = [bool(wanted[i]) for i in (1, 4, 5, 6)]
+    _, _, ce, factors, dhead, dbias, _, _, dy = _cross_entropy(
         states, head, targets, dce.to(accumulator(head.dtype)), norm_weight, norm_bias, bias, active, need_states,
-        [bool(wanted[i]) for i in (1, 4, 5, 6)], False, readout, eps, 0.0, False, *loss_options, chunk_rows,
-        compute_dtype,
+        needs, False, readout, eps, 0.0, False, *loss_options, chunk_rows, compute_dtype,
     )  # fmt: skip
-    return factors, [*parameters, dstates], _differentiated(states, need_states, active, 0.0)
-
-
-def _state_gradients(ctx, dstates: Tensor, dtotal: Tensor, differentiated: list[int]) -> list[Tensor | None]:
-    """The gradients [N, d] of a sequence of states or [[K, N, d]] of their stack, from dstates [S, N, d]."""
-    gradients: list[Tensor | None] = [None] * ctx.n_states
-    if differentiated:
-        dstates = _scaled(dstates, dtotal, ctx.dtypes[4])
-    if differentiated and ctx.stacked:
-        return [dstates]
-    for row, loop in enumerate(differentiated):
-        gradients[loop] = dstates[row]
-    return gradients
+    return [ce, factors, dhead, dbias, dy], need_states, needs
 
 
 def _backward(ctx, dtotal, _, dce, *__):
     none = (None,) * len(ctx.options)
     if dtotal is None and dce is None:
         return [None] * ctx.n_states, *((None,) * 6), *none
-    dweights, differentiated = None, ctx.differentiated
+    active, need_states, needs, _, readout, eps, penalty, mean, *_ = ctx.options
+    norm_weight, norm_bias, *saved = ctx.saved_tensors
     if ctx.weights_shape is None:
-        factors, gradients, differentiated = _again(ctx, dce)
-        dtotal = dce.new_ones(())
+        head, targets, bias, *states = saved
+        formed, need_states, needs = _again(ctx, dce, states, head, targets, norm_weight, norm_bias, bias)
+        (ce, factors, dhead, dbias, dy), penalty = formed, 0.0
     else:
-        ce, factors, *gradients = ctx.saved_tensors
-        if ctx.needs_input_grad[3]:
-            dweights = (dtotal * ce / (factors[1] if ctx.mean else 1)).sum_to_size(ctx.weights_shape)
-    *parameters, dstates = gradients
-    reference = dtotal * factors[0]
-    dhead, dnorm_weight, dnorm_bias, dbias = (
-        _scaled(gradient, reference, dtype) if gradient.numel() or gradient.dim() > 1 else None
-        for gradient, dtype in zip(parameters, ctx.dtypes[:4], strict=True)
+        ce, factors, dhead, dbias, dy, *states = saved
+        factors = factors * dtotal
+    dweights = None
+    if ctx.needs_input_grad[3]:
+        dweights = (ce * (factors[1] if mean else dtotal)).sum_to_size(ctx.weights_shape)
+    dnorm_weight, dnorm_bias, dstates = _states_and_norm_backward(
+        states, dy, norm_weight, norm_bias, factors, active, need_states, needs, readout, eps, penalty
     )
-    states = _state_gradients(ctx, dstates, dtotal, differentiated)
-    return states, dhead, None, dweights, dnorm_weight, dnorm_bias, dbias, *none
+    dhead, dbias = (
+        _scaled(gradient, factors[0], dtype) if need else None
+        for gradient, dtype, need in zip((dhead, dbias), ctx.dtypes, (needs[0], needs[3]), strict=True)
+    )
+    differentiated = _differentiated(states, need_states, active, penalty)
+    of_states: list[Tensor | None] = [None] * ctx.n_states
+    if states[0].dim() == 3:
+        of_states = [dstates] if differentiated else [None]
+    else:
+        for row, loop in enumerate(differentiated):
+            of_states[loop] = dstates[row]
+    return (
+        of_states, dhead, None, dweights, dnorm_weight if needs[1] else None, dnorm_bias if needs[2] else None, dbias,
+        *none,
+    )  # fmt: skip
 
 
 torch.library.register_autograd("looped::cross_entropy", _backward, setup_context=_setup_context)
@@ -427,7 +488,7 @@ def looped_cross_entropy(
     def needed(tensor: Tensor | None) -> bool:
         return eager and torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
-    total, mean_ce, ce, _, _, _, _, _, row_statistics, top1, _ = _cross_entropy(
+    total, mean_ce, ce, _, _, _, row_statistics, top1, _ = _cross_entropy(
         rows, head, targets, weighting if eager else None, norm_weight, norm_bias, bias, active,
         [needed(state) for state in rows], [needed(t) for t in (head, norm_weight, norm_bias, bias)], statistics,
         readout, eps, penalty, reduction == "mean", ignore_index, label_smoothing, softcap, z_loss,

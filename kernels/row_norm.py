@@ -110,7 +110,7 @@ def norm_backward_kernel(
 
         if HAS_DY:
             dy = tl.load(dy_ptr + row[:, None] * stride_dy_row + column[None, :], mask=inside, other=0.0)
-            dy = dy.to(tl.float32)
+            dy = dy.to(tl.float32) * scale
             dxhat = dy * weight[None, :]
             if NORM == 0:
                 dh = dxhat
@@ -129,7 +129,6 @@ def norm_backward_kernel(
                 dweight += tl.sum(dy * xhat, axis=0)
             if HAS_DBIAS:
                 dbias += tl.sum(dy, axis=0)
-            dh *= scale
         if HAS_RADIAL:
             tl.store(radial_ptr + row, tl.sum(dh * h, axis=1), mask=in_rows)
             tl.store(radial_ptr + stride_radial + row, tl.sum(dh * dh, axis=1), mask=in_rows)
@@ -267,9 +266,9 @@ def _norm_backward_cpu(
     if dy is None:
         gradient = torch.zeros(h.shape, dtype=wide)
     elif norm == "none":
-        gradient = dy.to(wide, copy=True)
+        gradient = dy.to(wide, copy=True) if scale is None else dy * scale.to(wide)
     else:
-        dy = dy.to(wide)
+        dy = dy.to(wide) if scale is None else dy * scale.to(wide)
         xhat = h - h.mean(-1, keepdim=True, dtype=wide) if norm == "layernorm" else h.to(wide, copy=True)
         rstd = torch.rsqrt(torch.linalg.vector_norm(xhat, dim=-1, keepdim=True, dtype=wide).square_().div_(d) + eps)
         xhat *= rstd
@@ -283,8 +282,6 @@ def _norm_backward_cpu(
         gradient.addcmul_(xhat, projection.unsqueeze(-1), value=-1 / d).mul_(rstd)
     if dy is not None and dbias is not None:
         _sum_rows(dy, dbias[0], add)
-    if dy is not None and scale is not None:
-        gradient *= scale
     if radial is not None:
         torch.sum(gradient * h, -1, out=radial[0])
         torch.sum(gradient.square(), -1, out=radial[1])
@@ -345,9 +342,9 @@ def norm_backward(
 ) -> None:
     """The gradient of `norm_forward`: writes those of `dh`, `dx` (the same values in another dtype) that are given.
 
-    `dmean_square` [rows] may be expanded from a scalar; `scale` [] multiplies what comes through y; `radial`
-    [2, rows] receives <g, h> and |g|^2 of that part alone; `dweight` and `dbias` [programs, d] float32 are partial
-    sums, unscaled, which the caller sums over their first dimension.  They are written over, or, with `add`, added to.
+    `dmean_square` [rows] may be expanded from a scalar; `scale` [] multiplies dy; `radial`
+    [2, rows] receives <g, h> and |g|^2 of what comes through y alone; `dweight` and `dbias` [programs, d] float32 are
+    partial sums, which the caller sums over their first dimension.  They are written over, or, with `add`, added to.
     """
     if h.shape[0] == 0:
         return

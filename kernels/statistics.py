@@ -33,10 +33,8 @@ from kernels.arguments import (
     gathered,
 )
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
-from kernels.device import accumulator, autocast_dtype, multiprocessors, uses_triton
-from kernels.readout import Readout, ReadoutPass, chunks, default_chunk_rows
-
-STREAM_ROWS = 16384  # rows normed at once before their sweep
+from kernels.device import accumulator, autocast_dtype, multiprocessors, product_dtype, uses_triton
+from kernels.readout import Readout, default_chunk_rows, normed_rows, read_out
 
 
 class ReadoutStatistics(NamedTuple):
@@ -55,7 +53,7 @@ class ReadoutStatistics(NamedTuple):
 @triton.jit
 def stream_kernel(
     y_ptr, head_ptr, bias_ptr, targets_ptr, partial_ptr, best_ptr,
-    n_rows, n_columns, d, n_tokens, first_row, columns_per_split, softcap, stride_y_row, stride_head_row,
+    n_rows, n_columns, d, n_tokens, columns_per_split, softcap, stride_y_row, stride_head_row,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TARGETS: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +71,7 @@ def stream_kernel(
     best = tl.zeros((BLOCK_ROWS,), tl.int32)
     target = tl.full((BLOCK_ROWS,), -1, tl.int64)
     if HAS_TARGETS:
-        target = tl.load(targets_ptr + (first_row + row) % n_tokens, mask=in_rows, other=-1)
+        target = tl.load(targets_ptr + row % n_tokens, mask=in_rows, other=-1)
 
     for start in range(first_column, last_column, BLOCK_VOCAB):
         column = start + tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
@@ -110,7 +108,7 @@ def stream_kernel(
 @triton.jit
 def combine_kernel(
     partial_ptr, best_ptr, targets_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
-    n_rows, n_splits, n_tokens, first_row, ignore_index,
+    n_rows, n_splits, n_tokens, ignore_index,
     HAS_TARGETS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
@@ -146,13 +144,13 @@ def combine_kernel(
 
     lse = maximum + tl.log(total)
     if HAS_TARGETS:
-        target = tl.load(targets_ptr + (first_row + row) % n_tokens, mask=in_rows, other=0)
+        target = tl.load(targets_ptr + row % n_tokens, mask=in_rows, other=0)
         loss = tl.log(total) + (maximum - z_target)
-        tl.store(loss_ptr + first_row + row, tl.where(target == ignore_index, 0.0, loss), mask=in_rows)
-    tl.store(lse_ptr + first_row + row, lse, mask=in_rows)
-    tl.store(entropy_ptr + first_row + row, tl.log(total) - moment / total, mask=in_rows)
-    tl.store(margin_ptr + first_row + row, top1 - top2, mask=in_rows)
-    tl.store(top1_ptr + first_row + row, best.to(tl.int64), mask=in_rows)
+        tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss), mask=in_rows)
+    tl.store(lse_ptr + row, lse, mask=in_rows)
+    tl.store(entropy_ptr + row, tl.log(total) - moment / total, mask=in_rows)
+    tl.store(margin_ptr + row, top1 - top2, mask=in_rows)
+    tl.store(top1_ptr + row, best.to(tl.int64), mask=in_rows)
 
 
 def stream_blocks(n_rows: int, d: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
@@ -179,7 +177,7 @@ def stream_splits(n_rows: int, n_columns: int, blocks: dict[str, int], device: t
 
 def _stream_triton(
     y: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor | None, options: LossOptions, results: RowResults,
-    n_tokens: int, first_row: int,
+    n_tokens: int,
 ) -> None:  # fmt: skip
     (n_rows, d), n_columns = y.shape, head.shape[0]
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -191,7 +189,7 @@ def _stream_triton(
     best = torch.empty((splits, n_rows), dtype=torch.int32, device=y.device)
     stream_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]), splits)](
         y_ptr=y, head_ptr=head, bias_ptr=bias, targets_ptr=targets, partial_ptr=partial, best_ptr=best,
-        n_rows=n_rows, n_columns=n_columns, d=d, n_tokens=n_tokens, first_row=first_row,
+        n_rows=n_rows, n_columns=n_columns, d=d, n_tokens=n_tokens,
         columns_per_split=per_split, softcap=1.0 if options.softcap is None else options.softcap,
         stride_y_row=y.stride(0), stride_head_row=head.stride(0),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_TARGETS=targets is not None,
@@ -201,7 +199,7 @@ def _stream_triton(
     combine_kernel[(triton.cdiv(n_rows, 128),)](
         partial_ptr=partial, best_ptr=best, targets_ptr=targets, loss_ptr=results.loss, lse_ptr=results.lse,
         entropy_ptr=results.entropy, margin_ptr=results.margin, top1_ptr=results.top1,
-        n_rows=n_rows, n_splits=splits, n_tokens=n_tokens, first_row=first_row, ignore_index=options.ignore_index,
+        n_rows=n_rows, n_splits=splits, n_tokens=n_tokens, ignore_index=options.ignore_index,
         HAS_TARGETS=targets is not None, BLOCK_ROWS=128,
     )  # fmt: skip
 
@@ -221,23 +219,19 @@ def _readout_statistics(
     norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     head = head if head.stride(-1) == 1 else head.contiguous()
     loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
-    n_loops, (n_tokens, d) = len(loops), loops[0].shape
+    n_loops, n_tokens = len(loops), len(loops[0])
     n_rows = n_loops * n_tokens
     loss, lse, entropy, margin = (head.new_empty(n_rows, dtype=accumulator(head.dtype)) for _ in range(4))
     results = RowResults(loss, lse, entropy, margin, head.new_empty(n_rows, dtype=torch.int64))
     options = LossOptions(ignore_index, softcap=softcap)
-    reader = ReadoutPass(loops, head, norm_weight, norm_bias, readout=readout, eps=eps, compute_dtype=compute_dtype)
+    dtype = product_dtype(head, compute_dtype)
     with torch.autocast(head.device.type, enabled=False):
-        if uses_triton(head):
-            work = head.new_empty((min(STREAM_ROWS, n_rows), d), dtype=compute_dtype)
-            for index, pieces in enumerate(chunks(range(n_loops), n_tokens, STREAM_ROWS)):
-                y = reader.forward(pieces, work, None)
-                first_row = index * STREAM_ROWS
-                _stream_triton(y, reader.head, bias, targets, options, results, n_tokens, first_row)
-        else:
+        y = normed_rows(loops, range(n_loops), norm_weight, norm_bias, readout=readout, eps=eps, dtype=dtype)
+        if uses_triton(head) and n_rows:
+            _stream_triton(y, head.to(dtype), bias, targets, options, results, n_tokens)
+        elif n_rows:
             known = head.new_full((n_tokens,), ignore_index, dtype=torch.int64) if targets is None else targets
-            chunk_rows = default_chunk_rows(head, compute_dtype)
-            reader.run(range(n_loops), known, bias, options, chunk_rows, results)
+            read_out(y, head.to(dtype), known, bias, options, default_chunk_rows(head, compute_dtype), results)
     shape = (n_loops, n_tokens)
     loss = loss.view(shape) if targets is not None else head.new_empty(0, dtype=loss.dtype)
     return loss, lse.view(shape), entropy.view(shape), margin.view(shape), results.top1.view(shape)  # type: ignore

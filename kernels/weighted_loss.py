@@ -43,8 +43,8 @@ class Scales(NamedTuple):
         return self.factors[0]
 
     @property
-    def n(self) -> Tensor:
-        """[]: the number of tokens that are not ignored, at least 1."""
+    def share(self) -> Tensor:
+        """[]: 1 / n, a token's share in a mean."""
         return self.factors[1]
 
     @property
@@ -88,7 +88,7 @@ def loss_weights_kernel(
     peak = tl.where(peak > 0, peak, 1.0)
 
     tl.store(factors_ptr, peak / n if MEAN else peak)
-    tl.store(factors_ptr + 1, n)
+    tl.store(factors_ptr + 1, 1.0 / n)
     tl.store(factors_ptr + 2, dmean_square)
     tl.store(in_range_ptr, tl.sum(n_outside) == 0)
     if HAS_WEIGHTS:
@@ -108,7 +108,7 @@ def loss_sums_kernel(
     n_loops, n_tokens, n_rows, penalty,
     HAS_WEIGHTS: tl.constexpr, HAS_PENALTY: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    reference, n = tl.load(factors_ptr), tl.load(factors_ptr + 1)
+    reference, share = tl.load(factors_ptr), tl.load(factors_ptr + 1)
     weighted = tl.zeros((BLOCK_TOKENS,), tl.float32)
     for loop in range(n_loops):
         first = tl.cast(loop, tl.int64) * n_tokens
@@ -119,7 +119,7 @@ def loss_sums_kernel(
             loop_sum += loss
             if HAS_WEIGHTS:
                 weighted += loss * tl.load(omega_ptr + first + token, mask=token < n_tokens, other=0.0)
-        tl.store(per_loop_ptr + loop, tl.sum(loop_sum) / n)
+        tl.store(per_loop_ptr + loop, tl.sum(loop_sum) * share)
 
     total = reference * tl.sum(weighted)
     if HAS_PENALTY:
@@ -180,7 +180,7 @@ def _loss_weights_cpu(
         largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * peak
         peak = torch.where(largest > 0, largest, peak)
         omega = (weights / peak).flatten()
-    return Scales(omega, torch.stack([peak / n if mean else peak, n, n.new_tensor(dmean_square)]), None)
+    return Scales(omega, torch.stack([peak / n if mean else peak, 1 / n, n.new_tensor(dmean_square)]), None)
 
 
 def _loss_sums_cpu(loss: Tensor, scales: Scales, mean_square: Tensor | None, penalty: float) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _loss_sums_cpu(loss: Tensor, scales: Scales, mean_square: Tensor | None, pen
         total = (scales.omega * loss.flatten()).sum() * scales.reference
     if mean_square is not None:
         total = total + penalty * (mean_square.sum() / max(1, mean_square.numel()))
-    return total, loss.sum(1) / scales.n
+    return total, loss.sum(1) * scales.share
 
 
 # Before and after the chunks ------------------------------------------------------------------------------------------

@@ -3,25 +3,9 @@
 import pytest
 import torch
 
-from kernels.readout import chunks
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import looped_loss
-
-
-@pytest.mark.parametrize("active", [[0, 1, 2], [0, 2], [2], []])
-@pytest.mark.parametrize(("n_tokens", "chunk_rows"), [(7, 1), (7, 3), (7, 7), (7, 10), (7, 100), (1, 2), (0, 4)])
-def test_chunks_cover_every_row_of_the_active_loops_once_and_in_order(active, n_tokens, chunk_rows):
-    seen = []
-    for pieces in chunks(active, n_tokens, chunk_rows):
-        first = 0
-        for piece in pieces:
-            assert piece.first == first
-            assert piece.rows == slice(first, first + piece.stop - piece.start)
-            first += piece.stop - piece.start
-            seen += [(piece.loop, token) for token in range(piece.start, piece.stop)]
-        assert 0 < first <= chunk_rows
-    assert seen == [(loop, token) for loop in active for token in range(n_tokens)]
 
 
 @pytest.mark.parametrize("readout", ["rmsnorm", "final-only"])
