@@ -74,7 +74,7 @@ def readout_sweeps(base: ReadoutShape, dtype_name: str, loops: tuple[int, ...]) 
 
     def varying(field: str) -> Callable[[str, int], Prepare]:
         def prepare(variant: str, value: int) -> Prepare:
-            case = Case(base._replace(**{field: value}), dtype_name, 1)
+            case = Case(base._replace(**{field: value}), dtype_name)
             loss = {"fused": readouts.fused, "plain": readouts.plain}[variant]
             return make_round(loss, Inputs.of(case.shape, case.dtype))
 
@@ -98,10 +98,10 @@ def step_sweeps(base: DecoderShape, dtype_name: str, loops: tuple[int, ...]) -> 
     """Over K, and over N = batch x sequence length."""
 
     def of_loops(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(n_loops=value), dtype_name, 1), variant, "per-loop")
+        return stepping(Case(base._replace(n_loops=value), dtype_name), variant, "per-loop")
 
     def of_tokens(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name, 1), variant, "per-loop")
+        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name), variant, "per-loop")
 
     tokens = tuple(base.seq_len * batch for batch in (1, 2, 3, 4))
     return [
@@ -116,8 +116,7 @@ def measure(sweep: Sweep, rounds: int) -> list[Curve]:
     for value in tqdm(sweep.values, desc=f"{sweep.title}, {sweep.x}", disable=None):
         prepared = [sweep.prepare(variant, value) for variant in VARIANTS]
         for curve, prepare in zip(curves, prepared, strict=True):
-            prepare()()
-            curve.peak_bytes.append(peak_memory(prepare()))
+            curve.peak_bytes.append(peak_memory(prepare())[0])  # and this call warms up
         times = [[seconds_of(prepare()) for prepare in prepared] for _ in range(rounds)]
         for curve, own in zip(curves, zip(*times, strict=True), strict=True):
             curve.seconds.append(median(own))
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     curves = [curve for sweep in sweeps for curve in measure(sweep, options.rounds)]
     options.out.mkdir(parents=True, exist_ok=True)
     where = environment()
-    path = options.out / f"{where['date']}-{slug(where['device'], where['threads'])}-scaling.json"
+    path = options.out / f"{where['date']}-{slug(where)}-scaling.json"
     path.write_text(json.dumps(record(curves, readout.dtype_name, options.rounds), indent=1) + "\n")
     draw(path.with_suffix(".png"), curves, f"{where['device']}, {where['threads']} threads, {readout.dtype_name}")
     for curve in curves:
