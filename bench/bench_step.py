@@ -58,6 +58,8 @@ def bench_step(measure, case: str, supervision: Supervision, implementation: str
     shape, dtype = STEPS[case].shape, STEPS[case].dtype
     if supervision == "terminal" and STEPS[case].dtype_name != MAIN_DTYPE:
         pytest.skip(f"terminal supervision is timed in {MAIN_DTYPE}")
+    if supervision == "terminal" and IMPLEMENTATIONS[implementation].compiles:
+        pytest.skip("compiled blocks are the same with terminal supervision")
     model = decoder(shape, "fused", torch.device("meta"))  # counts FLOPs, holds no weights
     n_readouts = shape.n_loops if supervision == "per-loop" else 1
     flops = model.flops_per_token(n_readouts=n_readouts, seq_len=shape.seq_len) * shape.n_tokens

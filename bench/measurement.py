@@ -106,7 +106,7 @@ def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:
     if implementation.missing:
         skip(session, measurement, implementation.missing)
     if implementation.compiles and not measurement.case.compiles:
-        skip(session, measurement, "compiles, for which a smoke run has no time")
+        skip(session, measurement, "compiles, and so is left out of this case")
     check = checked(session, measurement)
     reference, seconds = None, check.seconds
     if not measurement.is_reference:

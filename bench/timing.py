@@ -15,7 +15,7 @@ Call = Callable[[], object]
 Prepare = Callable[[], Call]  # called before every round, untimed; what it returns is timed
 
 
-SHORT_ROUND = 2.0  # seconds: up to here there are at least ROUNDS of them, and together they last at least as long
+SHORT_ROUND = 1.0  # seconds: up to here there are at least ROUNDS of them, and together they last at least as long
 ROUNDS, MOST_ROUNDS, FEWEST_ROUNDS = 7, 100, 2
 
 
