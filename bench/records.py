@@ -202,9 +202,9 @@ def _row(record: Record) -> str:
 
 
 def ratio_of(record: Record) -> str:
-    """The ratio to the fused time with its quartiles."""
-    if record["implementation"] == "fused":
-        return "1.00"
+    """The ratio to the fused time with its quartiles, which the earliest record does not have."""
+    if record["implementation"] == "fused" or record["ratio_quartiles"] is None:
+        return f"{record['ratio_to_fused']:.2f}"
     low, high = record["ratio_quartiles"]
     return f"{record['ratio_to_fused']:.2f} ({low:.2f}-{high:.2f})"
 
@@ -218,9 +218,9 @@ def _verdict(record: Record) -> str:
 def place_of(record: Record) -> str:
     """Date, machine, versions and commit of a record."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
-    sizes = ", ".join(f"{name.removesuffix('_bytes').upper()} {_size(n)}" for name, n in record["memory"].items() if n)
-    machine = f"{record['device']}, {record['instructions']}, {record['threads']} threads, {sizes}"
-    return f"{record['date']}, {machine}, {versions}, commit {record['commit']}"
+    sizes = [f"{name.removesuffix('_bytes').upper()} {_size(n)}" for name, n in record["memory"].items() if n]
+    machine = [record["device"], record["instructions"], f"{record['threads']} threads", *sizes]
+    return f"{record['date']}, {', '.join(machine)}, {versions}, commit {record['commit']}"
 
 
 def _size(n_bytes: int) -> str:
