@@ -21,17 +21,19 @@ def relative_error(actual: Tensor | None, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(actual - truth)) / (scale or 1.0)
 
 
-def limits(plain: Errors, dtype: torch.dtype) -> Errors:
-    """What is allowed: twice the errors of plain PyTorch in the same dtype, and a floor.
+def limits(plain: Errors) -> Errors:
+    """What is allowed: twice the errors of plain PyTorch in the same dtype, and a floor."""
+    return {name: 2 * error + FLOOR for name, error in plain.items()}
 
-    `loss` is one number, of which plain PyTorch may be close to the truth or far from it by luck, so that twice its
-    error would condemn and acquit by luck.  Its limit is fixed: the error that rounding the true loss to `dtype` may
-    have, or plain PyTorch's own where that is larger.
+
+def limits_with_mean_loss(plain: Errors, dtype: torch.dtype) -> Errors:
+    """`limits` where `loss` is one number for all tokens.
+
+    Plain PyTorch may be close to the truth in it or far from it by luck, so that twice its error would condemn and
+    acquit by luck.  Its limit is fixed: the error that rounding the true loss to `dtype` may have, or plain PyTorch's
+    own where that is larger.
     """
-    allowed = {name: 2 * error + FLOOR for name, error in plain.items()}
-    if "loss" in plain:
-        allowed["loss"] = max(plain["loss"], torch.finfo(dtype).eps / 2) + FLOOR
-    return allowed
+    return limits(plain) | {"loss": max(plain["loss"], torch.finfo(dtype).eps / 2) + FLOOR}
 
 
 def is_correct(found: Errors, allowed: Errors) -> bool:

@@ -58,7 +58,7 @@ def make_round(case: Case[DecoderShape], variant: str) -> Prepare:
 @lru_cache(maxsize=1)
 def allowed(case: str) -> Errors:
     plain: Call = make_round(FORWARDS[case], "plain")()
-    return limits(errors(plain(), case), FORWARDS[case].dtype)
+    return limits(errors(plain(), case))
 
 
 @pytest.mark.parametrize("implementation", FORWARD_IMPLEMENTATIONS)

@@ -78,7 +78,7 @@ def bench_norm(measure, case: str, residual: bool, direction: str, implementatio
             prepare=make_round(IMPLEMENTATIONS[implementation].make(), inputs),
             reference=make_round(fused, inputs),
             errors=lambda found: errors(found, case, residual, direction),
-            allowed=lambda: limits(errors(plain_call()(), case, residual, direction), ROWS[case].dtype),
+            allowed=lambda: limits(errors(plain_call()(), case, residual, direction)),
             work=Work(n_bytes / 1e9, "GB/s", lambda: n_bytes / copy_rate(n_bytes)),
         )
     )

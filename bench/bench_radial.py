@@ -52,7 +52,7 @@ def bench_radial(measure, case: str, implementation: str) -> None:
             prepare=lambda: lambda: radial(*inputs),
             reference=lambda: lambda: radial_gradient(*inputs),
             errors=lambda found: errors(found, inputs),
-            allowed=lambda: limits(errors(radial_gradient_reference(*inputs), inputs), dtype),
+            allowed=lambda: limits(errors(radial_gradient_reference(*inputs), inputs)),
             work=Work(n_bytes / 1e9, "GB/s", lambda: n_bytes / copy_rate(n_bytes)),
         )
     )

@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 from torch import Tensor
 
-from bench.accuracy import Errors, limits
+from bench.accuracy import Errors, limits_with_mean_loss
 from bench.measurement import Measurement, Work
 from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
 from bench.roofs import readout_floor
@@ -25,7 +25,7 @@ def truth_of(case: str) -> dict[str, Tensor | None]:
 @lru_cache(maxsize=1)
 def allowed(case: str) -> Errors:
     inputs = inputs_of(case)
-    return limits(errors(make_round(plain, inputs)()(), inputs, truth_of(case)), READOUTS[case].dtype)
+    return limits_with_mean_loss(errors(make_round(plain, inputs)()(), inputs, truth_of(case)), READOUTS[case].dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

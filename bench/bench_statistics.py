@@ -27,7 +27,7 @@ def truth_of(case: str) -> Statistics:
 @lru_cache(maxsize=1)
 def allowed(case: str, subject: str) -> Errors:
     plain = make_round(SUBJECTS[subject][1], inputs_of(case))
-    return limits(errors(plain()(), inputs_of(case), truth_of(case)), STATISTICS[case].dtype)
+    return limits(errors(plain()(), inputs_of(case), truth_of(case)))
 
 
 def make_round(statistics, inputs: Inputs) -> Prepare:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits, relative_error, truth_dtype
+from bench.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
 from bench.decoders import IMPLEMENTATIONS, decoder, floor_seconds, stepping, tokens_of
 from bench.measurement import Measurement, Work
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
@@ -48,7 +48,7 @@ def errors(case: str, variant: str, supervision: Supervision) -> Errors:
 
 @lru_cache(maxsize=1)
 def allowed(case: str, supervision: Supervision) -> Errors:
-    return limits(errors(case, "plain", supervision), STEPS[case].dtype)
+    return limits_with_mean_loss(errors(case, "plain", supervision), STEPS[case].dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -118,14 +118,15 @@ def _gpu_memory() -> Record:
 def _memory() -> Record:
     """L2 of a core, L3, and all memory, in bytes; None where the system does not say."""
 
-    def asked(name: str) -> int | None:
-        return (os.sysconf(name) if name in os.sysconf_names else 0) or None
-
-    pages, page = asked("SC_PHYS_PAGES"), asked("SC_PAGE_SIZE")
+    levels: dict[str, int] = {}
+    for cache_of_core in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        kibibytes = (cache_of_core / "size").read_text().strip().removesuffix("K")
+        levels[(cache_of_core / "level").read_text().strip()] = 1024 * int(kibibytes)
+    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
     return {
-        "l2_bytes": asked("SC_LEVEL2_CACHE_SIZE"),
-        "l3_bytes": asked("SC_LEVEL3_CACHE_SIZE"),
-        "ram_bytes": pages * page if pages and page else None,
+        "l2_bytes": levels.get("2") or torch.cpu.get_capabilities().get("l2_cache_size"),
+        "l3_bytes": levels.get("3"),
+        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None,
     }
 
 
