@@ -11,13 +11,13 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
 
-# measures and writes bench/results/<date>-<device>.{json,md}; 10-15 minutes on two cores that do nothing else
+# measures and writes bench/results/<date>-<device>.{json,md}; under 15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed-bench
-	$(PY) -m pytest bench/ --benchmark-only --record $(ARGS)
+	$(PY) -m pytest bench/ --benchmark-only --record -rs $(ARGS)
 
 # every implementation once on tiny shapes; no record
 bench-smoke: $(VENV)/.installed-bench
-	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -k smoke $(ARGS)
+	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -rs -k smoke $(ARGS)
 
 # every kernel in every configuration for four GPUs, offline: ten minutes on two cores; `make test` has a sample
 gpu-check: $(VENV)/.installed

@@ -1,72 +1,83 @@
 """The decoder's forward pass without gradients, from tokens to the states of K loops; no readout, no dropout."""
 
+import copy
 from functools import lru_cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, relative_error
+from bench.accuracy import Errors, limits, relative_error, truth_dtype
 from bench.decoders import IMPLEMENTATIONS, decoder, floor_seconds, tokens_of
-from bench.implementations import Implementation
 from bench.measurement import Measurement, Work
 from bench.shapes import FORWARDS, Case, DecoderShape
-from bench.timing import Prepare
+from bench.timing import Call, Prepare
 from looped.decoder import LoopedDecoder
 from train.step import autocast
+
+FORWARD_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name != "fused-blocks-compiled"]
+States = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=len(IMPLEMENTATIONS))
 def model_of(preset: str, variant: str) -> LoopedDecoder:
     """One model for every K and dtype, so that it is compiled once."""
+    if IMPLEMENTATIONS[variant].compiles:
+        torch.compiler.reset()  # a block may have only so many graphs
     return decoder(DecoderShape(preset, 1, 1), variant).eval()
 
 
-def states(case: Case[DecoderShape], variant: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    model = model_of(case.shape.preset, variant)
-    inputs = tokens_of(case.shape, model.config.vocab_size)[:, :-1]
+def states(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype) -> States:
+    inputs = tokens_of(shape, model.config.vocab_size)[:, :-1]
     with torch.no_grad(), autocast(inputs.device, dtype):
-        return model(inputs, n_loops=case.shape.n_loops)
+        return model(inputs, n_loops=shape.n_loops)
 
 
 @lru_cache(maxsize=1)
-def truth_of(case: Case[DecoderShape]) -> tuple[Tensor, ...]:
-    """Plain PyTorch in float32."""
-    return states(case, "plain", torch.float32)
+def truth_of(case: str) -> States:
+    """Plain PyTorch on the same weights in a wider dtype."""
+    shape, dtype = FORWARDS[case].shape, truth_dtype(FORWARDS[case].dtype)
+    return states(copy.deepcopy(model_of(shape.preset, "plain")).to(dtype), shape, dtype)
 
 
-def errors(case: Case[DecoderShape], variant: str) -> Errors:
+def errors(found: States, case: str) -> Errors:
     """Relative error of the state after every loop."""
-    found = states(case, variant, case.dtype)
     pairs = zip(found, truth_of(case), strict=True)
     return {f"H_{loop}": relative_error(actual, truth) for loop, (actual, truth) in enumerate(pairs, start=1)}
 
 
-@lru_cache(maxsize=1)
-def plain_errors(case: Case[DecoderShape]) -> Errors:
-    return errors(case, "plain")
-
-
 def make_round(case: Case[DecoderShape], variant: str) -> Prepare:
-    return lambda: lambda: states(case, variant, case.dtype)
+    model = model_of(case.shape.preset, variant)
+
+    def call() -> States:
+        return states(model, case.shape, case.dtype)
+
+    return lambda: call
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
-@pytest.mark.parametrize("case", FORWARDS, ids=str)
-def bench_forward(measure, case: Case[DecoderShape], implementation: Implementation) -> None:
-    shape, model = case.shape, model_of(case.shape.preset, "fused")
+@lru_cache(maxsize=1)
+def allowed(case: str) -> Errors:
+    plain: Call = make_round(FORWARDS[case], "plain")()
+    return limits(errors(plain(), case))
+
+
+@pytest.mark.parametrize("implementation", FORWARD_IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", FORWARDS)
+def bench_forward(measure, case: str, implementation: str) -> None:
+    shape, dtype = FORWARDS[case].shape, FORWARDS[case].dtype
+    model = model_of(shape.preset, "fused")
     per_token = model.flops_per_token(shape.n_loops, n_readouts=0, seq_len=shape.seq_len, training=False)
     flops = per_token * shape.n_tokens
     measure(
         Measurement(
-            group="decoder forward",
-            case=case,
-            implementation=implementation,
-            errors=lambda: errors(case, implementation.name),
-            allowed=lambda: plain_errors(case),
-            prepare=make_round(case, implementation.name),
-            reference=make_round(case, "fused"),
-            work=Work(flops / 1e9, "GFLOP/s", lambda: floor_seconds(model, shape, case.dtype, flops)),
+            subject="decoder forward",
+            case=FORWARDS[case],
+            implementation=IMPLEMENTATIONS[implementation],
+            prepare=make_round(FORWARDS[case], implementation),
+            reference=make_round(FORWARDS[case], "fused"),
+            errors=lambda found: errors(found, case),
+            allowed=lambda: allowed(case),
+            work=Work(flops / 1e9, "GFLOP/s", lambda: floor_seconds(model, shape, dtype, flops)),
             n_tokens=shape.n_tokens,
         )
     )

@@ -1,31 +1,27 @@
 """Norm + penalty, with and without the residual add, forward and backward apart: GB/s of the least possible traffic."""
 
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import lru_cache
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import norms
-from bench.implementations import Implementation
+from bench.accuracy import Errors, limits, relative_error, truth_dtype
 from bench.measurement import Measurement, Work
-from bench.norms import IMPLEMENTATIONS, NormInputs
+from bench.norms import IMPLEMENTATIONS, NormInputs, fused, plain
 from bench.roofs import copy_rate
 from bench.shapes import ROWS, Case, RowsShape
 from bench.timing import Call, Prepare
 
 
 @lru_cache(maxsize=1)
-def inputs_of(case: Case[RowsShape], residual: bool) -> NormInputs:
-    return NormInputs.of(case.shape, case.dtype, residual=residual)
-
-
-@cache
-def plain_errors(case: Case[RowsShape], residual: bool) -> norms.Errors:
-    return norms.errors(norms.plain, inputs_of(case, residual))
+def inputs_of(case: str, residual: bool) -> NormInputs:
+    return NormInputs.of(ROWS[case].shape, ROWS[case].dtype, residual=residual)
 
 
 def forward_round(norm, inputs: NormInputs) -> Prepare:
-    def call() -> object:
+    def call() -> list[Tensor]:
         with torch.no_grad():
             return norm(inputs)
 
@@ -42,6 +38,21 @@ def backward_round(norm, inputs: NormInputs) -> Prepare:
     return prepare
 
 
+ROUNDS = {"forward": forward_round, "backward": backward_round}
+NAMES = {"forward": ("y", "mean square", "sum"), "backward": ("dx", "dweight", "dresidual")}
+
+
+@lru_cache(maxsize=1)
+def truth_of(case: str, residual: bool, direction: str) -> Sequence[Tensor]:
+    return ROUNDS[direction](plain, inputs_of(case, residual).to(truth_dtype(ROWS[case].dtype)))()()
+
+
+def errors(found: Sequence[Tensor], case: str, residual: bool, direction: str) -> Errors:
+    expected = truth_of(case, residual, direction)
+    names = NAMES[direction][: len(expected)]
+    return {name: relative_error(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+
+
 def least_bytes(case: Case[RowsShape], *, residual: bool, backward: bool) -> int:
     """Each tensor once. Forward: x (+ residual) read, y (+ sum) written; backward: h, dy (+ dsum) read, dh written."""
     if backward:
@@ -51,24 +62,23 @@ def least_bytes(case: Case[RowsShape], *, residual: bool, backward: bool) -> int
     return tensors * case.shape.n_rows * case.shape.d * case.dtype.itemsize + 4 * case.shape.n_rows
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("residual", [False, True], ids=["norm", "add-norm"])
-@pytest.mark.parametrize("case", ROWS, ids=str)
-def bench_norm(measure, case: Case[RowsShape], residual: bool, direction: str, implementation: Implementation) -> None:
-    inputs, norm = inputs_of(case, residual), implementation.make()
-    backward = direction == "backward"
-    n_bytes = least_bytes(case, residual=residual, backward=backward)
-    make_round = backward_round if backward else forward_round
+@pytest.mark.parametrize("case", ROWS)
+def bench_norm(measure, case: str, residual: bool, direction: str, implementation: str) -> None:
+    inputs, make_round = inputs_of(case, residual), ROUNDS[direction]
+    n_bytes = least_bytes(ROWS[case], residual=residual, backward=direction == "backward")
+    plain_call = make_round(plain, inputs)
     measure(
         Measurement(
-            group=f"{'add + ' if residual else ''}norm + penalty {direction}",
-            case=case,
-            implementation=implementation,
-            errors=lambda: norms.errors(norm, inputs),
-            allowed=lambda: plain_errors(case, residual),
-            prepare=make_round(norm, inputs),
-            reference=make_round(norms.fused, inputs),
+            subject=f"{'add + ' if residual else ''}norm + penalty {direction}",
+            case=ROWS[case],
+            implementation=IMPLEMENTATIONS[implementation],
+            prepare=make_round(IMPLEMENTATIONS[implementation].make(), inputs),
+            reference=make_round(fused, inputs),
+            errors=lambda found: errors(found, case, residual, direction),
+            allowed=lambda: limits(errors(plain_call()(), case, residual, direction)),
             work=Work(n_bytes / 1e9, "GB/s", lambda: n_bytes / copy_rate(n_bytes)),
         )
     )

@@ -3,46 +3,44 @@
 from functools import lru_cache
 
 import pytest
-import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, allowing_for_luck
-from bench.implementations import Implementation
+from bench.accuracy import Errors, limits_with_mean_loss
 from bench.measurement import Measurement, Work
-from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, results
+from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
 from bench.roofs import readout_floor
-from bench.shapes import READOUTS, Case, ReadoutShape
+from bench.shapes import READOUTS
 
 
 @lru_cache(maxsize=1)
-def inputs_of(case: Case[ReadoutShape]) -> Inputs:
-    return Inputs.of(case.shape, case.dtype)
+def inputs_of(case: str) -> Inputs:
+    return Inputs.of(READOUTS[case].shape, READOUTS[case].dtype)
 
 
 @lru_cache(maxsize=1)
-def truth_of(case: Case[ReadoutShape]) -> dict[str, Tensor | None]:
-    """Plain PyTorch on the same numbers in float32."""
-    return results(plain, inputs_of(case).to(torch.float32))
+def truth_of(case: str) -> dict[str, Tensor | None]:
+    return truth(inputs_of(case))
 
 
 @lru_cache(maxsize=1)
-def plain_errors(case: Case[ReadoutShape]) -> Errors:
-    return errors(plain, inputs_of(case), truth_of(case))
+def allowed(case: str) -> Errors:
+    inputs = inputs_of(case)
+    return limits_with_mean_loss(errors(make_round(plain, inputs)()(), inputs, truth_of(case)), READOUTS[case].dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
-@pytest.mark.parametrize("case", READOUTS, ids=str)
-def bench_readout(measure, case: Case[ReadoutShape], implementation: Implementation) -> None:
-    inputs, loss = inputs_of(case), implementation.make()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", READOUTS)
+def bench_readout(measure, case: str, implementation: str) -> None:
+    inputs, shape, dtype = inputs_of(case), READOUTS[case].shape, READOUTS[case].dtype
     measure(
         Measurement(
-            group="readout forward + backward",
-            case=case,
-            implementation=implementation,
-            errors=lambda: plain_errors(case) if loss is plain else errors(loss, inputs, truth_of(case)),
-            allowed=lambda: allowing_for_luck(plain_errors(case), case.dtype),
-            prepare=make_round(loss, inputs),
+            subject="readout forward + backward",
+            case=READOUTS[case],
+            implementation=IMPLEMENTATIONS[implementation],
+            prepare=make_round(IMPLEMENTATIONS[implementation].make(), inputs),
             reference=make_round(fused, inputs),
-            work=Work(case.shape.flops / 1e9, "GFLOP/s", lambda: readout_floor(case.shape, case.dtype, backward=True)),
+            errors=lambda loss: errors(loss, inputs, truth_of(case)),
+            allowed=lambda: allowed(case),
+            work=Work(shape.flops / 1e9, "GFLOP/s", lambda: readout_floor(shape, dtype, backward=True)),
         )
     )

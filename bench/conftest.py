@@ -7,11 +7,11 @@ import torch
 
 from bench.measurement import Measurement
 from bench.measurement import measure as measure_one
-from bench.records import Record, markdown, write
+from bench.records import Session, markdown, write
 from bench.shapes import DEVICE
 from bench.timing import clock
 
-RECORDS = pytest.StashKey[list[Record]]()
+SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDS] = []
+    config.stash[SESSION] = Session()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,16 +35,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark) -> Callable[[Measurement], None]:
-    """Check, count and time one measurement, with denormals flushed for everybody."""
+    """Check, count and time one measurement, with denormals flushed for everybody.
+
+    What torch.compile gives up on must not be timed under its name: it would fall back to eager without a word.
+    """
     torch.set_flush_denormal(True)
-    return lambda measurement: measure_one(benchmark, request.config.stash[RECORDS], measurement)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return lambda measurement: measure_one(benchmark, request.config.stash[SESSION], measurement)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    records = [record for record in config.stash[RECORDS] if not record["smoke"]]
-    if not records:
+    session = config.stash[SESSION]
+    session.records = sorted((r for r in session.records if not r["smoke"]), key=lambda r: (r["subject"], r["group"]))
+    if not session.records:
         return
-    terminalreporter.write_line(markdown(records))
+    terminalreporter.write_line(markdown(session.records, session.skipped, []))
     if config.getoption("--record"):
-        for path in write(records):
+        for path in write(session):
             terminalreporter.write_line(f"written: {path}")

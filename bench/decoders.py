@@ -1,4 +1,4 @@
-"""Variants of the looped decoder, with the same weights: fused, plain PyTorch, its blocks compiled, eager attention.
+"""Variants of the looped decoder, with the same weights: fused, plain PyTorch, the blocks of either compiled, eager.
 
 The eager baseline is how the paper's own code does it: explicit softmax attention with its [B, H, T, T] scores in
 memory, separate norms, K separate readouts.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.implementations import Implementation
+from bench.implementations import Implementation, by_name, is_ours
 from bench.roofs import product_rate
 from bench.shapes import DEVICE, Case, DecoderShape
 from bench.timing import Prepare
@@ -40,17 +40,23 @@ class EagerAttention(nn.Module):
         return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model))
 
 
+IMPLEMENTATIONS = by_name(
+    Implementation(name, lambda: None, compiles="compiled" in name)
+    for name in ("fused", "fused-blocks-compiled", "plain", "plain-blocks-compiled", "eager")
+)
+
+
 def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedDecoder:
     """A decoder of the preset, of K loops, with RMSNorm readout; the same weights in every variant."""
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops)
     with device:
-        model = LoopedDecoder(config, fused=variant == "fused")
+        model = LoopedDecoder(config, fused=is_ours(variant))
     for block in model.blocks:
         if variant == "eager":
             block.attention = EagerAttention(block.attention)
-        if variant == "compiled":  # block by block, as PyTorch recommends for repeated blocks: one graph for all
-            block.compile(dynamic=False)
+        if IMPLEMENTATIONS[variant].compiles:
+            block.compile(dynamic=False)  # one by one, as PyTorch recommends for repeated blocks: one graph for all
     return model
 
 
@@ -60,9 +66,11 @@ def tokens_of(shape: DecoderShape, vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (shape.batch, shape.seq_len + 1), generator=generator).to(DEVICE)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # the fused model, with which the others take turns, and one other
 def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -> Prepare:
     """A model in training and its optimiser, with a function that takes a step."""
+    if IMPLEMENTATIONS[variant].compiles:
+        torch.compiler.reset()  # a block may have only so many graphs
     model = decoder(case.shape, variant).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
     tokens = tokens_of(case.shape, model.config.vocab_size)
@@ -78,6 +86,3 @@ def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -
 def floor_seconds(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> float:
     """Seconds of so many FLOPs at the rate of the widest projection alone, [B T, d] times [d, d_ff]."""
     return flops / product_rate(shape.n_tokens, model.config.d_model, model.config.d_ff, dtype)
-
-
-IMPLEMENTATIONS = [Implementation(name, lambda: None) for name in ("fused", "plain", "compiled", "eager")]

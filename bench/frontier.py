@@ -1,17 +1,16 @@
 """The compute-quality frontier: validation perplexity against speed at K = 1..n_loops, a curve for each condition.
 
     python -m bench.frontier --runs DIR [--conditions ...] [--out bench/results] [--tokens N] [--batches 1 4 16]
-    python -m bench.frontier [...] [-- options of train/sweep.py]
+    python -m bench.frontier [--seeds 42 101 202] [...] [-- options of train/sweep.py]
 
 DIR is a sweep of train/sweep.py, of which every complete run counts.  Without it five conditions are trained at demo
-scale into runs/frontier, or found there.  Writes `frontier.json`, `frontier.md` and `frontier.png`.
+scale into runs/frontier, or found there.  Writes `<date>-<device>-frontier.json`, `.md` and `.png`.
 
 Perplexity and bits per byte: windows spread over the validation split, every loop read as if it were the last; each
 token's loss belongs to the document in which the predicted token lies.  A value is the mean over seeds.  Its 95%
-interval is a percentile bootstrap: documents are drawn with replacement, the same draws for all runs, and the draws of
-all seeds are pooled, so that it covers the text and, as far as there are seeds, the training.  Speed: prefill, the
-decoder at K loops and the logits of the last state, at several batch sizes.  The figure is after Sharma & Vu
-(arXiv 2606.24898), Figure 4.
+interval is a percentile bootstrap of that mean: documents are drawn with replacement, the same draws for all runs, and
+within a draw the seeds are averaged; it covers the text, and not what another seed would give.  Speed: prefill at
+several batch sizes (bench/frontier_speed.py).  The figure is after Sharma & Vu (arXiv 2606.24898), Figure 4.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -29,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.frontier_figure import PAPER_PPL, PAPER_RATES, draw, markdown
-from bench.records import RESULTS, environment
+from bench.frontier_speed import Rate, architecture, competitors, throughput
+from bench.records import RESULTS, environment, slug
 from bench.shapes import DEVICE, DTYPES
-from bench.timing import seconds_of
 from looped.decoder import LoopedDecoder
 from looped.saved_run import SavedRun, load_run
-from looped.supervision import evaluation_losses, readout_logits
+from looped.supervision import evaluation_losses
 from train import sweep
 from train.batches import Windows, spread
 from train.metrics import finite, write_json
@@ -46,6 +44,7 @@ CONDITIONS: tuple[sweep.Condition, ...] = (
 )  # fmt: skip
 REFERENCE = "per-loop-rmsnorm"  # whose perplexity is subtracted from that of the others
 TRAINED = Path("runs/frontier")
+SEEDS = (42, 101, 202)
 TOKENS = 131_072  # as in the demo's own evaluation
 BATCHES = (1, 4, 16)
 ROUNDS = 7
@@ -72,14 +71,6 @@ class Estimate(NamedTuple):
     by_seed: list[float]
 
 
-class Rate(NamedTuple):
-    """Tokens per second: the median round, and the rounds at the lower and upper quartile."""
-
-    median: float
-    low: float
-    high: float
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's). Returns the exit code: 2 after one line on stderr if the
     input is bad, that of train/sweep.py if training did not succeed."""
@@ -89,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.runs is not None and extra:
         return _fail("options of train/sweep.py can follow ' -- ' only without --runs.")
     if options.runs is None:
-        code = sweep.main(["--out", str(TRAINED), "--conditions", *options.conditions, "--seeds", "42", *extra])
+        seeds = map(str, options.seeds)
+        code = sweep.main(["--out", str(TRAINED), "--conditions", *options.conditions, "--seeds", *seeds, *extra])
         if code != 0:
             return code
     torch.set_flush_denormal(True)
@@ -98,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "frontier.json", record)
-    draw(options.out / "frontier.png", record)
-    (options.out / "frontier.md").write_text(markdown(record), encoding="utf-8")
-    print(f"written: {options.out / 'frontier.md'}, frontier.json and frontier.png")
+    path = options.out / f"{record['date']}-{slug(record)}-frontier.json"
+    write_json(path, record)
+    draw(path.with_suffix(".png"), record)
+    path.with_suffix(".md").write_text(markdown(record, path.stem), encoding="utf-8")
+    print(f"written: {path.with_suffix('.md')}, the same as .json, and the figure as .png")
     return 0
 
 
@@ -109,6 +102,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="a sweep of train/sweep.py; without it one is trained")
     parser.add_argument("--conditions", nargs="+", default=CONDITIONS, choices=get_args(sweep.Condition))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="that are trained without --runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="validation tokens that are predicted")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="sequences at a time, of the speed")
@@ -118,7 +112,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if np.min(value) < 1:
             parser.error(f"--{name} must be at least 1. Got {value}.")
-    for name in ("conditions", "batches"):
+    for name in ("conditions", "seeds", "batches"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
             parser.error(f"--{name} must be given only once each. Got {' '.join(map(str, values))}.")
@@ -140,9 +134,9 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     measured: dict[str, dict[int, Documents]] = {name: {} for name in names}
     for result, run in zip(tqdm(results, desc="evaluating", unit="run", disable=None, leave=False), runs, strict=True):
         measured[result.condition][result.seed] = document_sums(run, options.tokens, dtype)
-    models = {result.condition: run.model.to(DEVICE) for result, run in zip(results, runs, strict=True)}
+    models, architectures = timed_models(results, runs)
     rates = {
-        batch: throughput(models, window_batch(first, batch), dtype, options.rounds)
+        str(batch): throughput(models, window_batch(first, batch), dtype, options.rounds)
         for batch in tqdm(options.batches, desc="timing", unit="batch size", disable=None, leave=False)
     }
     documents = next(iter(measured[names[0]].values()))
@@ -150,6 +144,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         **environment(),
         "settings": {
             "preset": first.config["train"]["preset"],
+            "text": first.config["train"]["data"],
             "parameters": results[0].parameters,
             "seq_len": first.model.config.max_seq_len,
             "dtype": first.config["train"]["dtype"],
@@ -164,9 +159,28 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
             for result in results
         ],
         "without_runs": [name for name in options.conditions if name not in names],
-        "points": points(measured, rates),
+        "speeds": [
+            {"model": name, "n_loops": loop + 1}
+            | {"tokens_per_second": {batch: of[name][loop]._asdict() for batch, of in rates.items()}}
+            for name in models
+            for loop in range(first.model.config.n_loops)
+        ],
+        "points": points(measured, rates, architectures),
         "paper": {"tokens_per_second": PAPER_RATES, "ppl": PAPER_PPL},
     }
+
+
+def timed_models(
+    results: Sequence[RunResult], runs: Sequence[SavedRun]
+) -> tuple[dict[str, LoopedDecoder], dict[str, str]]:
+    """A model of each architecture, with competitors of the first one; and the architecture of each condition."""
+    architectures = {
+        result.condition: architecture(run.model.config) for result, run in zip(results, runs, strict=True)
+    }
+    models: dict[str, LoopedDecoder] = {}
+    for run in runs:
+        models.setdefault(architecture(run.model.config), run.model.to(DEVICE))
+    return models | competitors(next(iter(models.values()))), architectures
 
 
 def load_complete(directory: Path, conditions: Sequence[str]) -> tuple[list[RunResult], list[SavedRun]]:
@@ -267,7 +281,7 @@ def bits_per_byte(documents: Documents, counts: np.ndarray) -> np.ndarray:
 def estimates(samples: Sequence[np.ndarray], n_documents: int) -> list[Estimate]:
     """An estimate for each K from a sample [1 + draws, K] for each seed, whose first row is the value itself."""
     values = np.stack([sample[0] for sample in samples])  # [seeds, K]
-    ends = np.quantile(np.concatenate([sample[1:] for sample in samples]), (0.025, 0.975), axis=0)
+    ends = np.quantile(np.mean(samples, axis=0)[1:], (0.025, 0.975), axis=0)
     if n_documents < 2:
         ends = np.full_like(ends, np.nan)
     return [
@@ -276,8 +290,12 @@ def estimates(samples: Sequence[np.ndarray], n_documents: int) -> list[Estimate]
     ]
 
 
-def points(measured: dict[str, dict[int, Documents]], rates: dict[int, dict[str, list[Rate]]]) -> list[dict[str, Any]]:
-    """A point for each condition and K, from the sums by condition and seed and the rates by batch size and condition.
+def points(
+    measured: dict[str, dict[int, Documents]],
+    rates: dict[str, dict[str, list[Rate]]],
+    architectures: dict[str, str],
+) -> list[dict[str, Any]]:
+    """A point for each condition and K, from the sums by condition and seed, the rates by batch size and architecture.
 
     ``ppl_difference``: from the reference's perplexity at the same K, paired by seed and by draw; None without one.
     """
@@ -303,7 +321,7 @@ def points(measured: dict[str, dict[int, Documents]], rates: dict[int, dict[str,
             found.append(
                 {"condition": name, "n_loops": loop + 1, "seeds": list(seeds)}
                 | {key: estimated[key][loop]._asdict() if key in estimated else None for key in columns}
-                | {"tokens_per_second": {str(batch): of[name][loop]._asdict() for batch, of in rates.items()}}
+                | {"tokens_per_second": {batch: of[architectures[name]][loop]._asdict() for batch, of in rates.items()}}
             )
     return found
 
@@ -312,33 +330,6 @@ def window_batch(run: SavedRun, batch: int) -> Tensor:
     """[batch, T] inputs from the validation split, over again where it is short."""
     windows = windows_of(run)
     return windows.gather(np.arange(batch) % len(windows))[0].to(DEVICE)
-
-
-@torch.no_grad()
-def throughput(
-    models: dict[str, LoopedDecoder], inputs: Tensor, dtype: torch.dtype, rounds: int
-) -> dict[str, list[Rate]]:
-    """Prefill of ``inputs`` [B, T] at K = 1..n_loops: K loops and the last state's logits [B, T, V].
-
-    In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
-    while is so for all of them.
-    """
-
-    def prefill(name: str, n_loops: int) -> None:
-        with autocast(DEVICE, dtype):
-            readout_logits(models[name], models[name](inputs, n_loops=n_loops)[-1])
-
-    depths = range(1, next(iter(models.values())).config.n_loops + 1)
-    seconds: dict[tuple[str, int], list[float]] = {(name, depth): [] for depth in depths for name in models}
-    for _ in range(rounds + 1):
-        for (name, depth), times in seconds.items():
-            times.append(seconds_of(partial(prefill, name, depth)))
-
-    def rate(times: list[float]) -> Rate:
-        slow, middle, fast = np.quantile(times[1:], (0.75, 0.5, 0.25))
-        return Rate(*(float(inputs.numel() / quantile) for quantile in (middle, slow, fast)))
-
-    return {name: [rate(seconds[name, depth]) for depth in depths] for name in models}
 
 
 if __name__ == "__main__":

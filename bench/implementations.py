@@ -1,39 +1,50 @@
-"""What is compared: an implementation by its name, and whether it can run here."""
+"""What is compared: an implementation by its name, whether it can run here, and whose fault it is if it fails."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InvalidCxxCompiler
 
 from bench.shapes import DEVICE
+
+THIRD_PARTIES = {"cut_cross_entropy", "liger_kernel"}
+
+
+def is_ours(name: str) -> bool:
+    """Ours must run and be right, and is nobody's competitor."""
+    return name.startswith("fused")
 
 
 class Implementation(NamedTuple):
     """`make()` gives the function; `missing` says why it cannot run here, or is None.
 
-    slow_on_cpu: so slow on a CPU that one round must do, and none at the largest vocabulary.
+    compiles: its first call compiles, so that neither its time nor its memory says anything.
     """
 
     name: str
     make: Callable[[], Any]
     missing: str | None = None
-    slow_on_cpu: bool = False
+    compiles: bool = False
 
-    @property
-    def is_fused(self) -> bool:
-        return self.name == "fused"
 
-    def __str__(self) -> str:
-        return self.name
+def by_name(implementations: Iterable[Implementation]) -> dict[str, Implementation]:
+    """Tests are parametrised by the names, which pytest-benchmark can group by and write."""
+    return {implementation.name: implementation for implementation in implementations}
+
+
+def compiled(name: str, function: Callable[..., Any]) -> Implementation:
+    """A function by torch.compile, for exactly the shapes that it will see."""
+    return Implementation(name, lambda: freshly_compiled(function), compiles=True)
 
 
 def freshly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, by torch.compile for exactly the shapes that it will see.
-
-    What was compiled before is forgotten: for a second shape PyTorch would make the sizes dynamic, which may be slower,
-    and after eight of them it would stop compiling.
-    """
+    """What was compiled before is forgotten: for a second shape PyTorch would make the sizes dynamic, which may be
+    slower, and after eight of them it would stop compiling."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
@@ -49,3 +60,12 @@ def why_missing(package: str, *, needs_gpu: bool = False) -> str | None:
     if needs_gpu and DEVICE.type != "cuda":
         return "needs a GPU"
     return None if find_spec(package) else f"{package} is not installed (make bench installs it)"
+
+
+def cannot_run_here(error: Exception) -> bool:
+    """Whether an exception says that a competitor cannot run here: raised inside a third party's code, by a compiler
+    that is missing or gives up, or for want of memory.  Any other is a fault of ours."""
+    if isinstance(error, (BackendCompilerFailed, InvalidCxxCompiler, torch.OutOfMemoryError)):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(THIRD_PARTIES.intersection(Path(frame.filename).parts) for frame in frames)

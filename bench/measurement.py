@@ -7,11 +7,11 @@ from typing import Any, Literal
 import pytest
 
 from bench.accuracy import Errors, is_correct
-from bench.implementations import Implementation
+from bench.implementations import Implementation, cannot_run_here, is_ours
 from bench.memory import peak_memory
-from bench.records import Record, complete, environment
-from bench.shapes import DEVICE, LARGE_VOCABULARY, Case, ReadoutShape
-from bench.timing import Paired, Prepare, time_in_turn
+from bench.records import Record, Session, complete, environment
+from bench.shapes import DEVICE, Case
+from bench.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -27,84 +27,119 @@ class Work:
 class Measurement:
     """An implementation on a case.
 
-    errors and allowed: of the implementation and of plain PyTorch in the same dtype.  prepare and reference: the
-    implementation and the fused one, ready to be timed.  n_tokens: where tokens per second say something.
+    prepare and reference: the implementation and the fused one, ready to be timed.  errors: of what a call of the
+    implementation gave; allowed: their limits.  n_tokens: where tokens per second say something.
     """
 
-    group: str
+    subject: str
     case: Case
     implementation: Implementation
-    errors: Callable[[], Errors]
-    allowed: Callable[[], Errors]
     prepare: Prepare
     reference: Prepare
+    errors: Callable[[Any], Errors]
+    allowed: Callable[[], Errors]
     work: Work
     n_tokens: int | None = None
 
+    @property
+    def group(self) -> str:
+        return f"{'smoke ' if self.case.smoke else ''}{self.subject} {self.case.shape} {self.case.dtype_name}"
 
-def skip_what_cannot_run(implementation: Implementation, case: Case) -> None:
-    """Skip the test, with the reason, if the implementation is missing or too slow for the case."""
-    if implementation.missing:
-        pytest.skip(f"{implementation.name}: {implementation.missing}")
-    large = isinstance(case.shape, ReadoutShape) and case.shape.vocabulary > LARGE_VOCABULARY
-    if DEVICE.type == "cpu" and implementation.slow_on_cpu and large:
-        pytest.skip(f"{implementation.name}: too slow for this vocabulary; see its record at V = {LARGE_VOCABULARY}")
+    @property
+    def is_reference(self) -> bool:
+        return self.implementation.name == "fused"
 
 
-def checked(measurement: Measurement) -> tuple[Errors, bool]:
-    """Errors and verdict. A competitor that raises cannot run here; ours must run and be right."""
-    name, fused = measurement.implementation.name, measurement.implementation.is_fused
+@dataclass(frozen=True)
+class Checked:
+    """What one untimed call tells: errors and their limits, the verdict, the peak of memory, and about its seconds."""
+
+    errors: Errors
+    allowed: Errors
+    correct: bool
+    peak: int
+    seconds: float
+
+
+def skip(session: Session, measurement: Measurement, reason: str) -> None:
+    """Skip the test and keep the reason."""
+    name = measurement.implementation.name
+    if not measurement.case.smoke:
+        session.skipped.append({"group": measurement.group, "implementation": name, "reason": reason})
+    pytest.skip(f"{name}: {reason}")
+
+
+def checked(session: Session, measurement: Measurement) -> Checked:
+    """One call that serves as check, memory count and warm-up: large readouts take seconds each.
+
+    A competitor that cannot run here is skipped; ours must run and be right.
+    """
+    name = measurement.implementation.name
     try:
-        found = measurement.errors()
+        if measurement.implementation.compiles or DEVICE.type == "cuda":
+            measurement.prepare()()
+        seconds, (peak, result) = timed_peak(measurement.prepare)
+        found = measurement.errors(result)
     except Exception as error:
-        if fused:
+        if is_ours(name) or not cannot_run_here(error):
             raise
-        pytest.skip(f"{name} cannot run here: {type(error).__name__}: {error}")
+        skip(session, measurement, f"cannot run here: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     allowed = measurement.allowed()
     correct = is_correct(found, allowed)
-    assert correct or not fused, f"fused is wrong: errors {found}, plain PyTorch {allowed}"
-    return found, correct
+    assert correct or not is_ours(name), f"{name} is wrong: errors {found}, allowed {allowed}"
+    return Checked(found, allowed, correct, peak, seconds)
 
 
-def measure(benchmark: Any, records: list[Record], measurement: Measurement) -> None:
-    """Check, count, time; the record goes to `records` and to the benchmark's extra_info."""
-    case, implementation = measurement.case, measurement.implementation
-    skip_what_cannot_run(implementation, case)
-    benchmark.group = f"{'smoke ' if case.smoke else ''}{measurement.group} {case.shape} {case.dtype_name}"
-    found, correct = checked(measurement)
-    peak = peak_memory(measurement.prepare())
-    reference = None if implementation.is_fused else measurement.reference
-    fused_has_run = any(record["group"] == benchmark.group for record in records)
-    if reference is not None and not fused_has_run:
-        reference()()
-    rounds = 1 if implementation.slow_on_cpu and DEVICE.type == "cpu" else case.rounds
+def timed_peak(prepare: Prepare) -> tuple[float, tuple[int, Any]]:
+    """About how long a call takes, and `peak_memory` of it."""
+    call, results = prepare(), []
+    seconds = seconds_of(lambda: results.append(peak_memory(call)))
+    if seconds < 1:  # the count itself may take longer than the call
+        seconds = seconds_of(prepare())
+    return seconds, results[0]
+
+
+def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:
+    """Check, count, time; the record goes to the session and to the benchmark's extra_info."""
+    implementation = measurement.implementation
+    benchmark.group = measurement.group
+    if implementation.missing:
+        skip(session, measurement, implementation.missing)
+    if implementation.compiles and not measurement.case.compiles:
+        skip(session, measurement, "compiles, and so is left out of this case")
+    check = checked(session, measurement)
+    reference, seconds = None, check.seconds
+    if not measurement.is_reference:
+        reference = measurement.reference
+        seconds += session.reference_seconds(measurement.group) or seconds_of(reference())
+    rounds = 1 if measurement.case.smoke else rounds_of(seconds)
     paired = time_in_turn(benchmark, measurement.prepare, reference, rounds)
     if paired is not None:
-        benchmark.extra_info.update(record_of(measurement, benchmark.group, paired, peak, found, correct, rounds))
-        records.append(benchmark.extra_info)
-        complete(records)
+        benchmark.extra_info.update(record_of(measurement, paired, check))
+        session.records.append(benchmark.extra_info)
+        complete(session.records)
 
 
-def record_of(
-    measurement: Measurement, group: str, paired: Paired, peak: int, errors: Errors, correct: bool, rounds: int
-) -> Record:
+def record_of(measurement: Measurement, paired: Paired, check: Checked) -> Record:
     """What is kept of one measurement, but for the ratios to other records of its group."""
     work = measurement.work
     rate = "gflops_per_second" if work.unit == "GFLOP/s" else "gigabytes_per_second"
     tokens = {} if measurement.n_tokens is None else {"tokens_per_second": measurement.n_tokens / paired.seconds}
     return {
-        "subject": measurement.group,
-        "group": group,
+        "subject": measurement.subject,
+        "group": measurement.group,
         "smoke": measurement.case.smoke,
         "implementation": measurement.implementation.name,
         "milliseconds": 1e3 * paired.seconds,
-        "rounds": rounds,
+        "rounds": paired.rounds,
         rate: work.giga / paired.seconds,
         **tokens,
         "share_of_roof": work.roof_seconds() / paired.seconds,
-        "peak_memory_mib": peak / 2**20,
+        "peak_memory_mib": check.peak / 2**20,
         "ratio_to_fused": paired.ratio,
-        "correct": correct,
-        "errors": errors,
+        "ratio_quartiles": list(paired.ratio_quartiles),
+        "correct": check.correct,
+        "errors": check.errors,
+        "allowed": check.allowed,
         **environment(),
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,8 +20,8 @@ def peak_beyond_results(changes: Iterable[int]) -> int:
     return max(live) - live[-1]
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes, exact and the same in every run, of one call.
+def peak_memory(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes, exact and the same in every run, of one call; and what it returned.
 
     CPU: every allocation of PyTorch's allocator, as its profiler reports them, inside custom and compiled ops too;
     what a library allocates by itself is not seen.  CUDA: the caching allocator's own count.
@@ -30,13 +31,10 @@ def peak_memory(call: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         result = call()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        del result
-        return peak
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), result
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    del result
-    return peak_beyond_results(changes)
+    return peak_beyond_results(changes), result

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.accuracy import Errors, relative_error
-from bench.implementations import Implementation, freshly_compiled, why_missing
+from bench.implementations import Implementation, by_name, compiled, why_missing
 from bench.shapes import DEVICE, RowsShape
 from kernels import rms_norm_penalty
+from kernels.device import accumulator
 from kernels.rms_norm import rms_norm_penalty_reference
 
 EPS = 1e-6
@@ -48,7 +48,8 @@ class NormInputs:
         x, weight = self.x.detach().to(dtype).requires_grad_(), self.weight.detach().to(dtype).requires_grad_()
         residual = None if self.residual is None else self.residual.detach().to(dtype).requires_grad_()
         dtotal = None if self.dtotal is None else self.dtotal.to(dtype)
-        return NormInputs(x, weight, residual, self.dy.to(dtype), self.dmean_square, dtotal)
+        dmean_square = self.dmean_square.to(accumulator(dtype))
+        return NormInputs(x, weight, residual, self.dy.to(dtype), dmean_square, dtotal)
 
     @property
     def differentiated(self) -> list[Tensor]:
@@ -87,24 +88,12 @@ def liger(inputs: NormInputs) -> list[Tensor]:
     return [y, total.float().square().mean(-1), total]
 
 
-IMPLEMENTATIONS = [
-    Implementation("fused", lambda: fused),
-    Implementation("plain", lambda: plain),
-    Implementation("compiled", lambda: freshly_compiled(plain)),
-    Implementation("nn.RMSNorm + penalty", lambda: module),
-    Implementation("liger + penalty", lambda: liger, why_missing("liger_kernel", needs_gpu=True)),
-]
-
-
-def results(norm, inputs: NormInputs) -> dict[str, Tensor]:
-    """Every output and every gradient, by name."""
-    outputs = norm(inputs)
-    gradients = torch.autograd.grad(outputs, inputs.differentiated, inputs.gradients)
-    names = ("y", "mean square", "sum")[: len(outputs)] + ("dx", "dweight", "dresidual")[: len(gradients)]
-    return dict(zip(names, [*outputs, *gradients], strict=True))
-
-
-def errors(norm, inputs: NormInputs) -> Errors:
-    """Relative errors against plain PyTorch on the same numbers in float32."""
-    truth = results(plain, inputs.to(torch.float32))
-    return {name: relative_error(found, truth[name]) for name, found in results(norm, inputs).items()}
+IMPLEMENTATIONS = by_name(
+    [
+        Implementation("fused", lambda: fused),
+        Implementation("plain", lambda: plain),
+        compiled("compiled", plain),
+        Implementation("nn.RMSNorm + penalty", lambda: module),
+        Implementation("liger + penalty", lambda: liger, why_missing("liger_kernel", needs_gpu=True)),
+    ]
+)

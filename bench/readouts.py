@@ -5,15 +5,15 @@ Every one takes the same inputs and leaves gradients in their `.grad`.  An imple
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.accuracy import Errors, relative_error
-from bench.implementations import Implementation, freshly_compiled, why_missing, with_fresh_compiler
+from bench.accuracy import Errors, relative_error, truth_dtype
+from bench.implementations import Implementation, by_name, compiled, why_missing, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
-from bench.timing import Call, Prepare
 from kernels import looped_cross_entropy
 
 EPS = 1e-6
@@ -76,6 +76,16 @@ def plain(inputs: Inputs) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The normed rows [K N, d] of all loops, which share the head, and their targets."""
+    return torch.cat(inputs.normed()), inputs.targets.repeat(len(inputs.states))
+
+
+def plain_concatenated(inputs: Inputs) -> Tensor:
+    rows, targets = concatenated(inputs)
+    return F.cross_entropy(F.linear(rows, inputs.head), targets)
+
+
 def torch_chunked(inputs: Inputs) -> Tensor:
     options = nn.LinearCrossEntropyOptions()
     losses = [F.linear_cross_entropy(y, inputs.head, inputs.targets, options=options) for y in inputs.normed()]
@@ -83,47 +93,61 @@ def torch_chunked(inputs: Inputs) -> Tensor:
 
 
 def torch_chunked_concatenated(inputs: Inputs) -> Tensor:
-    targets = inputs.targets.repeat(len(inputs.states))
-    options = nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(torch.cat(inputs.normed()), inputs.head, targets, options=options)
+    rows, targets = concatenated(inputs)
+    return F.linear_cross_entropy(rows, inputs.head, targets, options=nn.LinearCrossEntropyOptions())
 
 
 def cut_cross_entropy(inputs: Inputs) -> Tensor:
+    """Without its filter, which drops gradients below 2.4e-4: more than a uniform probability at V = 20,000."""
     from cut_cross_entropy import linear_cross_entropy
 
     options = {"impl": "torch_compile"} if DEVICE.type == "cpu" else {"filter_eps": None}
-    targets = inputs.targets.repeat(len(inputs.states))
-    return linear_cross_entropy(torch.cat(inputs.normed()), inputs.head, targets, **options)
+    rows, targets = concatenated(inputs)
+    return linear_cross_entropy(rows, inputs.head, targets, **options)
+
+
+def liger_normed(inputs: Inputs) -> list[Tensor]:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return [liger_rms_norm(state, inputs.weight, EPS, in_place=False) for state in inputs.states]
 
 
 def liger(inputs: Inputs) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    losses = [liger_fused_linear_cross_entropy(y, inputs.head, inputs.targets) for y in inputs.normed()]
+    losses = [liger_fused_linear_cross_entropy(y, inputs.head, inputs.targets) for y in liger_normed(inputs)]
     return torch.stack(losses).mean()
 
 
-def liger_concatenated(inputs: Inputs) -> Tensor:
+def liger_concatenated(inputs: Inputs, accumulator: torch.dtype | None = None) -> Tensor:
+    """accumulator: of dW's sum over its chunks; None: the head's dtype."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    targets = inputs.targets.repeat(len(inputs.states))
-    return liger_fused_linear_cross_entropy(torch.cat(inputs.normed()), inputs.head, targets)
+    rows, targets = torch.cat(liger_normed(inputs)), inputs.targets.repeat(len(inputs.states))
+    return liger_fused_linear_cross_entropy(rows, inputs.head, targets, accum_dtype=accumulator)
 
 
+TORCH_MISSING = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
 LIGER_MISSING = why_missing("liger_kernel", needs_gpu=True)
-CUT_CROSS_ENTROPY = Implementation(
-    "cut-cross-entropy", lambda: with_fresh_compiler(cut_cross_entropy), why_missing("cut_cross_entropy")
+CUT_MISSING = why_missing("cut_cross_entropy")
+IMPLEMENTATIONS = by_name(
+    [
+        Implementation("fused", lambda: fused),
+        Implementation("plain", lambda: plain),
+        compiled("compiled", plain),
+        compiled("compiled-concatenated", plain_concatenated),
+        Implementation("torch-chunked", lambda: torch_chunked, TORCH_MISSING),
+        Implementation("torch-chunked-concatenated", lambda: torch_chunked_concatenated, TORCH_MISSING),
+        Implementation(
+            "cut-cross-entropy-unfiltered", lambda: with_fresh_compiler(cut_cross_entropy), CUT_MISSING, compiles=True
+        ),
+        Implementation("liger", lambda: liger, LIGER_MISSING),
+        Implementation("liger-concatenated", lambda: liger_concatenated, LIGER_MISSING),
+        Implementation(
+            "liger-concatenated-fp32-dW", lambda: partial(liger_concatenated, accumulator=torch.float32), LIGER_MISSING
+        ),
+    ]
 )
-IMPLEMENTATIONS = [
-    Implementation("fused", lambda: fused),
-    Implementation("plain", lambda: plain),
-    Implementation("compiled", lambda: freshly_compiled(plain)),
-    Implementation("torch-chunked", lambda: torch_chunked, slow_on_cpu=True),
-    Implementation("torch-chunked-concatenated", lambda: torch_chunked_concatenated, slow_on_cpu=True),
-    CUT_CROSS_ENTROPY,
-    Implementation("liger", lambda: liger, LIGER_MISSING),
-    Implementation("liger-concatenated", lambda: liger_concatenated, LIGER_MISSING),
-]
 
 
 def run(loss: Loss, inputs: Inputs) -> Tensor:
@@ -133,32 +157,39 @@ def run(loss: Loss, inputs: Inputs) -> Tensor:
     return result.detach()
 
 
-def make_round(loss: Loss, inputs: Inputs) -> Prepare:
+def make_round(loss: Loss, inputs: Inputs) -> Callable[[], Callable[[], Tensor]]:
     """Forward and backward, the gradients of the round before forgotten."""
 
-    def prepare() -> Call:
+    def prepare() -> Callable[[], Tensor]:
         inputs.forget_gradients()
         return lambda: run(loss, inputs)
 
     return prepare
 
 
-def results(loss: Loss, inputs: Inputs) -> dict[str, Tensor | None]:
-    """The loss and every gradient, by name; the K states' as one."""
-    inputs.forget_gradients()
-    value = run(loss, inputs)
+def gradients(inputs: Inputs) -> dict[str, Tensor | None]:
+    """Every gradient that was left in `.grad`, by name; the K states' as one."""
     states = [state.grad for state in inputs.states if state.grad is not None]
-    found = {
-        "loss": value,
+    return {
         "dstates": torch.stack(states) if len(states) == len(inputs.states) else None,
         "dhead": inputs.head.grad,
         "dweight": inputs.weight.grad,
     }
-    inputs.forget_gradients()
-    return found
 
 
-def errors(loss: Loss, inputs: Inputs, truth: dict[str, Tensor | None]) -> Errors:
-    """Relative errors of one run against the truth."""
-    found = results(loss, inputs)
-    return {name: relative_error(found[name], expected) for name, expected in truth.items() if expected is not None}
+def truth(inputs: Inputs) -> dict[str, Tensor | None]:
+    """The loss and every gradient, of plain PyTorch in a wider dtype; one loop at a time, to hold one's logits."""
+    wide = inputs.to(truth_dtype(inputs.head.dtype))
+    losses = []
+    for state in wide.states:
+        one = Inputs([state], wide.head, wide.weight, wide.targets)
+        loss = plain(one) / len(wide.states)
+        loss.backward()
+        losses.append(loss.detach())
+    return {"loss": torch.stack(losses).sum(), **gradients(wide)}
+
+
+def errors(loss: Tensor, inputs: Inputs, expected: dict[str, Tensor | None]) -> Errors:
+    """Relative errors of a loss and of the gradients that were left in `.grad`."""
+    found = {"loss": loss, **gradients(inputs)}
+    return {name: relative_error(found[name], value) for name, value in expected.items() if value is not None}

@@ -2,9 +2,11 @@
 
 import datetime
 import json
+import os
 import platform
 import re
-from collections.abc import Iterable
+import time
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -14,11 +16,28 @@ from typing import Any
 
 import torch
 
+from bench.accuracy import closest_to_limit
+from bench.implementations import is_ours
 from bench.shapes import DEVICE
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel")
+INSTRUCTIONS = {"amx_bf16": "amx", "avx512_bf16": "avx512-bf16", "avx512_f": "avx512", "avx2": "avx2"}  # best first
+
+
+@dataclass
+class Session:
+    """What one run of pytest has measured and skipped since it started."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: list[Record] = field(default_factory=list)  # group, implementation, reason
+    start: float = field(default_factory=time.monotonic)
+
+    def reference_seconds(self, group: str) -> float | None:
+        """Of a round of the fused implementation, where it has been timed."""
+        found = [r for r in self.records if r["group"] == group and r["implementation"] == "fused"]
+        return found[-1]["milliseconds"] / 1e3 if found else None
 
 
 def complete(records: list[Record]) -> None:
@@ -30,7 +49,7 @@ def complete(records: list[Record]) -> None:
     """
     fastest: dict[str, Record] = {}
     for record in records:
-        if record["implementation"] != "fused" and record["correct"]:
+        if record["correct"] and not is_ours(record["implementation"]):
             best = fastest.setdefault(record["group"], record)
             if record["ratio_to_fused"] < best["ratio_to_fused"]:
                 fastest[record["group"]] = record
@@ -44,10 +63,13 @@ def complete(records: list[Record]) -> None:
 
 @cache
 def environment() -> Record:
-    """Device, threads, versions, commit and date of this run."""
+    """Device, what it can do and hold, threads, versions, commit and date of this run."""
+    on_gpu = DEVICE.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "instructions": _architecture() if on_gpu else _instructions(),
         "threads": torch.get_num_threads(),
+        "memory": _gpu_memory() if on_gpu else _memory(),
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -77,46 +99,92 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def slug(device: str, threads: int) -> str:
-    """The device in a file's name."""
-    words = re.sub(r"\((r|tm)\)|@.*", "", device.lower())
-    return re.sub(r"[^a-z0-9]+", "-", words).strip("-") + f"-{threads}-threads"
+def _instructions() -> str:
+    """The widest instructions for matrix products: two processors of one name may differ in them."""
+    has = torch.cpu.get_capabilities()
+    return next((name for flag, name in INSTRUCTIONS.items() if has.get(flag, False)), platform.machine())
 
 
-def write(records: Iterable[Record], directory: Path = RESULTS) -> list[Path]:
+def _architecture() -> str:
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm-{properties.major}{properties.minor}"
+
+
+def _gpu_memory() -> Record:
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return {"l2_bytes": properties.L2_cache_size, "ram_bytes": properties.total_memory}
+
+
+def _memory() -> Record:
+    """L2 of a core, L3, and all memory, in bytes; None where the system does not say."""
+
+    levels: dict[str, int] = {}
+    for cache_of_core in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        kibibytes = (cache_of_core / "size").read_text().strip().removesuffix("K")
+        levels[(cache_of_core / "level").read_text().strip()] = 1024 * int(kibibytes)
+    known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+    return {
+        "l2_bytes": levels.get("2") or torch.cpu.get_capabilities().get("l2_cache_size"),
+        "l3_bytes": levels.get("3"),
+        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None,
+    }
+
+
+def slug(where: Record) -> str:
+    """The device in a file's name, from its environment: device, instructions, threads."""
+    words = re.sub(r"\((r|tm)\)", "", where["device"].lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {where['instructions']} {where['threads']} threads").strip("-")
+
+
+def write(session: Session, directory: Path = RESULTS) -> list[Path]:
     """Write `<date>-<device>.json` and the same as tables in `.md`; smoke measurements are left out.
 
-    Where a file of the same day and device exists, the groups measured now replace theirs in it and the others stay,
-    each record with its own commit.  Returns the paths, none if there was nothing to write.
+    Where a file of the same day and device exists, what is measured now replaces the same implementation on the same
+    case in it and all else stays, each record with its own commit.  Returns the paths, none if there was nothing to
+    write.
     """
-    kept = [record for record in records if not record["smoke"]]
+    kept = [record for record in session.records if not record["smoke"]]
     if not kept:
         return []
-    path = directory / f"{kept[0]['date']}-{slug(kept[0]['device'], kept[0]['threads'])}.json"
-    now = {record["group"] for record in kept}
-    earlier = json.loads(path.read_text())["records"] if path.exists() else []
-    merged = [record for record in earlier if record["group"] not in now] + kept
-    merged.sort(key=lambda record: record["subject"])  # stable: the order of the suite within a subject
+    path = directory / f"{kept[0]['date']}-{slug(kept[0])}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {"sessions": [], "records": [], "skipped": []}
+    now = {_key(record) for record in (*kept, *session.skipped)}
+    found = {
+        "sessions": [*earlier["sessions"], _summary(session, len(kept))],
+        "records": [record for record in earlier["records"] if _key(record) not in now] + kept,
+        "skipped": [record for record in earlier["skipped"] if _key(record) not in now] + session.skipped,
+    }
+    found["records"].sort(key=lambda record: (record["subject"], record["group"]))  # stable within a group
+    complete(found["records"])
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"records": merged}, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     table = path.with_suffix(".md")
-    table.write_text(markdown(merged))
+    table.write_text(markdown(**found))
     return [path, table]
 
 
-COLUMNS = "| implementation | ms | rate | share of roof | peak MiB | ÷ fused | ÷ fastest competitor | result |"
+def _key(record: Record) -> tuple[str, str]:
+    return record["group"], record["implementation"]
 
 
-def markdown(records: list[Record]) -> str:
-    """A section for each environment, a table for each group, a row for each implementation, fastest first."""
+def _summary(session: Session, n_records: int) -> Record:
+    finished = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    wall = time.monotonic() - session.start
+    return {"finished": finished, "wall_seconds": wall, "records": n_records, "skipped": len(session.skipped)}
+
+
+COLUMNS = "| implementation | ms | rate | share of roof | peak MiB | ÷ fused | ÷ fastest competitor | rounds | result |"
+
+
+def markdown(records: list[Record], skipped: list[Record], sessions: list[Record]) -> str:
+    """A table for each group, a row for each implementation, fastest first; what was skipped; where and how long."""
     lines = ["# Benchmark record", "", "How to read it: [bench/README.md](../README.md).", ""]
-    by_group = sorted(records, key=lambda record: (record["subject"], record["group"]))
-    for group, rows in groupby(by_group, key=lambda record: record["group"]):
+    for group, rows in groupby(records, key=lambda record: record["group"]):
         members = sorted(rows, key=lambda record: record["ratio_to_fused"])
-        lines += [f"## {group}", "", COLUMNS, "|---|---|---|---|---|---|---|---|", *map(_row, members), ""]
-    lines += ["## Measured on", ""]
-    places: dict[str, None] = dict.fromkeys(_place(record) for record in records)
-    lines += [f"- {place}" for place in places]
+        lines += [f"## {group}", "", COLUMNS, "|---|---|---|---|---|---|---|---|---|", *map(_row, members)]
+        lines += [f"\nSkipped: {s['implementation']}: {s['reason']}" for s in skipped if s["group"] == group] + [""]
+    lines += ["## Measured on", "", *(f"- {place}" for place in dict.fromkeys(map(place_of, records)))]
+    lines += [f"- {s['finished']}: {s['records']} measurements in {s['wall_seconds']:.0f} s" for s in sessions]
     return "\n".join(lines) + "\n"
 
 
@@ -130,15 +198,31 @@ def _row(record: Record) -> str:
     fastest = "" if record["ratio_to_fastest"] is None else f"{record['ratio_to_fastest']:.2f}"
     return (
         f"| {record['implementation']} | {record['milliseconds']:.4g} | {rate} | {record['share_of_roof']:.0%} | "
-        f"{record['peak_memory_mib']:.1f} | {record['ratio_to_fused']:.2f} | {fastest} | {_verdict(record)} |"
+        f"{record['peak_memory_mib']:.1f} | {ratio_of(record)} | {fastest} | {record['rounds']} | {_verdict(record)} |"
     )
 
 
+def ratio_of(record: Record) -> str:
+    """The ratio to the fused time with its quartiles, which the earliest record does not have."""
+    if record["implementation"] == "fused" or record["ratio_quartiles"] is None:
+        return f"{record['ratio_to_fused']:.2f}"
+    low, high = record["ratio_quartiles"]
+    return f"{record['ratio_to_fused']:.2f} ({low:.2f}-{high:.2f})"
+
+
 def _verdict(record: Record) -> str:
-    name, error = max(record["errors"].items(), key=lambda item: item[1])
-    return f"{'right' if record['correct'] else '**wrong**'} ({name} {error:.1e})"
+    name = closest_to_limit(record["errors"], record["allowed"])
+    limit = f"{name} {record['errors'][name]:.1e}, allowed {record['allowed'][name]:.1e}"
+    return f"{'right' if record['correct'] else '**wrong**'} ({limit})"
 
 
-def _place(record: Record) -> str:
+def place_of(record: Record) -> str:
+    """Date, machine, versions and commit of a record."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
-    return f"{record['date']}, {record['device']}, {record['threads']} threads, {versions}, commit {record['commit']}"
+    sizes = [f"{name.removesuffix('_bytes').upper()} {_size(n)}" for name, n in record["memory"].items() if n]
+    machine = [record["device"], record["instructions"], f"{record['threads']} threads", *sizes]
+    return f"{record['date']}, {', '.join(machine)}, {versions}, commit {record['commit']}"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:g} MiB"

@@ -3,8 +3,8 @@
     python -m bench.scaling [--out bench/results] [--rounds 3]
 
 Writes `<date>-<device>-scaling.json` and `.png`.  The two implementations take turns at every point; a point is the
-median of the rounds after one that warms up.  To every curve of times belongs a least-squares line; `worst_deviation`
-is the largest distance of a point from it, as a share of the point.
+median of the rounds after one that warms up.  The record has a least-squares line for every curve of times, and
+`worst_deviation`, the largest distance of a point from it, as a share of the point: how far from linear a curve is.
 """
 
 import argparse
@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from bench import readouts
@@ -33,6 +34,7 @@ from bench.readouts import Inputs, make_round
 from bench.records import RESULTS, environment, slug
 from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
 from bench.timing import Prepare, seconds_of
+from looped.config import PRESETS
 
 VARIANTS = ("fused", "plain")
 LOOPS = tuple(range(1, 9))
@@ -74,7 +76,7 @@ def readout_sweeps(base: ReadoutShape, dtype_name: str, loops: tuple[int, ...]) 
 
     def varying(field: str) -> Callable[[str, int], Prepare]:
         def prepare(variant: str, value: int) -> Prepare:
-            case = Case(base._replace(**{field: value}), dtype_name, 1)
+            case = Case(base._replace(**{field: value}), dtype_name)
             loss = {"fused": readouts.fused, "plain": readouts.plain}[variant]
             return make_round(loss, Inputs.of(case.shape, case.dtype))
 
@@ -82,13 +84,13 @@ def readout_sweeps(base: ReadoutShape, dtype_name: str, loops: tuple[int, ...]) 
 
     fractions = (0.25, 0.5, 1, 1.5, 2)
     return [
-        Sweep(f"readout, N = {base.n_tokens}, V = {base.vocabulary}", "K", loops, varying("n_loops")),
+        Sweep(f"readout, d = {base.d}\nN = {base.n_tokens}, V = {base.vocabulary}", "K", loops, varying("n_loops")),
         Sweep(
-            f"readout, K = {base.n_loops}, V = {base.vocabulary}", "N",
+            f"readout, d = {base.d}\nK = {base.n_loops}, V = {base.vocabulary}", "N",
             tuple(int(base.n_tokens * fraction) for fraction in fractions), varying("n_tokens"),
         ),
         Sweep(
-            f"readout, K = {base.n_loops}, N = {base.n_tokens}", "V",
+            f"readout, d = {base.d}\nK = {base.n_loops}, N = {base.n_tokens}", "V",
             tuple(int(base.vocabulary * fraction) for fraction in fractions), varying("vocabulary"),
         ),
     ]  # fmt: skip
@@ -98,26 +100,26 @@ def step_sweeps(base: DecoderShape, dtype_name: str, loops: tuple[int, ...]) -> 
     """Over K, and over N = batch x sequence length."""
 
     def of_loops(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(n_loops=value), dtype_name, 1), variant, "per-loop")
+        return stepping(Case(base._replace(n_loops=value), dtype_name), variant, "per-loop")
 
     def of_tokens(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name, 1), variant, "per-loop")
+        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name), variant, "per-loop")
 
+    d = PRESETS[base.preset].d_model
     tokens = tuple(base.seq_len * batch for batch in (1, 2, 3, 4))
     return [
-        Sweep(f"step of {base.preset}, N = {base.n_tokens}", "K", loops, of_loops),
-        Sweep(f"step of {base.preset}, K = {base.n_loops}", "N", tokens, of_tokens),
+        Sweep(f"step of {base.preset}, d = {d}\nN = {base.n_tokens}", "K", loops, of_loops),
+        Sweep(f"step of {base.preset}, d = {d}\nK = {base.n_loops}", "N", tokens, of_tokens),
     ]
 
 
 def measure(sweep: Sweep, rounds: int) -> list[Curve]:
     """A curve of every variant; at each value they take turns."""
     curves = [Curve(sweep.title, sweep.x, variant, list(sweep.values), [], []) for variant in VARIANTS]
-    for value in tqdm(sweep.values, desc=f"{sweep.title}, {sweep.x}", disable=None):
+    for value in tqdm(sweep.values, desc=f"{' '.join(sweep.title.split())}, {sweep.x}", disable=None):
         prepared = [sweep.prepare(variant, value) for variant in VARIANTS]
         for curve, prepare in zip(curves, prepared, strict=True):
-            prepare()()
-            curve.peak_bytes.append(peak_memory(prepare()))
+            curve.peak_bytes.append(peak_memory(prepare())[0])  # and this call warms up
         times = [[seconds_of(prepare()) for prepare in prepared] for _ in range(rounds)]
         for curve, own in zip(curves, zip(*times, strict=True), strict=True):
             curve.seconds.append(median(own))
@@ -129,30 +131,37 @@ def measure(sweep: Sweep, rounds: int) -> list[Curve]:
     return curves
 
 
+MEMORY_NOTE = (
+    "Memory: highest point of a call beyond inputs, weights and optimiser state (there before) and outputs and "
+    "gradients (there after); what a library allocates by itself is not seen."
+)
+
+
 def draw(path: Path, curves: list[Curve], title: str) -> None:
     """A column for each sweep: times above, memory below."""
     sweeps = list(dict.fromkeys((curve.sweep, curve.x) for curve in curves))
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.9 * len(sweeps), 7), layout="constrained", squeeze=False)
     colours = dict(zip(VARIANTS, ("#1f5fa8", "#b0452c"), strict=True))
-    for column, sweep in enumerate(sweeps):
-        for curve in (curve for curve in curves if (curve.sweep, curve.x) == sweep):
-            values, colour = np.array(curve.values), colours[curve.variant]
-            line = curve.slope * values + curve.intercept
+    with plt.rc_context({"font.size": 14, "axes.titlesize": 14, "axes.labelsize": 15}):
+        figure, axes = plt.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 8), layout="constrained", squeeze=False)
+        for column, sweep in enumerate(sweeps):
             times, memory = axes[:, column]
-            times.plot(values, curve.seconds, "o", color=colour, markersize=5, label=curve.variant)
-            times.plot(values, line, color=colour, linewidth=1.1, alpha=0.7)
-            memory.plot(values, np.array(curve.peak_bytes) / 2**20, "o-", color=colour, markersize=5, linewidth=1.1)
-        times.set(title=f"{sweep[0]}", ylabel="seconds (and least-squares line)" if column == 0 else "")
-        memory.set(xlabel=sweep[1], ylabel="peak temporary memory, MiB" if column == 0 else "")
-        times.legend(frameon=False)
-        for panel in (times, memory):
-            panel.set_xlim(left=0)
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.25, linewidth=0.6)
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            for curve in (curve for curve in curves if (curve.sweep, curve.x) == sweep):
+                style = dict(color=colours[curve.variant], marker="o", markersize=6, linewidth=1.6)
+                times.plot(curve.values, curve.seconds, label=curve.variant, **style)
+                memory.plot(curve.values, np.array(curve.peak_bytes) / 2**20, **style)
+            times.set(title=sweep[0], ylabel="seconds" if column == 0 else "")
+            memory.set(xlabel=sweep[1], ylabel="peak temporary memory, MiB" if column == 0 else "")
+            for panel in (times, memory):
+                panel.set_xlim(left=0)
+                panel.set_ylim(bottom=0)
+                panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
+                panel.grid(alpha=0.25, linewidth=0.6)
+                panel.spines[["top", "right"]].set_visible(False)
+        axes[0, 0].legend(frameon=False)
+        figure.suptitle(title)
+        figure.supxlabel(MEMORY_NOTE, fontsize=12)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
 
 
 def record(curves: list[Curve], dtype_name: str, rounds: int) -> dict[str, Any]:
@@ -177,11 +186,16 @@ def main(arguments: list[str] | None = None) -> None:
     curves = [curve for sweep in sweeps for curve in measure(sweep, options.rounds)]
     options.out.mkdir(parents=True, exist_ok=True)
     where = environment()
-    path = options.out / f"{where['date']}-{slug(where['device'], where['threads'])}-scaling.json"
+    path = options.out / f"{where['date']}-{slug(where)}-scaling.json"
     path.write_text(json.dumps(record(curves, readout.dtype_name, options.rounds), indent=1) + "\n")
-    draw(path.with_suffix(".png"), curves, f"{where['device']}, {where['threads']} threads, {readout.dtype_name}")
+    draw(
+        path.with_suffix(".png"),
+        curves,
+        f"{where['device']}, {where['instructions']}, {where['threads']} threads, {readout.dtype_name}",
+    )
     for curve in curves:
-        print(f"{curve.sweep}, {curve.variant}: within {curve.worst_deviation:.0%} of a line in {curve.x}")
+        title = " ".join(curve.sweep.split())
+        print(f"{title}, {curve.variant}: within {curve.worst_deviation:.0%} of a line in {curve.x}")
     print(f"written: {path} and {path.with_suffix('.png').name}")
 
 

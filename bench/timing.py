@@ -1,11 +1,12 @@
 """How a call is timed: in turn with a reference, on the device's own clock, with a cold cache on a GPU."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import cache
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bench.shapes import DEVICE
@@ -14,11 +15,25 @@ Call = Callable[[], object]
 Prepare = Callable[[], Call]  # called before every round, untimed; what it returns is timed
 
 
+SHORT_ROUND = 1.0  # seconds: up to here there are at least ROUNDS of them, and together they last at least as long
+ROUNDS, MOST_ROUNDS, FEWEST_ROUNDS = 7, 100, 2
+
+
 class Paired(NamedTuple):
-    """seconds: median of a round. ratio: median over rounds of its time over that of the reference just before."""
+    """seconds: median of a round. ratio: median over rounds of its time over that of the reference just before, with
+    its quartiles. rounds: how many there were."""
 
     seconds: float
     ratio: float
+    ratio_quartiles: tuple[float, float]
+    rounds: int
+
+
+def rounds_of(seconds: float) -> int:
+    """How many rounds there is time for, if one takes so many seconds."""
+    if seconds <= SHORT_ROUND:
+        return min(MOST_ROUNDS, max(ROUNDS, math.ceil(SHORT_ROUND / max(seconds, 1e-9))))
+    return max(FEWEST_ROUNDS, int(ROUNDS * SHORT_ROUND / seconds))
 
 
 class Instant:
@@ -81,4 +96,5 @@ def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare | None, ro
         return None
     times = benchmark.stats.stats.data
     ratios = [1.0] if reference is None else [t / r for t, r in zip(times, references[:rounds], strict=True)]
-    return Paired(median(times), median(ratios))
+    low, middle, high = (float(quartile) for quartile in np.quantile(ratios, (0.25, 0.5, 0.75)))
+    return Paired(float(np.median(times)), middle, (low, high), rounds)

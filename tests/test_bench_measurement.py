@@ -1,15 +1,19 @@
 """How benchmarks measure: memory of a known pattern, pairs of times, what is skipped, wrong or ours."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
-from bench import measurement, timing
-from bench.implementations import Implementation
+from bench import roofs, timing
+from bench.implementations import Implementation, cannot_run_here
 from bench.measurement import Measurement, Work, measure
 from bench.memory import peak_beyond_results, peak_memory
-from bench.shapes import Case, ReadoutShape, RowsShape
+from bench.records import Session
+from bench.shapes import Case, RowsShape
+from bench.timing import rounds_of
 from kernels import rms_norm_penalty
 
 MIB = 2**20
@@ -41,22 +45,24 @@ def test_peak_memory_of_a_known_pattern():
         third = before + 1  # 1 MiB, freed
         return torch.empty(MIB, dtype=torch.uint8).add_(int(third[0]))  # 1 MiB, the result
 
-    assert peak_memory(call) == 4 * MIB
-    assert peak_memory(call) == 4 * MIB
+    for _ in range(2):
+        peak, result = peak_memory(call)
+        assert peak == 4 * MIB
+        assert len(result) == MIB
 
 
 @on_cpu
 def test_peak_memory_sees_inside_custom_ops():
     """Results 2 MiB of y and the mean squares; inside, the CPU implementation needs some rows in float32."""
     x = torch.randn(1024, 1024, dtype=torch.bfloat16)
-    inside = peak_memory(lambda: rms_norm_penalty(x, torch.ones(1024)))
+    inside, _ = peak_memory(lambda: rms_norm_penalty(x, torch.ones(1024)))
     assert 0 < inside <= 3 * 4 * MIB
 
 
 @on_cpu
 def test_peak_memory_does_not_count_what_is_freed_from_before():
     held = [torch.empty(8 * MIB, dtype=torch.uint8)]
-    assert peak_memory(held.clear) == 0
+    assert peak_memory(held.clear)[0] == 0
 
 
 class FakeBenchmark:
@@ -85,70 +91,150 @@ def test_time_in_turn_pairs_each_round_with_the_reference_before_it(monkeypatch)
     prepare = lambda: lambda: events.append("ours")  # noqa: E731
     reference = lambda: lambda: events.append("reference")  # noqa: E731
     paired = timing.time_in_turn(FakeBenchmark([2.0, 6.0, 10.0]), prepare, reference, 3)
-    assert paired == (6.0, 2.0)
+    assert paired == (6.0, 2.0, (1.5, 2.5), 3)
     assert events == ["reference", "ours"] * 3
 
 
 def test_time_in_turn_without_reference_or_timing():
     prepare = lambda: lambda: None  # noqa: E731
-    assert timing.time_in_turn(FakeBenchmark([2.0, 4.0]), prepare, None, 2) == (3.0, 1.0)
+    assert timing.time_in_turn(FakeBenchmark([2.0, 4.0]), prepare, None, 2) == (3.0, 1.0, (1.0, 1.0), 2)
     assert timing.time_in_turn(FakeBenchmark(None), prepare, None, 2) is None
 
 
-CASE = Case(RowsShape(4, 8), "fp32", 2)
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [(0.0, 100), (0.01, 100), (0.1, 10), (0.5, 7), (1.0, 7), (2.0, 3), (5.0, 2), (60.0, 2)],
+)
+def test_rounds_fill_a_second_and_are_at_least_seven_where_they_are_short(seconds, rounds):
+    assert rounds_of(seconds) == rounds
 
 
-def case_of(name: str, *, errors=lambda: {"y": 0.0}, case=CASE, **fields) -> Measurement:
+CASE = Case(RowsShape(4, 8), "fp32")
+
+
+def nothing():
+    return lambda: None
+
+
+def case_of(name: str, *, errors=lambda _: {"y": 0.0}, case=CASE, prepare=nothing, **fields) -> Measurement:
     return Measurement(
-        group="thing",
+        subject="thing",
         case=case,
         implementation=Implementation(name, lambda: None, **fields),
+        prepare=prepare,
+        reference=nothing,
         errors=errors,
         allowed=lambda: {"y": 1e-3},
-        prepare=lambda: lambda: None,
-        reference=lambda: lambda: None,
         work=Work(6.0, "GFLOP/s", lambda: 1.5),
     )
 
 
+class AnyRounds(FakeBenchmark):
+    """Every round, however many, takes one second."""
+
+    def pedantic(self, target, setup, rounds) -> None:
+        self.stats.stats.data = [1.0] * rounds
+        super().pedantic(target, setup, rounds)
+
+
 def test_measure_records_rate_and_share_of_roof():
-    records, benchmark = [], FakeBenchmark([2.0, 4.0])
-    measure(benchmark, records, case_of("fused"))
-    assert records == [benchmark.extra_info]
+    session, benchmark = Session(), FakeBenchmark([2.0, 4.0])
+    measure(benchmark, session, case_of("fused"))
+    assert session.records == [benchmark.extra_info]
     assert benchmark.group == "thing 4x8 fp32"
-    kept = records[0]
+    kept = session.records[0]
     assert (kept["gflops_per_second"], kept["share_of_roof"], kept["milliseconds"]) == (2.0, 0.5, 3000.0)
-    assert (kept["correct"], kept["errors"], kept["ratio_to_fastest"]) == (True, {"y": 0.0}, None)
-    assert {"device", "threads", "versions", "commit", "date", "peak_memory_mib"} <= kept.keys()
+    assert (kept["correct"], kept["errors"], kept["allowed"]) == (True, {"y": 0.0}, {"y": 1e-3})
+    assert (kept["ratio_to_fastest"], kept["ratio_quartiles"]) == (None, [1.0, 1.0])
+    assert session.reference_seconds("thing 4x8 fp32") == 3.0
+    assert session.reference_seconds("another") is None
+    place = {"device", "instructions", "memory", "threads", "versions", "commit", "date"}
+    assert {*place, "rounds", "peak_memory_mib"} <= kept.keys()
 
 
-def test_measure_reports_a_wrong_competitor_and_fails_a_wrong_fused():
-    records = []
-    wrong = lambda: {"y": 1.0}  # noqa: E731
-    measure(FakeBenchmark([1.0, 1.0]), records, case_of("plain", errors=wrong))
-    assert records[0]["correct"] is False
-    assert records[0]["errors"] == {"y": 1.0}
-    with pytest.raises(AssertionError, match="fused is wrong"):
-        measure(FakeBenchmark([1.0, 1.0]), records, case_of("fused", errors=wrong))
+def test_what_is_checked_is_what_the_call_returned():
+    calls = []
+
+    def prepare():
+        return lambda: calls.append("call") or 0.25
+
+    session = Session()
+    smoke = CASE._replace(smoke=True)
+    measure(AnyRounds([1.0]), session, case_of("plain", prepare=prepare, errors=lambda y: {"y": y}, case=smoke))
+    assert session.records[0]["errors"] == {"y": 0.25}
+    assert session.records[0]["correct"] is False
+    assert len(calls) == 3, "the check, which counts memory too; a round that says how many there may be; a timed one"
+    calls.clear()
+    measure(AnyRounds([1.0]), session, case_of("compiled", prepare=prepare, case=smoke, compiles=True))
+    assert len(calls) == 4, "one more, which compiles"
 
 
-def test_measure_skips_with_the_reason():
-    def fails():
-        raise RuntimeError("no compiler")
+def test_measure_fails_a_wrong_one_of_ours():
+    for name in ("fused", "fused-blocks-compiled"):
+        with pytest.raises(AssertionError, match=f"{name} is wrong"):
+            measure(AnyRounds([1.0]), Session(), case_of(name, errors=lambda _: {"y": 1.0}))
 
+
+def third_party_that_raises(tmp_path):
+    """A function of a package named as a known third party."""
+    package = tmp_path / "liger_kernel"
+    package.mkdir()
+    (package / "ops.py").write_text("def run():\n    raise ValueError('no such GPU')\n")
+    spec = importlib.util.spec_from_file_location("ops", package / "ops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run
+
+
+def test_only_what_is_not_our_fault_is_skipped(tmp_path):
+    def raising(error):
+        def errors(_):
+            raise error
+
+        return errors
+
+    session = Session()
     with pytest.raises(pytest.skip.Exception, match="peer: peer is not installed"):
-        measure(FakeBenchmark([1.0]), [], case_of("peer", missing="peer is not installed"))
-    with pytest.raises(pytest.skip.Exception, match="cannot run here: RuntimeError: no compiler"):
-        measure(FakeBenchmark([1.0]), [], case_of("compiled", errors=fails))
-    with pytest.raises(RuntimeError, match="no compiler"):
-        measure(FakeBenchmark([1.0]), [], case_of("fused", errors=fails))
+        measure(AnyRounds([1.0]), session, case_of("peer", missing="peer is not installed"))
+    with pytest.raises(pytest.skip.Exception, match="cannot run here: InvalidCxxCompiler"):
+        measure(AnyRounds([1.0]), session, case_of("compiled", errors=raising(InvalidCxxCompiler())))
+    run = third_party_that_raises(tmp_path)
+    with pytest.raises(pytest.skip.Exception, match="cannot run here: ValueError: no such GPU"):
+        measure(AnyRounds([1.0]), session, case_of("liger", errors=lambda _: run()))
+    assert [(s["group"], s["implementation"]) for s in session.skipped] == [
+        ("thing 4x8 fp32", name) for name in ("peer", "compiled", "liger")
+    ]
+    assert session.skipped[2]["reason"] == "cannot run here: ValueError: no such GPU"
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        measure(AnyRounds([1.0]), session, case_of("compiled", errors=raising(RuntimeError("a fault of ours"))))
+    with pytest.raises(InvalidCxxCompiler):
+        measure(AnyRounds([1.0]), session, case_of("fused", errors=raising(InvalidCxxCompiler())))
+    assert len(session.skipped) == 3
+    assert not cannot_run_here(TypeError("unexpected keyword argument"))
 
 
-@on_cpu
-def test_slow_implementations_take_one_round_and_no_large_vocabulary():
-    records = []
-    measure(FakeBenchmark([1.0]), records, case_of("slow", slow_on_cpu=True))
-    assert records[0]["rounds"] == 1
-    large = Case(ReadoutShape(1, 8, 8, measurement.LARGE_VOCABULARY + 1), "fp32", 2)
-    with pytest.raises(pytest.skip.Exception, match="too slow"):
-        measure(FakeBenchmark([1.0]), [], case_of("slow", slow_on_cpu=True, case=large))
+def test_the_roof_is_the_better_of_the_dtypes_in_which_products_may_be_formed(monkeypatch):
+    rates = {torch.bfloat16: 1.0, torch.float32: 3.0}
+    monkeypatch.setattr(roofs, "_rate_in", lambda rows, inner, columns, dtype: rates[dtype])
+    monkeypatch.setattr(roofs, "product_dtype", lambda tensor, dtype: torch.float32)
+    monkeypatch.setattr(roofs, "BF16_IS_EMULATED", False)
+    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 3
+    rates[torch.bfloat16] = 4.0
+    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 4
+    assert roofs.product_rate(2, 2, 2, torch.float32) == 3
+    monkeypatch.setattr(roofs, "BF16_IS_EMULATED", True)
+    del rates[torch.bfloat16]  # is not tried
+    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 3
+
+
+def test_a_slow_layout_is_tried_once(monkeypatch):
+    calls = []
+
+    def seconds_of(call):
+        calls.append(call.args)
+        a, b = call.args
+        return 1.0 if a.is_contiguous() and b.is_contiguous() else 9.0
+
+    monkeypatch.setattr(roofs, "seconds_of", seconds_of)
+    assert roofs._product_seconds(torch.ones(3, 4), torch.ones(4, 5)) == 1
+    assert len(calls) == 2 * (1 + roofs.ROUNDS) + 6  # two layouts of the result, then six slow ones

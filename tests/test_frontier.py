@@ -12,10 +12,9 @@ import torch
 from tiny_run import MODEL, TRAINING, text
 
 from bench import frontier
-from bench.frontier import Documents, Rate, document_sums, estimates, main, perplexity, points, resample, throughput
+from bench.frontier import Documents, document_sums, estimates, main, perplexity, points, resample
 from bench.frontier_figure import PAPER_PPL, markdown
-from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
+from bench.frontier_speed import Rate
 from looped.saved_run import load_run
 from looped.supervision import evaluation_losses
 from train import sweep
@@ -33,11 +32,11 @@ def training_arguments(directory: Path) -> list[str]:
     steps = TRAINING.index("--steps")
     training = TRAINING[:steps] + TRAINING[steps + 2 :]
     paths = ["--cache", str(directory / "cache"), "--device", "cpu", "--dtype", "fp32"]
-    return ["--steps", "8", "--data", str(data), "--seeds", "7", "--", *paths, *MODEL, *training]
+    return ["--steps", "8", "--data", str(data), "--", *paths, *MODEL, *training]
 
 
 def arguments(directory: Path) -> list[str]:
-    own = ["--conditions", *NAMES, "--tokens", "256", "--out", str(directory / "out"), *QUICK]
+    own = ["--conditions", *NAMES, "--seeds", "7", "--tokens", "256", "--out", str(directory / "out"), *QUICK]
     return [*own, "--", *training_arguments(directory)]
 
 
@@ -53,18 +52,25 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runs(finished, tmp_path) -> Path:
-    """A copy of the runs, to be damaged."""
+def runs(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of the runs, to be damaged; without the competitors in speed, which compile."""
+    monkeypatch.setattr(frontier, "competitors", lambda model: {})
     return Path(shutil.copytree(finished / "runs" / "frontier", tmp_path / "runs"))
+
+
+def written(out: Path, kind: str = "json") -> Path:
+    """The one file of that kind, named by date and device."""
+    (path,) = out.glob(f"????-??-??-*-threads-frontier.{kind}")
+    return path
 
 
 def measured(runs: Path, out: Path, *options: str) -> dict:
     assert main(["--runs", str(runs), "--out", str(out), "--tokens", "256", *QUICK, *options]) == 0
-    return json.loads((out / "frontier.json").read_text())
+    return json.loads(written(out).read_text())
 
 
 def test_perplexity_and_bits_per_byte_are_those_that_the_runs_reported(finished):
-    record = json.loads((finished / "out" / "frontier.json").read_text())
+    record = json.loads(written(finished / "out").read_text())
     assert [(point["condition"], point["n_loops"]) for point in record["points"]] == [
         (name, loop) for name in NAMES for loop in (1, 2, 3)
     ]
@@ -84,7 +90,7 @@ def test_perplexity_and_bits_per_byte_are_those_that_the_runs_reported(finished)
 
 
 def test_difference_from_the_reference(finished):
-    record = json.loads((finished / "out" / "frontier.json").read_text())
+    record = json.loads(written(finished / "out").read_text())
     reference, others = record["points"][:3], record["points"][3:]
     assert [point["ppl_difference"] for point in reference] == [None] * 3
     for theirs, point in zip(reference, others, strict=True):
@@ -96,9 +102,9 @@ def test_difference_from_the_reference(finished):
 def test_what_is_trained_is_found_again(finished, monkeypatch):
     monkeypatch.chdir(finished)
     monkeypatch.setattr(sweep, "_start", None)
-    (finished / "out" / "frontier.json").unlink()
+    written(finished / "out").unlink()
     assert main(arguments(finished)) == 0
-    assert (finished / "out" / "frontier.json").exists()
+    assert written(finished / "out").exists()
 
 
 def test_training_that_does_not_succeed(tmp_path, monkeypatch, capsys):
@@ -188,10 +194,14 @@ def test_interval_is_that_of_the_mean():
     assert math.log(estimate.high) == pytest.approx(losses.mean() + half, abs=0.1 * half)
 
 
-def test_draws_of_all_seeds_are_pooled():
-    samples = [np.full((101, 1), 2.0), np.full((101, 1), 6.0)]
-    assert estimates(samples, 5) == [(4.0, 2.0, 6.0, [2.0, 6.0])]
-    (alone,) = estimates(samples[:1], 1)
+def test_seeds_are_averaged_within_a_draw():
+    """The interval is that of the value: two seeds that the draws move by the same amount keep its width."""
+    draws = np.linspace(-1, 1, 101)[:, None]
+    first, second = (np.concatenate([[[value]], value + draws]) for value in (2.0, 6.0))
+    (estimate,) = estimates([first, second], 5)
+    assert (estimate.mean, estimate.by_seed) == (4.0, [2.0, 6.0])
+    assert (estimate.low, estimate.high) == pytest.approx((3.05, 4.95))
+    (alone,) = estimates([first], 1)
     assert alone.mean == 2
     assert math.isnan(alone.low)
     assert math.isnan(alone.high)
@@ -203,8 +213,11 @@ def test_differences_are_paired_by_draw_and_seed():
     better = {
         seed: Documents(made.losses - 0.1 * made.n_tokens, made.n_tokens, None) for seed, made in of_reference.items()
     }
-    rates = {4: {name: [Rate(3.0, 2.0, 4.0)] * 2 for name in ("per-loop-rmsnorm", "per-loop-raw")}}
-    made = points({"per-loop-rmsnorm": of_reference, "per-loop-raw": better | {3: made_documents(30, 3)}}, rates)
+    rates = {"4": {"shape": [Rate(3.0, 2.0, 4.0)] * 2}}
+    shapes = dict.fromkeys(("per-loop-rmsnorm", "per-loop-raw"), "shape")
+    made = points(
+        {"per-loop-rmsnorm": of_reference, "per-loop-raw": better | {3: made_documents(30, 3)}}, rates, shapes
+    )
     for theirs, ours in zip(made[:2], made[2:], strict=True):
         difference = ours["ppl_difference"]
         assert ours["ppl"]["high"] > theirs["ppl"]["low"]
@@ -214,54 +227,39 @@ def test_differences_are_paired_by_draw_and_seed():
         assert ours["seeds"] == [1, 2, 3]
         assert ours["bits_per_byte"] is None
         assert ours["tokens_per_second"] == {"4": {"median": 3.0, "low": 2.0, "high": 4.0}}
-    alone = points({"per-loop-raw": of_reference}, rates)
+    alone = points({"per-loop-raw": of_reference}, rates, shapes)
     assert [point["ppl_difference"] for point in alone] == [None, None]
 
 
-def test_conditions_and_depths_take_turns(monkeypatch):
-    turns: list[tuple[str, int]] = []
-    seconds = {("a", 1): 1.0, ("b", 1): 2.0, ("a", 2): 4.0, ("b", 2): 8.0}
-
-    def timed(call):
-        assert call() is None
-        return seconds[turns[-1]] if len(turns) > 4 else 1e9  # the first round warms up
-
-    class Turn(LoopedDecoder):
-        def forward(self, tokens, *, n_loops=None):
-            turns.append((self.name, n_loops))
-            states = super().forward(tokens, n_loops=n_loops)
-            assert len(states) == n_loops
-            return states
-
-    config = LoopedConfig(vocab_size=11, d_model=8, n_heads=2, n_layers=1, n_loops=2, d_ff=8, max_seq_len=4)
-    models = {name: Turn(config).to(frontier.DEVICE).eval() for name in "ab"}
-    for name, model in models.items():
-        model.name = name
-    monkeypatch.setattr(frontier, "seconds_of", timed)
-    inputs = torch.zeros(2, 4, dtype=torch.int64, device=frontier.DEVICE)
-    rates = throughput(models, inputs, torch.float32, 3)
-    assert turns == list(seconds) * 4
-    for (name, depth), duration in seconds.items():
-        assert rates[name][depth - 1] == (8 / duration,) * 3
+def test_conditions_of_one_architecture_share_their_speed(finished):
+    record = json.loads(written(finished / "out").read_text())
+    first, second = (record["points"][:3], record["points"][3:])
+    assert [point["tokens_per_second"] for point in first] == [point["tokens_per_second"] for point in second]
+    names = ["fused, RMSNorm before the head", "plain PyTorch", "plain PyTorch, blocks compiled"]
+    assert [(row["model"], row["n_loops"]) for row in record["speeds"]] == [(n, k) for n in names for k in (1, 2, 3)]
+    assert [row["tokens_per_second"] for row in record["speeds"][:3]] == [p["tokens_per_second"] for p in first]
 
 
 def test_report(finished):
     out = finished / "out"
-    record, table = json.loads((out / "frontier.json").read_text()), (out / "frontier.md").read_text()
-    assert plt.imread(out / "frontier.png").shape[1] > 1200
+    record, table = json.loads(written(out).read_text()), written(out, "md").read_text()
+    assert f"![perplexity against tokens per second]({written(out, 'png').name})" in table
+    assert plt.imread(written(out, "png")).shape[1] > 1200
     ours, _, papers = table.partition("## The paper's numbers")
     for point in record["points"]:
         start = f"| `{point['condition']}` | {point['n_loops']} | {point['ppl']['mean']:.4g} ({point['ppl']['low']:.4g}"
         (line,) = (line for line in ours.splitlines() if line.startswith(start))
         assert f"{point['bits_per_byte']['mean']:.4f} (" in line
         assert line.endswith(f"| {point['tokens_per_second']['3']['median']:,.0f} |")
+    for row in record["speeds"]:
+        assert f"| {row['model']} | {row['n_loops']} | {row['tokens_per_second']['1']['median']:,.0f} |" in ours
     for name, values in PAPER_PPL.items():
         row = f"| `{name}` | {' | '.join(f'{value:.2f}' for value in values)} |"
         assert row in papers
         assert row not in ours
     assert "read those loops without it" not in ours
     record["points"][0]["condition"] = "per-loop-final-only"
-    assert "read those loops without it" in markdown(record)
+    assert "read those loops without it" in markdown(record, "name")
     for found in (record["device"], record["date"], str(record["commit"])):
         assert found in ours
 
@@ -276,7 +274,7 @@ def test_report_without_bytes_and_with_one_document(runs, tmp_path):
     for point in record["points"]:
         assert point["bits_per_byte"] is None
         assert (point["ppl"]["low"], point["ppl"]["high"]) == (None, None)
-    lines = (tmp_path / "out" / "frontier.md").read_text().splitlines()
+    lines = written(tmp_path / "out", "md").read_text().splitlines()
     row = next(line for line in lines if line.startswith(f"| `{NAMES[0]}` | 1 |")).split(" | ")
     assert row[2:6] == [f"{record['points'][0]['ppl']['mean']:.4g}", "1", "-", "-"]
     assert "No intervals" in "\n".join(lines)
@@ -284,14 +282,14 @@ def test_report_without_bytes_and_with_one_document(runs, tmp_path):
 
 def test_perplexities_far_apart(finished, tmp_path):
     """As of a model that was trained at its last loop alone, far off at K = 1, or at infinity."""
-    record = json.loads((finished / "out" / "frontier.json").read_text())
+    record = json.loads(written(finished / "out").read_text())
     for point, factor in zip(record["points"], (1, 1, 1, 1e4, 10, 1), strict=True):
         for name in ("mean", "low", "high"):
             point["ppl"][name] *= factor
     record["points"][4]["ppl"] |= {"mean": None, "low": None, "high": None}
     frontier.draw(tmp_path / "wide.png", record)
     assert (tmp_path / "wide.png").stat().st_size > 10_000
-    assert "| - |" in markdown(record)
+    assert "| - |" in markdown(record, "name")
 
 
 def assert_rejected(argv: list[str], out: Path, message: str, capsys) -> None:
@@ -318,6 +316,7 @@ def test_rejects_what_is_no_sweep(runs, tmp_path, capsys):
     [
         (["--tokens", "0"], "--tokens must be at least 1. Got 0"),
         (["--batches", "4", "0"], r"--batches must be at least 1. Got \[4, 0\]"),
+        (["--seeds", "1", "1"], "--seeds must be given only once each. Got 1 1"),
         (["--batches", "4", "4"], "--batches must be given only once each. Got 4 4"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--conditions", "raw"], "invalid choice: 'raw'"),
