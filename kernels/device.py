@@ -35,12 +35,15 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
     return has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and "Intel" not in has.get("cpu_name", ""))
 
 
+@torch.compiler.assume_constant_result  # a compiled graph is for one machine
+def _widened_on_cpu(dtype: torch.dtype) -> bool:
+    return not triton.knobs.runtime.interpret and not multiplies_faster(dtype)
+
+
 def product_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """In which dtype products of operands of `dtype` are formed: float32 on a CPU that gains nothing by less."""
     half = dtype in (torch.bfloat16, torch.float16)
-    if half and tensor.device.type == "cpu" and not uses_triton(tensor) and not multiplies_faster(dtype):
-        return torch.float32
-    return dtype
+    return torch.float32 if half and tensor.device.type == "cpu" and _widened_on_cpu(dtype) else dtype
 
 
 def autocasts(tensor: torch.Tensor) -> bool:
@@ -52,6 +55,15 @@ def autocasts(tensor: torch.Tensor) -> bool:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `tensor` runs now: autocast's, or its own."""
     return torch.get_autocast_dtype(tensor.device.type) if autocasts(tensor) else tensor.dtype
+
+
+def product_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Autocast as it is now for products of `tensor`, but off on a CPU that gains nothing by its dtype.
+
+    Where bfloat16 is emulated a product of it can take a hundred times as long as one of float32.
+    """
+    kind, dtype = tensor.device.type, autocast_dtype(tensor)
+    return torch.autocast(kind, dtype=dtype, enabled=autocasts(tensor) and product_dtype(tensor, dtype) == dtype)
 
 
 def cpu_blocks(n_rows: int, row_bytes: int) -> Iterator[slice]:

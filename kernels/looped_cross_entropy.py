@@ -23,8 +23,15 @@ from kernels.arguments import (
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype, cpu_blocks, product_dtype
-from kernels.readout import Readout, default_chunk_rows, head_accumulator, norm_arguments, normed_rows, read_out
-from kernels.row_norm import norm_backward, norm_forward, partial_sums
+from kernels.readout import Readout, default_chunk_rows, head_accumulator, normed_rows, read_out
+from kernels.readout_backward import (
+    differentiated_loops,
+    loops_of,
+    needs_dy,
+    radial_sums,
+    states_and_norm_backward,
+)
+from kernels.row_norm import norm_forward
 from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
 
 
@@ -111,19 +118,6 @@ def looped_cross_entropy_reference(
 # them, rounds once, and takes dy through the norm.
 
 
-def _loops(states: list[Tensor]) -> list[Tensor]:
-    """The states of all loops [N, d], their last dimension contiguous."""
-    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
-    return [state if state.stride(-1) == 1 else state.contiguous() for state in loops]
-
-
-def _differentiated(states: list[Tensor], need_states: list[bool], active: list[int], penalty: float) -> list[int]:
-    """The loops whose states' gradients are formed: of a stack all, of a sequence those that have one."""
-    if states[0].dim() == 3:
-        return list(range(len(states[0]))) if need_states[0] else []
-    return [k for k, need in enumerate(need_states) if need and (penalty > 0 or k in active)]
-
-
 def _of_loops(values: Tensor, active: list[int]) -> Tensor:
     """values [K, N] of the active loops; not by an index, whose copy to a GPU the host would wait for."""
     return values if len(active) == len(values) else torch.cat([values[:0], *(values[k : k + 1] for k in active)])
@@ -139,38 +133,10 @@ def _row_statistics(rows: RowResults, mean_square: Tensor, radial: Tensor, activ
     return torch.stack([*per_row, mean_square, dot, fraction])
 
 
-def _norms(readout: str, n_loops: int, loops: Sequence[int]) -> bool:
-    """Whether any of the loops is read out through a norm."""
-    return any(norm_arguments(readout, loop, n_loops, None, None)[0] != "none" for loop in loops)
-
-
 def _head_gradients(head: Tensor, needs: list[bool], compute_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Space for the gradients of head and bias that are needed; the first chunk writes over it."""
     dhead = head_accumulator(head, compute_dtype) if needs[0] else None
     return dhead, head.new_empty(head.shape[0], dtype=accumulator(head.dtype)) if needs[3] else None
-
-
-def _needs_dy(readout: str, n_loops: int, active: list[int], differentiated: list[int], needs: list[bool]) -> bool:
-    """Whether the gradient of the normed rows is needed: for a state that is read, or the norm's parameters."""
-    read = not set(active).isdisjoint(differentiated)
-    return read or (any(needs[1:3]) and _norms(readout, n_loops, active))
-
-
-def _radial_sums(
-    dy: Tensor, loops: list[Tensor], differentiated: list[int], active: list[int], norm_weight: Tensor | None,
-    norm_bias: Tensor | None, readout: str, eps: float, reference: Tensor,
-) -> Tensor:  # fmt: skip
-    """<g, h> and |g|^2 [2, K, N] of the cross-entropy's gradient g in every state; nan where it is not formed."""
-    n_tokens = len(loops[0])
-    radial = loops[0].new_full((2, len(loops), n_tokens), torch.nan, dtype=accumulator(dy.dtype))
-    for row, loop in enumerate(active):
-        if loop in differentiated:
-            norm, weight, _ = norm_arguments(readout, loop, len(loops), norm_weight, norm_bias)
-            norm_backward(
-                dy[row * n_tokens : (row + 1) * n_tokens], loops[loop], weight, eps=eps, norm=norm, scale=reference,
-                radial=radial[:, loop],
-            )  # fmt: skip
-    return radial
 
 
 @torch.library.custom_op("looped::cross_entropy", mutates_args=())
@@ -180,14 +146,14 @@ def _cross_entropy(
     statistics: bool, readout: str, eps: float, penalty: float, mean: bool, ignore_index: int, label_smoothing: float,
     softcap: float | None, z_loss: float, chunk_rows: int, compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    targets, loops = targets.contiguous(), _loops(states)
+    targets, loops = targets.contiguous(), loops_of(states)
     norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     n_loops, (n_tokens, d) = len(loops), loops[0].shape
     n_rows = len(active) * n_tokens
     wide = accumulator(head.dtype)
 
-    def buffer(*shape: int, fill: float | None = None) -> Tensor:
-        return head.new_empty(shape, dtype=wide) if fill is None else head.new_full(shape, fill, dtype=wide)
+    def buffer(*shape: int) -> Tensor:
+        return head.new_empty(shape, dtype=wide)
 
     scales = loss_weights(
         targets, weights, head.shape[0], ignore_index=ignore_index, mean=mean,
@@ -195,13 +161,10 @@ def _cross_entropy(
     )  # fmt: skip
     check_range(targets, head.shape[0], ignore_index, scales.in_range)
     dhead, dbias = _head_gradients(head, needs, compute_dtype)
-    formed = weights is not None and n_rows > 0
-    if not formed:
-        for gradient in (dhead, dbias):
-            if gradient is not None:
-                gradient.zero_()
-    differentiated = _differentiated(states, need_states, active, penalty)
-    need_dy = formed and _needs_dy(readout, n_loops, active, differentiated, needs)
+    if weights is None or n_rows == 0:  # no chunk will write over them
+        dhead, dbias = (None if gradient is None else gradient.zero_() for gradient in (dhead, dbias))
+    differentiated = differentiated_loops(states, need_states, active, penalty)
+    need_dy = weights is not None and needs_dy(readout, n_loops, active, differentiated, needs)
     rows = RowResults(buffer(n_rows))
     if statistics:
         top1 = head.new_empty(n_rows, dtype=torch.int64)
@@ -213,12 +176,13 @@ def _cross_entropy(
         y = normed_rows(
             loops, active, norm_weight, norm_bias, readout=readout, eps=eps, dtype=dtype, mean_square=mean_square
         )
-        for loop in set(range(n_loops)) - set(active) if mean_square is not None else ():  # penalised, not read
-            norm_forward(loops[loop], None, None, eps=0.0, norm="none", mean_square=mean_square[loop])
+        if mean_square is not None:
+            for loop in set(range(n_loops)) - set(active):  # not read, but penalised
+                norm_forward(loops[loop], None, None, eps=0.0, norm="none", mean_square=mean_square[loop])
         read_out(
             y, head.to(dtype), targets, bias, LossOptions(ignore_index, label_smoothing, softcap, z_loss), chunk_rows,
-            rows, omega=scales.omega if need_dy or (formed and (needs[0] or needs[3])) else None,
-            dhead=dhead if formed else None, dbias=dbias if formed else None, need_dy=need_dy,
+            rows, omega=scales.omega if need_dy or needs[0] or needs[3] else None, dhead=dhead, dbias=dbias,
+            need_dy=need_dy,
         )  # fmt: skip
     dy = y if need_dy else y.new_empty(0)
 
@@ -227,9 +191,10 @@ def _cross_entropy(
     stats, top1 = head.new_empty(0, dtype=wide), head.new_empty(0, dtype=torch.int64)
     if statistics and mean_square is not None and rows.top1 is not None:
         read = differentiated if need_dy else []
-        radial = _radial_sums(dy, loops, read, active, norm_weight, norm_bias, readout, eps, scales.reference)
+        radial = radial_sums(dy, loops, read, active, norm_weight, norm_bias, readout, eps, scales.reference)
         stats, top1 = _row_statistics(rows, mean_square, radial, active, d), rows.top1.view(len(active), n_tokens)
-    dhead, dbias = (head.new_empty(0) if gradient is None else gradient for gradient in (dhead, dbias))
+    dhead = head.new_empty(0) if dhead is None else dhead
+    dbias = head.new_empty(0) if dbias is None else dbias
     return total, per_loop, ce, scales.factors, dhead, dbias, stats, top1, dy
 
 
@@ -240,66 +205,15 @@ def _(
 ):  # fmt: skip
     wide = accumulator(head.dtype)
     shape = (len(active), targets.shape[0])
-    dhead, dbias = (
-        head.new_empty(0) if gradient is None else gradient for gradient in _head_gradients(head, needs, compute_dtype)
-    )
-    differentiated = _differentiated(states, need_states, active, penalty)
-    n_loops, (n_tokens, d) = len(states), states[0].shape[-2:]
-    n_loops = len(states[0]) if states[0].dim() == 3 else n_loops
-    need_dy = weights is not None and _needs_dy(readout, n_loops, active, differentiated, needs)
+    formed = [head.new_empty(0) if g is None else g for g in _head_gradients(head, needs, compute_dtype)]
+    differentiated = differentiated_loops(states, need_states, active, penalty)
+    n_loops, (n_tokens, d) = len(states[0] if states[0].dim() == 3 else states), states[0].shape[-2:]
+    need_dy = weights is not None and needs_dy(readout, n_loops, active, differentiated, needs)
     dtype = product_dtype(head, compute_dtype)
     dy = states[0].new_empty((len(active) * n_tokens, d) if need_dy else 0, dtype=dtype)
     stats = head.new_empty((6, *shape) if statistics else 0, dtype=wide)
     top1 = head.new_empty(shape if statistics else 0, dtype=torch.int64)
-    return *(head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3)), dhead, dbias, stats, top1, dy
-
-
-@torch.library.custom_op("looped::cross_entropy_backward", mutates_args=())
-def _states_and_norm_backward(
-    states: list[Tensor], dy: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, factors: Tensor,
-    active: list[int], need_states: list[bool], needs: list[bool], readout: str, eps: float, penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the norm's weight and bias, and of the states [S, N, d], from dy [A N, d].
-
-    factors [3]: the scales' factors times the upstream gradient.
-    """
-    loops = _loops(states)
-    n_tokens, d = loops[0].shape
-    weight = None if norm_weight is None else norm_weight.contiguous()
-    differentiated = _differentiated(states, need_states, active, penalty)
-    dstates = loops[0].new_empty((len(differentiated), n_tokens, d))
-    sums = [partial_sums(loops[0]) if need and dy.numel() else None for need in needs[1:3]]
-    added = False
-    for loop, h in enumerate(loops):
-        norm, loop_weight, _ = norm_arguments(readout, loop, len(loops), weight, None)
-        dloop = dstates[differentiated.index(loop)] if loop in differentiated else None
-        dy_loop = dy.view(len(active), n_tokens, d)[active.index(loop)] if dy.numel() and loop in active else None
-        of_norm = [partial if dy_loop is not None and norm != "none" else None for partial in sums]
-        if dloop is None and of_norm == [None, None]:
-            continue
-        norm_backward(
-            dy_loop, h, loop_weight, eps=eps, norm=norm, scale=factors[0],
-            dmean_square=factors[2].expand(n_tokens) if penalty > 0 else None,
-            dh=dloop, dweight=of_norm[0], dbias=of_norm[1], add=added,
-        )  # fmt: skip
-        added = added or of_norm != [None, None]
-    dweight, dbias = (
-        loops[0].new_empty(0) if not need or like is None
-        else like.new_zeros(like.shape) if partial is None or not added
-        else partial.sum(0).to(like.dtype)
-        for need, like, partial in zip(needs[1:3], (norm_weight, norm_bias), sums, strict=True)
-    )  # fmt: skip
-    return dweight, dbias, dstates
-
-
-@_states_and_norm_backward.register_fake
-def _(states, dy, norm_weight, norm_bias, factors, active, need_states, needs, readout, eps, penalty):
-    dweight, dbias = (
-        like.new_empty(like.shape) if need and like is not None else dy.new_empty(0, dtype=states[0].dtype)
-        for need, like in zip(needs[1:3], (norm_weight, norm_bias), strict=True)
-    )
-    n_differentiated = len(_differentiated(states, need_states, active, penalty))
-    return dweight, dbias, states[0].new_empty((n_differentiated, *states[0].shape[-2:]))
+    return *(head.new_empty(size, dtype=wide) for size in ((), shape[:1], shape, 3)), *formed, stats, top1, dy
 
 
 @torch.library.custom_op("looped::scaled", mutates_args=())
@@ -373,14 +287,14 @@ def _backward(ctx, dtotal, _, dce, *__):
     dweights = None
     if ctx.needs_input_grad[3]:
         dweights = (ce * (factors[1] if mean else dtotal)).sum_to_size(ctx.weights_shape)
-    dnorm_weight, dnorm_bias, dstates = _states_and_norm_backward(
+    dnorm_weight, dnorm_bias, dstates = states_and_norm_backward(
         states, dy, norm_weight, norm_bias, factors, active, need_states, needs, readout, eps, penalty
     )
-    dhead, dbias = (
+    of_head, of_bias = (
         _scaled(gradient, factors[0], dtype) if need else None
         for gradient, dtype, need in zip((dhead, dbias), ctx.dtypes, (needs[0], needs[3]), strict=True)
     )
-    differentiated = _differentiated(states, need_states, active, penalty)
+    differentiated = differentiated_loops(states, need_states, active, penalty)
     of_states: list[Tensor | None] = [None] * ctx.n_states
     if states[0].dim() == 3:
         of_states = [dstates] if differentiated else [None]
@@ -388,8 +302,8 @@ def _backward(ctx, dtotal, _, dce, *__):
         for row, loop in enumerate(differentiated):
             of_states[loop] = dstates[row]
     return (
-        of_states, dhead, None, dweights, dnorm_weight if needs[1] else None, dnorm_bias if needs[2] else None, dbias,
-        *none,
+        of_states, of_head, None, dweights, dnorm_weight if needs[1] else None, dnorm_bias if needs[2] else None,
+        of_bias, *none,
     )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """The looped decoder: tokens -> embedding -> K passes through one stack of blocks -> states H_1..H_K."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import rms_norm_penalty
+from kernels.device import product_autocast
 from looped.attention import SelfAttention, rotary_table
 from looped.config import LoopedConfig
 from looped.dropout import dropout
@@ -66,7 +69,8 @@ class LoopedDecoder(nn.Module):
     `H_0 = Dropout(embedding[tokens] (+ positions))`, `H_k = Stack(H_{k-1})`; with `config.inter_loop_norm`,
     `H_{k+1} = Stack(RMSNorm_loop(H_k))`. Every H_k is a readout's input before the readout's norm.
 
-    fused: use the functions of `kernels` instead of plain PyTorch, here and in `looped.supervision`.
+    fused: use the functions of `kernels` instead of plain PyTorch, here and in `looped.supervision`; and on a CPU that
+    gains nothing by autocast's dtype form products in float32, as those functions do.
     checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
     Both are attributes that may change at any time; neither touches parameters or checkpoints.
 
@@ -165,8 +169,9 @@ class LoopedDecoder(nn.Module):
 
     def _stack(self, x: Tensor, rotary: Rotary) -> Tensor:
         delta: Tensor | None = None
-        for block in self.blocks:
-            x, delta = block(x, delta, rotary, self.fused)
+        with product_autocast(x) if self.fused else contextlib.nullcontext():
+            for block in self.blocks:
+                x, delta = block(x, delta, rotary, self.fused)
         return x if delta is None else x + delta
 
     def _between_loops(self, state: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Fused models make one call into `kernels`; others do the same in plain PyTorch, loop by loop.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import LoopedStatistics, looped_cross_entropy, readout_statistics
+from kernels.device import product_autocast
 from looped.decoder import LoopedDecoder
 
 Supervision = Literal["per-loop", "terminal"]
@@ -80,7 +82,8 @@ def readout_logits(model: LoopedDecoder, state: Tensor, *, final: bool = True) -
     norm = model.readout_norm
     if norm is not None and (final or model.config.readout != "final-only"):
         state = norm(state)
-    return F.linear(state, model.head_weight)
+    with product_autocast(state) if model.fused else contextlib.nullcontext():
+        return F.linear(state, model.head_weight)
 
 
 @torch.no_grad()

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels.device
 from looped import attention
 from looped.config import PRESETS, LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.dropout import dropout
+from looped.supervision import readout_logits
 
 V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
 
@@ -365,7 +367,10 @@ def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
-def test_autocast_keeps_the_residual_stream_in_fp32(fused: bool, changes: dict[str, Any]) -> None:
+def test_autocast_keeps_the_residual_stream_in_fp32(
+    fused: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: True)
     decoder = model(fused=fused, **changes)
     inputs = tokens(8, LENGTH)
     exact = decoder(inputs)
@@ -379,6 +384,20 @@ def test_autocast_keeps_the_residual_stream_in_fp32(fused: bool, changes: dict[s
         assert not torch.equal(state, wanted)
         torch.testing.assert_close(state, wanted, atol=0.1, rtol=0.05)
     assert all(torch.isfinite(g).all() for g in gradients(decoder, states).values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_forms_fused_products_in_fp32_where_that_is_faster(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: False)
+    decoder = model(fused=fused)
+    exact = decoder(tokens())[-1]
+    exact_logits = readout_logits(decoder, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = decoder(tokens())[-1]
+        logits = readout_logits(decoder, state)
+    assert torch.equal(state, exact) == torch.equal(logits, exact_logits) == fused
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -158,9 +158,10 @@ def test_opcheck(sequence, mean):
     torch.library.opcheck(torch.ops.looped.cross_entropy.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_graph_breaks(reduction):
-    case = Case((3, 7, 16, 33), weights="token", reduction=reduction)
+def test_compiles_without_graph_breaks(reduction, dtype):
+    case = Case((3, 7, 16, 33), weights="token", reduction=reduction, dtype=dtype)
 
     def function(states, head, targets, **options):
         return tuple(looped_cross_entropy(states, head, targets, statistics=True, **options)[:2])
