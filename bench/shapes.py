@@ -112,7 +112,7 @@ READOUTS: dict[str, Case[ReadoutShape]] = named(
                 *(Case(ReadoutShape(n_loops, 256, 512, 20_000), "bf16") for n_loops in LOOPS),
             ],
             "cpu-fp32": [
-                Case(ReadoutShape(4, 1024, 512, 20_000), "fp32"),
+                Case(ReadoutShape(4, 2048, 512, 20_000), "fp32"),
                 Case(ReadoutShape(4, 256, 512, 50_257), "fp32"),
                 *(Case(ReadoutShape(n_loops, 64, 512, 20_000), "fp32") for n_loops in LOOPS),
                 Case(ReadoutShape(4, 64, 512, 2048), "bf16", compiles=False),
@@ -155,6 +155,7 @@ STEPS: dict[str, Case[DecoderShape]] = named(
         *{
             "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype) for dtype in DTYPES],
             "cpu-fp32": [
+                Case(DecoderShape("paper-44m", 4, 256), "fp32", compiles=False),
                 Case(DecoderShape("paper-44m", 1, 256), "fp32"),
                 Case(DecoderShape("demo", 1, 64), "bf16", compiles=False),
             ],
