@@ -5,14 +5,16 @@ Inside `FakeGPU(target)` tensors created with device="cuda" have shapes, dtypes 
 for the target, with the specialisation that the real call would have, and not launched.  Everything that would reach
 the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.
 
-Code that is not this project's runs the same way: its launches by position, its custom ops, and, where it reads values
-of tensors (the host then waits), answers that the caller gives.
+Code that is not this project's runs the same way: its launches by position and, where it reads values of tensors (the
+host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
+fake implementation: its body may need a library that a machine without a GPU cannot load.
 
 Four things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied here to F.linear and to attention.
 - scaled_dot_product_attention is the flash kernel that a CUDA build picks for half precision and head sizes to 256.
+  It serves whether or not flash-attn is installed, so that a record does not depend on that.
 - rms_norm is one kernel, and its gradient two, as in a CUDA build.
 - Device properties come from `TARGETS`.
 """
@@ -179,7 +181,7 @@ Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns,
 
 
 class Recorder(TorchDispatchMode):
-    """Runs custom ops as the device would, and records every other op."""
+    """Runs this project's custom ops as the device would, and records every other op."""
 
     def __init__(self, record: Record, answers: Answers) -> None:
         super().__init__()
@@ -207,8 +209,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name in OPDEFS:
+        if func.namespace == "looped" and func._schema.name in OPDEFS:
             return self.run_op(func, args, kwargs)
+        if func._schema.name in OPDEFS:  # another package's: its body would load a library made for the device
+            return self.trust_op(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
         args, kwargs = tree_map(self.arrive, (args, kwargs))
@@ -237,6 +241,15 @@ class Recorder(TorchDispatchMode):
             self.record.calls.append(
                 Call(str(func), traffic(func, inputs, returned), flops(func, args, out), sizes=sizes)
             )
+        return out
+
+    def trust_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What the op's fake implementation says, recorded as one call that reads and writes its tensors once."""
+        out = func(*args, **kwargs)
+        given, returned = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        for tensor in returned:
+            self.watch(tensor)
+        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0, op=func._schema.name))
         return out
 
     def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -319,6 +332,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,
         "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
+        "looped.attention.flash_attention_serves": lambda _: False,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:
