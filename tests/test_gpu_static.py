@@ -51,7 +51,7 @@ def test_ours_does_no_more_products_and_never_waits(readouts, shape):
             assert row["flops_over_6KNdV"] == 1
             assert row["host_waits"] == 0
         assert row["flops_over_6KNdV"] >= 1
-        assert row["predicted_ms"] > row["floor_ms"] * row["flops_over_6KNdV"]
+        assert row["predicted_ms"] > row["predicted_floor_ms"] * row["flops_over_6KNdV"]
 
 
 @WITH_LIGER
@@ -66,7 +66,7 @@ def test_liger_is_counted_as_its_code_runs(readouts):
     weighted = readouts[SMALL, "Liger, states concatenated, bfloat16 dW, with weights [K, N]"]
     assert weighted["flops_over_6KNdV"] == pytest.approx(4 / 3)  # its gradients need the logits again
     wide = readouts[SMALL, "Liger, K calls, float32 dW"]
-    assert wide["gigabytes"] > calls["gigabytes"]
+    assert wide["predicted_gigabytes"] > calls["predicted_gigabytes"]
 
 
 @pytest.mark.skipif("cut-cross-entropy" not in [i.package for i in INSTALLED], reason="cut-cross-entropy is missing")
@@ -118,11 +118,26 @@ def test_page(written, report):
     assert all(f"{name} {number}" in text for name, number in report["versions"].items() if number)
 
 
-def test_a_measured_column_stands_beside(report):
-    report["measured_on"] = "a GPU"
-    for row in (*report["readouts"], *report["steps"]):
-        row["measured_ms"] = 123.456
-    assert page(report).count("123.46") == len(report["readouts"]) + len(report["steps"])
+# The targets that are known to be missed.
+KNOWN_MISSES = {
+    "readout K4-N8192-d2048-V128256 below every other library",
+    "readout in at most 49 launches",
+}
+
+
+def misses(report: dict) -> set[str]:
+    return {verdict.target for verdict in verdicts(report) if not verdict.met}
+
+
+def test_no_target_is_lost_and_none_is_met_unnoticed(report):
+    assert misses(report) == KNOWN_MISSES
+
+
+def test_the_committed_page_is_of_its_report_and_misses_what_is_known():
+    results = ROOT / "bench" / "results"
+    committed = json.loads((results / "gpu_static.json").read_text())
+    assert misses(committed) == KNOWN_MISSES
+    assert (results / "gpu_static.md").read_text() == page(committed)
 
 
 def test_verdicts_can_be_missed(report):
