@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, traffic
+from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,14 @@ class FakeCUDA(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs or {})
 
 
+# Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
+OPENED = ("kernels", "torch", "liger_kernel", "cut_cross_entropy")
+
 Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns, given the op's arguments
 
 
 class Recorder(TorchDispatchMode):
-    """Runs this project's custom ops as the device would, and records every other op."""
+    """Runs the custom ops of `OPENED` as the device would, and records every other op."""
 
     def __init__(self, record: Record, answers: Answers) -> None:
         super().__init__()
@@ -209,10 +212,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "looped" and func._schema.name in OPDEFS:
-            return self.run_op(func, args, kwargs)
-        if func._schema.name in OPDEFS:  # another package's: its body would load a library made for the device
-            return self.trust_op(func, args, kwargs)
+        if func._schema.name in OPDEFS:
+            module = OPDEFS[func._schema.name]._init_fn.__module__
+            run = self.run_op if module.partition(".")[0] in OPENED else self.trust_op
+            return run(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
         args, kwargs = tree_map(self.arrive, (args, kwargs))
@@ -279,12 +282,12 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         )
         with_gradient = given.get("HAS_GRADIENT", True) and given.get("HAS_GRADIENTS", True)
         in_place = IN_PLACE | ADDED_TO if given.get("ADD") else IN_PLACE
-        twice = [t for n, t in tensors.items() if with_gradient and in_place & {n, f"{kernel_name}.{n}"}]
+        twice = {n for n in tensors if with_gradient and in_place & {n, f"{kernel_name}.{n}"}}
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
         record.calls.append(
             Call(
                 kernel_name,
-                bytes_of(list(tensors.values())) + bytes_of(twice),
+                launch_bytes(kernel_name, tensors, twice),
                 PRODUCTS.get(kernel_name, lambda _: 0)(given),
                 tuple(grid(given) if callable(grid) else grid),
                 arguments,

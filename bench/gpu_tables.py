@@ -95,7 +95,9 @@ def readout_section(report: Row) -> list[str]:
         "K = 4 states in bfloat16, RMSNorm, mean cross-entropy, gradients of states, head and norm weight. Launches,",
         "FLOPs and temporaries (beyond inputs and gradients) are counted; GB and ms are predicted. An asterisk marks",
         "bytes that follow from the library's algorithm, not from its tensors: cut-cross-entropy's sweeps of the head.",
-        "What its tiles move between caches and its locks cost is not charged.",
+        "What its tiles move between caches and its locks cost is not charged. Nor is a host wait, which leaves the",
+        "device idle until the host has launched again: in favour of the libraries that have them; ours has none.",
+        "Liger scales its gradients in one more pass where the upstream gradient is not 1; ours always does.",
         "",
     ]
     header = ["launches", "host waits", "FLOPs / 6KNdV", "*predicted* GB", "temporaries, MiB", "*predicted* ms"]
