@@ -118,10 +118,10 @@ def part_of(call: Call) -> str:
         return "optimiser and clipping"
     if "attention" in call.name:
         return "attention"
-    if call.op.startswith("looped::cross_entropy") or config.vocab_size in call.sizes:
-        return "readout and embedding"
     if call.op.startswith("looped::rms_norm") or "rms_norm" in call.name:
         return "norms"
+    if call.op.startswith("looped::") or config.vocab_size in call.sizes:  # with the scaling of all its gradients
+        return "readout and embedding"
     if config.d_ff in call.sizes:
         return "MLP's products" if call.flops else "MLP's gate and casts"
     if 3 * config.d_model in call.sizes or call.flops:
