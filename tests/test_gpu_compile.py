@@ -54,7 +54,8 @@ def narrow_limit(kernel: dict, target: str) -> int:
     on, name = kernel["constants"], kernel["kernel"]
     rows = min(8, on.get("BLOCK_ROWS", 1))
     if name in ("norm_forward_kernel", "norm_backward_kernel"):
-        low = {"torch.bfloat16", "torch.float16"} & set(kernel["dtypes"])
+        first = 1 + (on["HAS_RESIDUAL"] if name == "norm_forward_kernel" else on["HAS_DY"])  # of the vectors
+        low = {"torch.bfloat16", "torch.float16"} & set(kernel["dtypes"][first : first + 1 + on.get("HAS_BIAS", False)])
         few = on["BLOCK_COLUMNS"] // threads(kernel, target) * 4 < 16
         vector = 2 if low or few else 0
         if name == "norm_forward_kernel":
@@ -147,12 +148,14 @@ def test_wide_accesses(compiled, target):
 
 
 def test_the_limits_of_narrow_accesses_follow_the_flags():
-    flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_MEAN_SQUARE"), False)
+    flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_WEIGHT", "HAS_BIAS", "HAS_MEAN_SQUARE"), False)
     flags |= {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024, "num_warps": 4}
     kernel = {"kernel": "norm_forward_kernel", "dtypes": ["torch.float32"] * 2, "constants": flags}
     assert narrow_limit(kernel, "sm_90") == 0
     assert narrow_limit(kernel | {"constants": flags | {"HAS_MEAN_SQUARE": True}}, "sm_90") == 2
-    assert narrow_limit(kernel | {"constants": flags | {"HAS_BIAS": True}}, "sm_90") == 0
+    biased = kernel | {"constants": flags | {"HAS_BIAS": True}}
+    assert narrow_limit(biased, "sm_90") == 0  # LayerNorm's bias is a vector of float32
+    assert narrow_limit(biased | {"dtypes": ["torch.float32", "torch.bfloat16"]}, "sm_90") == 2
 
 
 # A kernel that spills on purpose: thousands of sums that live until the end.
