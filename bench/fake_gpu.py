@@ -5,14 +5,16 @@ Inside `FakeGPU(target)` tensors created with device="cuda" have shapes, dtypes 
 for the target, with the specialisation that the real call would have, and not launched.  Everything that would reach
 the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.
 
-Code that is not this project's runs the same way: its launches by position, its custom ops, and, where it reads values
-of tensors (the host then waits), answers that the caller gives.
+Code that is not this project's runs the same way: its launches by position and, where it reads values of tensors (the
+host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
+fake implementation: its body may need a library that a machine without a GPU cannot load.
 
 Four things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied here to F.linear and to attention.
 - scaled_dot_product_attention is the flash kernel that a CUDA build picks for half precision and head sizes to 256.
+  It serves whether or not flash-attn is installed, so that a record does not depend on that.
 - rms_norm is one kernel, and its gradient two, as in a CUDA build.
 - Device properties come from `TARGETS`.
 """
@@ -39,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, traffic
+from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,14 @@ class FakeCUDA(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs or {})
 
 
+# Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
+OPENED = ("kernels", "torch", "liger_kernel", "cut_cross_entropy")
+
 Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns, given the op's arguments
 
 
 class Recorder(TorchDispatchMode):
-    """Runs custom ops as the device would, and records every other op."""
+    """Runs the custom ops of `OPENED` as the device would, and records every other op."""
 
     def __init__(self, record: Record, answers: Answers) -> None:
         super().__init__()
@@ -208,7 +213,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name in OPDEFS:
-            return self.run_op(func, args, kwargs)
+            module = OPDEFS[func._schema.name]._init_fn.__module__
+            run = self.run_op if module.partition(".")[0] in OPENED else self.trust_op
+            return run(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
         args, kwargs = tree_map(self.arrive, (args, kwargs))
@@ -239,6 +246,15 @@ class Recorder(TorchDispatchMode):
             )
         return out
 
+    def trust_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What the op's fake implementation says, recorded as one call that reads and writes its tensors once."""
+        out = func(*args, **kwargs)
+        given, returned = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        for tensor in returned:
+            self.watch(tensor)
+        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0, op=func._schema.name))
+        return out
+
     def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
         expected, first = tree_leaves(func(*args, **kwargs)), len(self.record.calls)
@@ -266,12 +282,12 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         )
         with_gradient = given.get("HAS_GRADIENT", True) and given.get("HAS_GRADIENTS", True)
         in_place = IN_PLACE | ADDED_TO if given.get("ADD") else IN_PLACE
-        twice = [t for n, t in tensors.items() if with_gradient and in_place & {n, f"{kernel_name}.{n}"}]
+        twice = {n for n in tensors if with_gradient and in_place & {n, f"{kernel_name}.{n}"}}
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
         record.calls.append(
             Call(
                 kernel_name,
-                bytes_of(list(tensors.values())) + bytes_of(twice),
+                launch_bytes(kernel_name, tensors, twice),
                 PRODUCTS.get(kernel_name, lambda _: 0)(given),
                 tuple(grid(given) if callable(grid) else grid),
                 arguments,
@@ -319,6 +335,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,
         "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
+        "looped.attention.flash_attention_serves": lambda _: False,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:

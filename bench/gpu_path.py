@@ -28,13 +28,17 @@ TRITON_KERNELS = ("norm_", "radial_", "cross_entropy_", "stream_", "combine_")
 
 @dataclass(frozen=True)
 class StepReport:
-    """One training step.  launches: kernels on the device; host_waits: why the host would wait for it, and where."""
+    """One training step.  launches: kernels on the device; host_waits: why the host would wait for it, and where.
+
+    residual_norms: launches of norm_forward_kernel that add the residual stream too.
+    """
 
     case: str
     target: str
     tokens: int
     launches: int
     triton_launches: dict[str, int]
+    residual_norms: int
     flops: int
     expected_flops: int
     read_write_bytes: int
@@ -104,6 +108,7 @@ def step_report(preset: str, target_name: str, **options: Any) -> StepReport:
         tokens=step.tokens,
         launches=step.record.launches(),
         triton_launches=_triton(step.record),
+        residual_norms=sum(call.arguments.get("HAS_RESIDUAL", False) for call in step.record.calls),
         flops=sum(call.flops for call in step.record.calls),
         expected_flops=step.expected_flops,
         read_write_bytes=sum(call.read_write_bytes for call in step.record.calls),

@@ -4,7 +4,8 @@ Every implementation does the same job on the same inputs, K states [N, d] in bf
 loops of the mean cross-entropy, and the gradients of states, head and norm weight.  Each runs its own code on fake CUDA
 tensors (bench/fake_gpu.py): launches, FLOPs, memory and the tensors' bytes are counted, no kernel of it is run.
 cut-cross-entropy keeps all gradients (`filter_eps=None`).  Where a library reads values of tensors, the host waits:
-that is counted too, but no time is charged for it.
+that is counted too, but no time is charged for it.  With an upstream gradient other than 1 Liger scales its gradients
+in a pass of its own, which it skips otherwise; ours are always scaled.
 """
 
 from collections.abc import Callable
@@ -117,6 +118,11 @@ def liger_concatenated_float32(inputs: Inputs) -> Tensor:
     return liger_concatenated(inputs, accum_dtype=torch.float32)
 
 
+def liger_scaled(inputs: Inputs) -> Tensor:
+    """An upstream gradient that is not 1, as a loss scale or gradient accumulation gives it."""
+    return 0.5 * liger_concatenated(inputs)
+
+
 def liger_weights(inputs: Inputs) -> Tensor:
     losses = liger_concatenated(inputs, reduction="none")
     return (losses * inputs.weights.flatten()).sum() / len(inputs.targets)
@@ -150,6 +156,7 @@ IMPLEMENTATIONS = (
     Implementation("Liger, K calls, bfloat16 dW", liger, "liger-kernel"),
     Implementation("Liger, K calls, float32 dW", liger_float32, "liger-kernel"),
     Implementation("Liger, states concatenated, bfloat16 dW", liger_concatenated, "liger-kernel"),
+    Implementation("Liger, states concatenated, bfloat16 dW, upstream gradient not 1", liger_scaled, "liger-kernel"),
     Implementation("Liger, states concatenated, float32 dW", liger_concatenated_float32, "liger-kernel"),
     Implementation(
         "Liger, states concatenated, bfloat16 dW, with weights [K, N]", liger_weights, "liger-kernel", weighted=True
@@ -166,7 +173,7 @@ def _answers(shape: ReadoutShape, loss: Loss) -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     return {
         aten._local_scalar_dense.default: lambda _: shape.n_tokens,
-        aten.equal.default: lambda *_: loss not in (liger, liger_float32),  # there it is 1 / K
+        aten.equal.default: lambda *_: loss not in (liger, liger_float32, liger_scaled),  # there it is 1 / K or 1 / 2
         aten.nonzero.default: lambda x: torch.empty(x.numel(), x.dim(), dtype=torch.int64, device="cuda"),
     }
 

@@ -76,6 +76,14 @@ def traffic(func: Any, args: Any, returned: list[Tensor]) -> int:
     return bytes_of(read) + bytes_of(returned)
 
 
+def launch_bytes(kernel: str, tensors: dict[str, Tensor], twice: set[str]) -> int:
+    """Bytes that a Triton launch reads or writes, those of `twice` both; of what it gathers from, the rows."""
+    gathered = {name: GATHERED_FOR[at] for name in tensors if (at := f"{kernel}.{name}") in GATHERED_FOR}
+    whole = [tensor for name, tensor in tensors.items() if name not in gathered]
+    rows = sum(tensors[name][0].nbytes * len(tensors[like]) for name, like in gathered.items())
+    return bytes_of(whole) + bytes_of([tensors[name] for name in twice]) + rows
+
+
 def flops(func: Any, args: tuple, out: Any) -> int:
     in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # which the registry does not know
     formula = flop_registry.get(in_place.get(func._overloadpacket, func._overloadpacket))
@@ -93,6 +101,9 @@ IN_PLACE = {
 }
 
 ADDED_TO = {"dweight_ptr", "dbias_ptr"}  # read and written where the launch says ADD
+
+# Arguments of which a kernel reads one row for each row of another argument: by kernel and name.
+GATHERED_FOR = {"_indexed_neg_dot_forward_kernel.C": "E"}
 
 # FLOPs of the matrix products of a Triton kernel, from its arguments.
 PRODUCTS: dict[str, Callable[[dict[str, Any]], int]] = {

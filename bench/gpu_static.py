@@ -7,26 +7,33 @@ shared memory and instructions; the readout of this project and of other librari
 penalty; and a training step of paper-129m, fused and plain.  Every recorded launch gets a predicted time
 (bench/gpu_roofline.py).  Writes gpu_static.md and gpu_static.json.
 
-Where a GPU is present, the readouts and the steps are also measured on it, with CUDA events and the caches flushed
-before every round, and stand beside the predictions.  That part has not been run: it was written on a machine without
-a GPU.
+Where a GPU is present that is one of the targets, bench/gpu_measured.py then measures readouts, norms and steps on it,
+and both files are written again with the times beside that GPU's predictions.
 """
 
 import argparse
 import json
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench.fake_gpu import TARGETS, fake_gpu
+from bench.gpu_measured import (
+    BATCH,
+    NORM_ROWS,
+    NORMS,
+    PRESET,
+    READOUTS,
+    measure,
+    norm_inputs,
+    target_present,
+)
 from bench.gpu_path import StepRecord, step_record
 from bench.gpu_peers import IMPLEMENTATIONS, Implementation, Inputs, readout_record
 from bench.gpu_record import Call
@@ -36,14 +43,8 @@ from bench.records import environment
 from bench.shapes import ReadoutShape
 from kernels import radial_gradient, readout_statistics, rms_norm_penalty
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
-from train.step import training_step
 
 Row = dict[str, Any]
-READOUTS = (ReadoutShape(4, 8192, 768, 20_000), ReadoutShape(4, 8192, 2048, 128_256))
-NORM_ROWS = 4 * 8192
-PRESET, BATCH = "paper-129m", 32
-PENALTY = 0.01
 
 
 # Readouts -------------------------------------------------------------------------------------------------------------
@@ -63,10 +64,10 @@ def readout_row(implementation: Implementation, shape: ReadoutShape, target: str
         "launches": predicted.launches,
         "host_waits": len(record.host_copies),
         "flops_over_6KNdV": predicted.flops / shape.flops,
-        "gigabytes": predicted.bytes / 1e9,
+        "predicted_gigabytes": predicted.bytes / 1e9,
         "temporary_MiB": temporary / 2**20,
         "predicted_ms": 1e3 * predicted.seconds,
-        "floor_ms": 1e3 * floor,
+        "predicted_floor_ms": 1e3 * floor,
         "predicted_over_floor": predicted.seconds / floor,
     }
 
@@ -79,35 +80,11 @@ def readouts(targets: list[str]) -> list[Row]:
 # Norm and penalty -----------------------------------------------------------------------------------------------------
 
 
-def norm_fused(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    y, mean_square, _ = rms_norm_penalty(h, weight)
-    return y, PENALTY * mean_square.mean()
-
-
-def norm_plain(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return F.rms_norm(h, h.shape[-1:], weight, 1e-6), PENALTY * h.float().square().mean()
-
-
-def norm_liger(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return liger_rms_norm(h, weight, 1e-6), PENALTY * h.float().square().mean()
-
-
-NORMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "rms_norm_penalty": norm_fused,
-    "Liger's RMSNorm, penalty in PyTorch": norm_liger,
-    "plain PyTorch": norm_plain,
-}
-
-
 def norm_row(name: str, d: int, target: str) -> Row:
     """RMSNorm and penalty of K N rows in bfloat16: predicted times of forward and backward over their byte roofs."""
     matrix = NORM_ROWS * d * 2  # one read or write of the rows
-    on_gpu: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     with fake_gpu(TARGETS[target]) as record:
-        h, weight = (torch.empty(*size, d, **on_gpu, requires_grad=True) for size in ((NORM_ROWS,), ()))
-        dy, dpenalty = torch.empty(NORM_ROWS, d, **on_gpu), torch.ones((), device="cuda")
+        h, weight, dy, dpenalty = norm_inputs(d)
         record.clear()
         y, penalty = NORMS[name](h, weight)
         forward = total(record, target)
@@ -120,7 +97,7 @@ def norm_row(name: str, d: int, target: str) -> Row:
         row |= {
             f"{part}_launches": predicted.launches,
             f"{part}_predicted_us": 1e6 * predicted.seconds,
-            f"{part}_roof_us": 1e6 * roof,
+            f"{part}_predicted_roof_us": 1e6 * roof,
             f"{part}_predicted_over_roof": predicted.seconds / roof,
         }
     return row
@@ -141,10 +118,10 @@ def part_of(call: Call) -> str:
         return "optimiser and clipping"
     if "attention" in call.name:
         return "attention"
-    if call.op.startswith("looped::cross_entropy") or config.vocab_size in call.sizes:
-        return "readout and embedding"
     if call.op.startswith("looped::rms_norm") or "rms_norm" in call.name:
         return "norms"
+    if call.op.startswith("looped::") or config.vocab_size in call.sizes:  # with the scaling of all its gradients
+        return "readout and embedding"
     if config.d_ff in call.sizes:
         return "MLP's products" if call.flops else "MLP's gate and casts"
     if 3 * config.d_model in call.sizes or call.flops:
@@ -219,7 +196,7 @@ def kernel_rows(shape: ReadoutShape, target: str) -> Iterator[Row]:
             "occupancy": occupancy,
             "accesses": kernel.accesses,
             "matrix_instructions": kernel.matrix,
-            "megabytes": predicted.bytes / 1e6,
+            "predicted_megabytes": predicted.bytes / 1e6,
             "gigaflops": call.flops / 1e9,
             "predicted_us": 1e6 * predicted.seconds,
             "predicted_bound": predicted.bound,
@@ -228,63 +205,6 @@ def kernel_rows(shape: ReadoutShape, target: str) -> Iterator[Row]:
 
 def kernels(targets: list[str]) -> list[Row]:
     return [row for target in targets for shape in READOUTS for row in kernel_rows(shape, target)]
-
-
-# With a GPU -----------------------------------------------------------------------------------------------------------
-
-
-def measured_seconds(function: Callable[[], object], rounds: int = 20) -> float:
-    """Median time of a call on the GPU present, by CUDA events, caches flushed before each; three calls warm up."""
-    flush = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    times = []
-    for round_ in range(rounds + 3):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        if round_ >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return median(times)
-
-
-def _measure_readout(implementation: Implementation, shape: ReadoutShape) -> float:
-    inputs = Inputs.random(shape)
-    differentiated = [*inputs.states, inputs.head, inputs.norm_weight, inputs.weights]
-
-    def run() -> None:
-        for tensor in differentiated:
-            tensor.grad = None
-        implementation.loss(inputs).backward()
-
-    return measured_seconds(run)
-
-
-def _measure_step(fused: bool) -> float:
-    config = PRESETS[PRESET]
-    with torch.device("cuda"):
-        model = LoopedDecoder(config, fused=fused)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
-    tokens = torch.randint(config.vocab_size, (2, BATCH, config.max_seq_len), device="cuda")
-    return measured_seconds(
-        lambda: training_step(
-            model, optimizer, tokens[0], tokens[1], supervision="per-loop", penalty=PENALTY, dtype=torch.bfloat16
-        )
-    )
-
-
-def measure(report: dict[str, Any]) -> None:
-    """Write `measured_ms` on the GPU that is present into the rows of every target; not run yet, see above."""
-    named = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
-    cases = {(row["implementation"], row["shape"]) for row in report["readouts"]}
-    shapes = {str(shape): shape for shape in READOUTS}
-    readout_ms = {case: 1e3 * _measure_readout(named[case[0]], shapes[case[1]]) for case in sorted(cases)}
-    step_ms = {fused: 1e3 * _measure_step(fused) for fused in (True, False)}
-    for row in report["readouts"]:
-        row["measured_ms"] = readout_ms[row["implementation"], row["shape"]]
-    for row in report["steps"]:
-        row["measured_ms"] = step_ms[row["fused"]]
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -312,7 +232,8 @@ def predictions(targets: list[str]) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": environment()["commit"],
         "versions": {package: _version(package) for package in packages},
-        "measured_on": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "measured_on": None,
+        "measured_gpu": None,
         "flops_share": FLOPS_SHARE,
         "bytes_share": BYTES_SHARE,
         "gpus": rates,
@@ -324,19 +245,26 @@ def predictions(targets: list[str]) -> dict[str, Any]:
     }
 
 
+def write(report: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu_static.md").write_text(page(report))
+    (out / "gpu_static.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     given = parser.parse_args()
     report = predictions(given.targets)
-    if report["measured_on"]:
-        measure(report)
-    given.out.mkdir(parents=True, exist_ok=True)
-    text = page(report)
-    (given.out / "gpu_static.md").write_text(text)
-    (given.out / "gpu_static.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(text)
+    write(report, given.out)
+    present = target_present()
+    if present in given.targets:
+        measure(report, present)
+        write(report, given.out)
+    elif torch.cuda.is_available():
+        print(f"Not measured: {torch.cuda.get_device_name()} is none of the targets {given.targets}.", file=sys.stderr)
+    print(page(report))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The page of bench/gpu_static.py: its report as Markdown, and which of the project's targets the predictions meet."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ class Verdict(NamedTuple):
     met: bool
 
 
-def _readouts(report: Row, shape: str, **fields: Any) -> list[Row]:
-    rows = [row for row in report["readouts"] if row["shape"] == shape and row["gpu"] == MAIN_GPU]
+def _readouts(report: Row, shape: str, gpu: str = MAIN_GPU, **fields: Any) -> list[Row]:
+    rows = [row for row in report["readouts"] if row["shape"] == shape and row["gpu"] == gpu]
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
@@ -67,8 +68,24 @@ def _gpus(report: Row) -> list[str]:
     return list(report["gpus"])
 
 
-def _measured(report: Row, row: Row) -> list[str]:
-    return [f"{row['measured_ms']:.2f}"] if report["measured_on"] else []
+def _shown(report: Row) -> list[str]:
+    """The GPUs whose readouts are shown in full: the main one, or else the first, and the one that is present."""
+    main = MAIN_GPU if MAIN_GPU in report["gpus"] else _gpus(report)[0]
+    return list(dict.fromkeys([main, *([report["measured_gpu"]] if report["measured_gpu"] else [])]))
+
+
+def _measured_heading(report: Row, gpu: str | None = None) -> list[str]:
+    """The heading of measured times, in the tables where there are any: of all GPUs, or of one."""
+    measured = report["measured_gpu"] is not None and gpu in (None, report["measured_gpu"])
+    return [f"measured on {report['measured_on']}"] if measured else []
+
+
+def _measured(report: Row, row: Row, *names: str) -> list[str]:
+    """The cell under that heading: empty for the GPUs that are not there, or the error of what failed."""
+    if report["measured_gpu"] is None:
+        return []
+    times = ", ".join(f"{row[name]:.2f}" for name in names if name in row)
+    return [times or row.get("measured_error", "").replace("|", "/")]
 
 
 def readout_section(report: Row) -> list[str]:
@@ -78,16 +95,18 @@ def readout_section(report: Row) -> list[str]:
         "K = 4 states in bfloat16, RMSNorm, mean cross-entropy, gradients of states, head and norm weight. Launches,",
         "FLOPs and temporaries (beyond inputs and gradients) are counted; GB and ms are predicted. An asterisk marks",
         "bytes that follow from the library's algorithm, not from its tensors: cut-cross-entropy's sweeps of the head.",
-        "What its tiles move between caches and its locks cost is not charged.",
+        "What its tiles move between caches and its locks cost is not charged. Nor is a host wait, which leaves the",
+        "device idle until the host has launched again: in favour of the libraries that have them; ours has none.",
+        "Liger scales its gradients in one more pass where the upstream gradient is not 1; ours always does.",
         "",
     ]
-    measured = [f"measured ms, {report['measured_on']}"] if report["measured_on"] else []
     header = ["launches", "host waits", "FLOPs / 6KNdV", "*predicted* GB", "temporaries, MiB", "*predicted* ms"]
-    for shape in READOUT_TARGETS:
-        rows = _by_time(_readouts(report, shape))
+    for gpu, shape in itertools.product(_shown(report), READOUT_TARGETS):
+        rows = _by_time(_readouts(report, shape, gpu))
         if not rows:
             continue
-        lines += [f"{shape}, {MAIN_GPU}; GEMM floor {rows[0]['floor_ms']:.2f} ms *predicted*:", ""]
+        measured = [f"{heading}, ms" for heading in _measured_heading(report, gpu)]
+        lines += [f"{shape}, {gpu}; GEMM floor {rows[0]['predicted_floor_ms']:.2f} ms *predicted*:", ""]
         cells = [
             [
                 ("**" + row["implementation"] + "**" if row["ours"] else row["implementation"])
@@ -95,11 +114,11 @@ def readout_section(report: Row) -> list[str]:
                 f"{row['launches']}",
                 f"{row['host_waits']}",
                 f"{row['flops_over_6KNdV']:.2f}",
-                f"{row['gigabytes']:.1f}",
+                f"{row['predicted_gigabytes']:.1f}",
                 f"{row['temporary_MiB']:.0f}",
                 f"{row['predicted_ms']:.2f}",
                 f"{row['predicted_over_floor']:.2f}",
-                *_measured(report, row),
+                *(_measured(report, row, "measured_ms") if measured else []),
             ]
             for row in rows
         ]
@@ -137,14 +156,17 @@ def norm_section(report: Row) -> list[str]:
             f"{row['forward_predicted_us']:.0f} ({row['forward_predicted_over_roof']:.2f})",
             f"{row['backward_launches']}",
             f"{row['backward_predicted_us']:.0f} ({row['backward_predicted_over_roof']:.2f})",
+            *_measured(report, row, "forward_measured_us", "backward_measured_us"),
         ]
         for row in report["norms"]
     ]
-    return lines + table(["norm", "launches", "*predicted* forward", "launches", "*predicted* backward"], cells)
+    measured = [f"{heading}: forward, backward, us" for heading in _measured_heading(report)]
+    header = ["norm", "launches", "*predicted* forward", "launches", "*predicted* backward", *measured]
+    return lines + table(header, cells)
 
 
 def step_section(report: Row) -> list[str]:
-    measured = [f"measured ms, {report['measured_on']}"] if report["measured_on"] else []
+    measured = [f"{heading}, ms" for heading in _measured_heading(report)]
     lines = [
         "## A training step",
         "",
@@ -160,7 +182,7 @@ def step_section(report: Row) -> list[str]:
             f"{row['predicted_ms']:.1f}",
             f"{row['predicted_tokens_per_s'] / 1e3:.0f}k",
             f"{100 * row['predicted_mfu']:.0f}%",
-            *_measured(report, row),
+            *_measured(report, row, "measured_ms"),
         ]
         for row in report["steps"]
     ]
@@ -175,7 +197,7 @@ def step_section(report: Row) -> list[str]:
         ]
         for row in report["steps"]
     ]
-    return lines + table(["step", *parts], cells)
+    return lines + table(["step", *(f"{part}, *predicted* ms" for part in parts)], cells)
 
 
 def _accesses(row: Row) -> str:
@@ -207,7 +229,7 @@ def kernel_section(report: Row) -> list[str]:
                     f"{100 * row['occupancy']:.0f}%",
                     _accesses(row),
                     f"{row['matrix_instructions']}",
-                    f"{row['megabytes']:.1f}",
+                    f"{row['predicted_megabytes']:.1f}",
                     f"{row['gigaflops']:.0f}",
                     f"{row['predicted_us']:.1f} ({row['predicted_bound']})",
                 ]
@@ -230,8 +252,10 @@ def page(report: Row) -> str:
         "and from kernels that were compiled and not run; bench/gpu_roofline.py says how. Assumed rates:",
         f"{report['flops_share']:.2f} of the peak FLOP/s, {report['bytes_share']:.1f} of the peak bandwidth.",
     ]
-    if report["measured_on"]:
-        lines.append(f"Columns headed *measured* are times on {report['measured_on']}, by CUDA events, caches flushed.")
+    if report["measured_gpu"]:
+        lines.append(
+            f"All but the columns headed measured: times on {report['measured_on']}, by CUDA events, caches flushed."
+        )
     lines += [*(f"Left out: {reason}." for reason in dict.fromkeys(report["left_out"])), ""]
     rates = [
         [name, f"{gpu['peak_teraflops']:.0f}", f"{gpu['peak_terabytes_per_s']:.2f}", f"{gpu['multiprocessors']}"]

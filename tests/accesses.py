@@ -1,6 +1,7 @@
 """Every global access of a Triton kernel, counted in the interpreter: bytes by argument, bounds, conflicts.
 
-An access counts where its mask is on.  Attribution goes by storage, so every argument of a launch needs its own.
+An access counts where its mask is on, and must be of an element of an argument: of the view that was given, not of
+what else its storage holds.
 """
 
 from collections import defaultdict
@@ -10,13 +11,40 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+PADDED = {"logits_ptr"}  # whose rows may be read and written past their columns, up to the next row
+
+
+@dataclass(frozen=True)
+class View:
+    """Where the elements of an argument are: the first one's address, their bytes, sizes and strides in elements."""
+
+    start: int
+    itemsize: int
+    dims: tuple[tuple[int, int], ...]  # (size, stride)
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "View":
+        dims = list(zip(tensor.shape, tensor.stride(), strict=True))
+        if name in PADDED:
+            dims[1] = (dims[0][1], 1)
+        return cls(tensor.data_ptr(), tensor.element_size(), tuple(dims))
+
+    def holds(self, addresses: np.ndarray, n_bytes: int) -> np.ndarray:
+        """Which addresses are those of elements; of nested strides, as every tensor here has."""
+        element, rest = np.divmod(addresses - self.start, self.itemsize)
+        inside = (rest == 0) & (element >= 0) & (n_bytes == self.itemsize)
+        for size, stride in sorted(self.dims, key=lambda dim: -dim[1]):
+            index, element = np.divmod(element, stride) if stride else (np.zeros_like(element), element)
+            inside &= index < size
+        return inside & (element == 0)
+
 
 @dataclass
 class Launch:
     """One launch: bytes loaded and stored by argument.  Raises AssertionError before an access out of bounds."""
 
     kernel: str
-    spans: dict[str, tuple[int, int]]  # of each argument's storage
+    views: dict[str, View]
     loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     atomics: int = 0
@@ -34,8 +62,8 @@ class Launch:
         if store:
             assert len(np.unique(addresses)) == len(addresses), f"{self.kernel}: one store writes an address twice"
         inside = np.zeros(addresses.shape, bool)
-        for name, (start, stop) in self.spans.items():
-            here = (addresses >= start) & (addresses + n_bytes <= stop)
+        for name, view in self.views.items():
+            here = view.holds(addresses, n_bytes) & ~inside
             (self.stored if store else self.loaded)[name] += int(here.sum()) * n_bytes
             inside |= here
         # before the access is made: it could overwrite the interpreter's own memory
@@ -62,7 +90,7 @@ class Audit:
         load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
         def note(builder, ptrs, mask, *, store: bool) -> None:
-            n_bytes = ptrs.get_element_ty().primitive_bitwidth // 8
+            n_bytes = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)  # a bool takes a byte
             program = tuple(builder.grid_idx)
             self.launches[-1].note(program, np.asarray(ptrs.data), np.asarray(mask.data, bool), n_bytes, store=store)
 
@@ -76,10 +104,9 @@ class Audit:
 
         def counted_call(executor, *args, **kwargs):
             tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-            storages = {name: tensor.untyped_storage() for name, tensor in tensors.items()}
-            spans = {name: (s.data_ptr(), s.data_ptr() + s.nbytes()) for name, s in storages.items()}
-            assert len(set(spans.values())) == len(spans), f"arguments share a storage: {sorted(spans)}"
-            self.launches.append(Launch(executor.fn.__name__, spans))
+            views = {name: View.of(name, tensor) for name, tensor in tensors.items()}
+            assert len({view.start for view in views.values()}) == len(views), f"arguments overlap: {sorted(views)}"
+            self.launches.append(Launch(executor.fn.__name__, views))
             return call(executor, *args, **kwargs)
 
         def counted_atomic(*_):

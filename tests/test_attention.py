@@ -105,6 +105,10 @@ class StandIn:
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
         causal: bool = False,
     ) -> Tensor:  # fmt: skip
+        for x in (q, k, v):  # what flash-attn's kernels take
+            assert x.dtype in (torch.float16, torch.bfloat16)
+            assert x.dtype == q.dtype
+            assert x.stride(-1) == 1
         self.calls.append(
             {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal, "shape": tuple(q.shape)}
         )
@@ -129,6 +133,26 @@ def test_flash_attention_gets_its_layout_and_arguments(flash: StandIn) -> None:
     actual = causal_attention(q, k, v, dropout_p=0.125)
     assert flash.calls == [{"dropout_p": 0.125, "softmax_scale": None, "causal": True, "shape": (2, 12, 3, 16)}]
     torch.testing.assert_close(actual, explicit_attention(q, k, v), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("seq_len", [1, 37])
+def test_flash_attention_mixes_and_differentiates_as_defined(flash: StandIn, seq_len: int) -> None:
+    """Values, gradients, dtype and layout, on the strided views of a fused projection that the decoder gives."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, seq_len, 3, 4, 16, dtype=torch.bfloat16).requires_grad_()
+    mixed = causal_attention(*qkv.unbind(2))
+    assert flash.calls == [{"dropout_p": 0.0, "softmax_scale": None, "causal": True, "shape": (2, seq_len, 4, 16)}]
+    assert mixed.dtype == torch.bfloat16
+    assert mixed.shape == (2, seq_len, 4, 16)
+    wide = qkv.detach().float().requires_grad_()
+    expected = explicit_attention(*wide.unbind(2))
+    upstream = torch.randn(mixed.shape).bfloat16()
+    mixed.backward(upstream)
+    expected.backward(upstream.float())
+    assert qkv.grad is not None
+    assert wide.grad is not None
+    torch.testing.assert_close(mixed.float(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(qkv.grad.float(), wide.grad, atol=4e-2, rtol=2e-2)
 
 
 def test_flash_attention_is_left_alone_when_the_tensors_do_not_qualify(flash: StandIn) -> None:

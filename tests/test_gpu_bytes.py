@@ -1,7 +1,8 @@
 """The bytes that every Triton kernel loads and stores, counted in the interpreter, against the least possible.
 
-The least is: each input read once, each output written once.  Rows of a matrix are read once by every kernel but the
-two that say otherwise.  A vector of length d that all rows share (a norm's weight) is read once a program, from cache.
+The least is: each input read once, each output written once.  Rows of a matrix are read once by every kernel but those
+that say otherwise.  A vector that all rows share (a norm's weight, a vocabulary's bias) is read once a program, from
+cache: the counts are stated, and where programs take many rows, vectors and partial sums stay inside the bound too.
 """
 
 import math
@@ -9,12 +10,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from accesses import Audit, Launch
+from accesses import Audit, Launch, View
 
 from kernels import radial_gradient
-from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_blocks
 from kernels.row_norm import norm_backward, norm_blocks, norm_forward, partial_sums
 from kernels.statistics import _stream_triton, stream_blocks, stream_splits
+from kernels.weighted_loss import BLOCK_TOKENS, Scales, loss_sums, loss_weights
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's accesses")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -58,6 +60,37 @@ def test_norm_forward(audit, dtype, d):
     assert launch.loaded["weight_ptr"] == programs * n_bytes(weight)
 
 
+@pytest.mark.parametrize("norm", ["none", "rmsnorm", "layernorm"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_forward_of_every_form(audit, norm, bias):
+    """Rows once, whichever the form: a mean and a variance need no second read; vectors once a program."""
+    d, dtype = 100, torch.bfloat16
+    x, y, mean_square = torch.randn(ROWS, d).to(dtype), torch.empty(ROWS, d, dtype=dtype), torch.empty(ROWS)
+    vectors = [torch.randn(d) if norm != "none" else None, torch.randn(d) if bias and norm != "none" else None]
+    norm_forward(x, *vectors, eps=1e-6, norm=norm, y=y, mean_square=mean_square)
+    (launch,) = audit.launches
+    check_safe(launch)
+    least = n_bytes(x, y, mean_square)
+    assert least <= total(launch, without=("weight_ptr", "bias_ptr")) <= 1.05 * least
+    programs = math.ceil(ROWS / norm_blocks(d)["BLOCK_ROWS"])
+    for name, vector in zip(("weight_ptr", "bias_ptr"), vectors, strict=True):
+        assert launch.loaded[name] == (0 if vector is None else programs * n_bytes(vector))
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norm_backward_with_its_vectors(audit, norm):
+    """Rows are shared out between few programs: weight and both partial sums are inside the bound."""
+    n_rows, d = 4000, 100
+    dy, h, weight = torch.randn(n_rows, d), torch.randn(n_rows, d), torch.randn(d)
+    dh, dweight, dbias = torch.empty(n_rows, d), partial_sums(h), partial_sums(h)
+    norm_backward(dy, h, weight, eps=1e-6, norm=norm, dh=dh, dweight=dweight, dbias=dbias)
+    (launch,) = audit.launches
+    check_safe(launch)
+    assert launch.programs == len(dweight) > 1
+    least = n_bytes(dy, h, weight, dh) + 2 * 4 * d
+    assert least <= total(launch) <= 1.05 * least
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("norm", "add"), [("none", False), ("rmsnorm", False), ("rmsnorm", True), ("layernorm", True)])
 def test_norm_backward(audit, dtype, norm, add):
@@ -94,15 +127,16 @@ def test_radial(audit, dtype):
 
 
 def cross_entropy_launch(
-    audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, statistics: bool, backward: bool = True
-) -> Launch:
+    audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, statistics: bool, backward: bool = True,
+    bias: torch.Tensor | None = None, options: LossOptions | None = None,
+) -> Launch:  # fmt: skip
     row_length = -(-n_columns // 16) * 16
     logits = torch.randn(n_rows, row_length).to(dtype)[:, :n_columns]
     targets = torch.arange(n_rows).mul(7).remainder(n_columns)
     names = RowResults._fields if statistics else ("loss",)
     results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if f == "top1" else torch.float32) for f in names))
     omega = torch.ones(n_rows) if backward else None
-    cross_entropy_(logits, targets, omega, None, LossOptions(), results, 0)
+    cross_entropy_(logits, targets, omega, bias, options or LossOptions(), results, 0)
     (launch,) = audit.launches
     check_safe(launch)
     return launch
@@ -141,6 +175,22 @@ def test_cross_entropy_of_longer_rows(audit, n_columns, statistics, dtype):
     assert launch.stored["logits_ptr"] == n_rows * row
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n_columns", "backward", "passes"), [(1003, True, 1), (20_011, True, 2), (20_011, False, 1)])
+def test_cross_entropy_with_bias_and_softcap(audit, softcap, biased, n_columns, backward, passes):
+    """The bias once a pass and block of rows, from cache; a softcap moves nothing."""
+    n_rows, bias = 5, torch.randn(n_columns) if biased else None
+    options = LossOptions(softcap=softcap)
+    launch = cross_entropy_launch(audit, n_rows, n_columns, torch.float32, True, backward, bias, options)
+    row = -(-n_columns // 16) * 16 * 4
+    assert launch.loaded["logits_ptr"] == passes * n_rows * row
+    assert launch.stored["logits_ptr"] == n_rows * row * backward
+    blocks = cross_entropy_blocks(n_columns, False, True)
+    groups = math.ceil(n_rows / blocks["BLOCK_ROWS"])
+    assert launch.loaded["bias_ptr"] == (passes * groups * n_columns * 4 if biased else 0)
+
+
 def test_cross_entropy_without_gradient(audit):
     launch = cross_entropy_launch(audit, 2, 30_011, torch.float32, True, backward=False)
     assert launch.loaded["logits_ptr"] == 2 * 30_016 * 4
@@ -148,13 +198,14 @@ def test_cross_entropy_without_gradient(audit):
 
 
 @pytest.mark.parametrize(("n_rows", "n_columns"), [(70, 300), (5, 1000)])
-def test_statistics(audit, n_rows, n_columns):
-    """The head once a block of rows, the rows once a tile of the vocabulary: no logits."""
+@pytest.mark.parametrize(("with_targets", "biased"), [(True, False), (True, True), (False, False), (False, True)])
+def test_statistics(audit, n_rows, n_columns, with_targets, biased):
+    """The head once a block of rows, and the bias; the rows once a tile of the vocabulary: no logits."""
     d = 40
-    y, head = torch.randn(n_rows, d), torch.randn(n_columns, d)
+    y, head, bias = torch.randn(n_rows, d), torch.randn(n_columns, d), torch.randn(n_columns) if biased else None
     results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if i == 4 else torch.float32) for i in range(5)))
-    targets = torch.arange(n_rows)
-    _stream_triton(y, head, None, targets, LossOptions(), results, n_rows, 0)
+    targets = torch.arange(n_rows) if with_targets else None
+    _stream_triton(y, head, bias, targets, LossOptions(softcap=30.0 if biased else None), results, n_rows, 0)
     stream, combine = audit.launches
     check_safe(stream)
     check_safe(combine)
@@ -162,24 +213,85 @@ def test_statistics(audit, n_rows, n_columns):
     row_blocks = math.ceil(n_rows / blocks["BLOCK_ROWS"])
     assert stream.loaded["head_ptr"] == row_blocks * n_bytes(head)
     assert stream.loaded["y_ptr"] == math.ceil(n_columns / blocks["BLOCK_VOCAB"]) * n_bytes(y)
+    assert stream.loaded["bias_ptr"] == (row_blocks * n_bytes(bias) if bias is not None else 0)
     splits = stream.programs // row_blocks
     assert 1 <= splits <= stream_splits(n_rows, n_columns, blocks, y.device)
+    assert stream.loaded["targets_ptr"] == 8 * n_rows * splits * with_targets
     assert sum(stream.stored.values()) == 28 * n_rows * splits
-    assert sum(combine.loaded.values()) == 28 * n_rows * splits + 8 * n_rows
-    assert sum(combine.stored.values()) == 24 * n_rows
+    assert sum(combine.loaded.values()) == (28 * splits + 8 * with_targets) * n_rows
+    assert sum(combine.stored.values()) == (20 + 4 * with_targets) * n_rows
+
+
+# The losses' weights and sums: one program each -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["none", "loops", "tokens"])
+def test_loss_weights(audit, form):
+    """Targets, and weights of tokens that are not ignored, twice: their maximum comes before what it divides.
+
+    The weight of a loop once a block of tokens and pass.
+    """
+    n_tokens, n_loops = 3000, 3
+    targets = torch.arange(n_tokens).remainder(50)
+    targets[::7] = -100
+    weights = {"none": None, "loops": torch.rand(n_loops, 1), "tokens": torch.rand(n_loops, n_tokens)}[form]
+    scales = loss_weights(targets, weights, 50, ignore_index=-100, mean=True, dmean_square=0.5)
+    (launch,) = audit.launches
+    assert launch.programs == 1
+    check_safe(launch)
+    passes = 1 if weights is None else 2
+    assert launch.loaded["targets_ptr"] == passes * 8 * n_tokens
+    valid = int((targets != -100).sum())
+    blocks = math.ceil(n_tokens / BLOCK_TOKENS)
+    loads = {"none": 0, "loops": 2 * blocks * n_loops, "tokens": 2 * n_loops * valid}[form]
+    assert launch.loaded["weights_ptr"] == 4 * loads
+    assert launch.stored["omega_ptr"] == (0 if scales.omega is None else n_bytes(scales.omega))
+    assert launch.stored["factors_ptr"] == 12
+    assert launch.stored["in_range_ptr"] == 1
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("penalised", [False, True])
+def test_loss_sums(audit, weighted, penalised):
+    """Everything once."""
+    n_loops, n_tokens = 3, 3000
+    loss, factors = torch.rand(n_loops, n_tokens), torch.ones(3)
+    omega = torch.rand(n_loops * n_tokens) if weighted else None
+    mean_square = torch.rand(n_loops + 1, n_tokens) if penalised else None
+    results = loss_sums(loss, Scales(omega, factors, None), mean_square, 0.01)
+    (launch,) = audit.launches
+    assert launch.programs == 1
+    check_safe(launch)
+    read = [tensor for tensor in (loss, omega, mean_square) if tensor is not None]
+    assert total(launch) == n_bytes(*read, *results) + 8  # two factors
 
 
 def test_the_audit_sees_what_is_wrong():
     """Out of bounds, and two programs at one address."""
-    launch, on = Launch("none", {"x": (0, 64)}), np.ones(2, bool)
+    views, on = {"x": View(0, 4, ((16, 1),))}, np.ones(2, bool)
+    launch = Launch("none", views)
     launch.note((0, 0, 0), np.array([0, 60]), on, 4, store=True)
     for start in (-4, 61, 64):
         with pytest.raises(AssertionError, match="1 accesses out of bounds"):
-            Launch("none", {"x": (0, 64)}).note((0, 0, 0), np.array([0, start]), on, 4, store=True)
+            Launch("none", views).note((0, 0, 0), np.array([0, start]), on, 4, store=True)
     with pytest.raises(AssertionError, match="an address twice"):
-        Launch("none", {"x": (0, 64)}).note((0, 0, 0), np.array([8, 8]), on, 4, store=True)
+        Launch("none", views).note((0, 0, 0), np.array([8, 8]), on, 4, store=True)
     assert launch.conflicts() == 0
     launch.note((1, 0, 0), np.array([0, 4]), on, 4, store=True)
     assert launch.conflicts() == 1
     launch.note((2, 0, 0), np.array([4, 8]), on, 4, store=False)
     assert launch.conflicts() == 2
+
+
+def test_the_audit_knows_views():
+    """What a storage holds beside the view is out of bounds: other rows, other columns; of logits only other rows."""
+    storage = torch.zeros(6, 10)
+    base, view = storage.data_ptr(), storage[1:3, 2:5]
+    at = {"before": 1, "first": 12, "last": 24, "column": 15, "row": 32}
+    addresses = np.array([base + 4 * element for element in at.values()])
+    assert dict(zip(at, View.of("x_ptr", view).holds(addresses, 4).tolist(), strict=True)) == {
+        "before": False, "first": True, "last": True, "column": False, "row": False,
+    }  # fmt: skip
+    assert View.of("logits_ptr", view).holds(addresses, 4).tolist() == [False, True, True, True, False]
+    assert not View.of("x_ptr", view).holds(addresses, 2).any()
+    assert View.of("x_ptr", torch.zeros(()).expand(5)).dims == ((5, 0),)

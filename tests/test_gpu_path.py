@@ -75,6 +75,12 @@ def test_launches_of_a_fused_step(report):
     assert report["fused"]["launches"] < 0.85 * report["plain"]["launches"]
 
 
+def test_every_norm_but_a_loops_first_adds_the_residual_stream(report):
+    """A loop's first norm finds the sum of the loop before it; the readout's norms have nothing to add."""
+    assert report["fused"]["residual_norms"] == 2 * CONFIG.n_layers * CONFIG.n_loops - CONFIG.n_loops
+    assert report["plain"]["residual_norms"] == 0
+
+
 def test_terminal_supervision_reads_one_loop(report):
     assert report["terminal"]["triton_launches"]["cross_entropy_kernel"] == N_TOKENS // CHUNK_ROWS
 

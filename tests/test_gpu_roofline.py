@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.gpu_compile import Resources
-from bench.gpu_record import Call, traffic
+from bench.gpu_record import Call, launch_bytes, traffic
 from bench.gpu_roofline import DEVICES, LAUNCH_SECONDS, ROUND_TRIP_SECONDS, Compiled, predict, resident_programs
 
 H100, MI300 = DEVICES["sm_90"], DEVICES["gfx942"]
@@ -77,3 +77,10 @@ def test_traffic_of_ops_that_touch_a_part():
     assert traffic(aten.zeros_like.default, (x,), [x.clone()]) == 32_000
     assert traffic(aten.index_select.default, (x, 0, index), [part]) == 40 + 2 * 160
     assert traffic(aten.index_add_.default, (x, 0, index, part), [x]) == 40 + 160 + 2 * 160
+
+
+def test_bytes_of_a_launch_that_gathers_rows():
+    """cut-cross-entropy's target logits: one row of the head a token, not the head."""
+    tensors = {"E": torch.zeros(5, 8), "C": torch.zeros(1000, 8), "Inds": torch.zeros(5, dtype=torch.int64)}
+    assert launch_bytes("_indexed_neg_dot_forward_kernel", tensors, set()) == 160 + 160 + 40
+    assert launch_bytes("_cce_lse_forward_kernel", tensors, {"E"}) == 2 * 160 + 32_000 + 40

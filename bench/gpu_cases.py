@@ -1,0 +1,159 @@
+"""The calls of `kernels` whose launches bench/gpu_compile.py compiles: every option that changes a launch.
+
+Options are crossed with itertools.product; where a launch does not depend on the vocabulary (norms), that is small.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+
+CHANNELS = (512, 768, 2048)
+SHAPES = ((512, 20_000), (768, 20_000), (2048, 50_257), (2048, 128_256))  # d, V
+# Vocabularies whose rows stay in registers: tiles of 128 to 8192 columns, one and two of them.
+SMALL_SHAPES = tuple((512, n_columns) for n_columns in (100, 500, 1000, 2000, 4000, 8000, 16_384))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+YES_NO = (False, True)
+
+Case = tuple[str, Callable[[], None]]
+
+
+def _gpu(*shape: int, dtype: torch.dtype = torch.float32, trained: bool = True) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=trained and dtype.is_floating_point)
+
+
+def _vectors(length: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """The forms of a parameter: absent, float32, of low precision, not trained."""
+    forms = {"none": None, "float32": _gpu(length), "frozen": _gpu(length, trained=False)}
+    return forms if dtype == torch.float32 else forms | {"low": _gpu(length, dtype=dtype)}
+
+
+def norms(d: int, dtype: torch.dtype, everything: bool = True, rows: int = 4096) -> None:
+    """rms_norm_penalty: dtypes of x, residual and weight, and which of its results have a gradient.
+
+    The decoder's own are y and the sum, without the mean square; its first norm's x is float32 and its y is not.
+    """
+    weights = _vectors(d, dtype)
+    residuals = {"none": None, "float32": _gpu(rows, d), "same": _gpu(rows, d, dtype=dtype)}
+    autocasts = YES_NO if dtype == torch.bfloat16 else (False,)
+    used = [set(names) for n in (1, 2, 3) for names in itertools.combinations(("y", "mean_square", "residual"), n)]
+    if not everything:
+        weights, residuals = {"float32": weights["float32"]}, {k: residuals[k] for k in ("none", "float32")}
+        used = [{"y"}, {"mean_square"}, {"y", "residual"}, {"y", "mean_square", "residual"}]
+    for autocast, residual, weight in itertools.product(autocasts, residuals.values(), weights.values()):
+        x = _gpu(rows, d, dtype=torch.float32 if autocast else dtype)
+        with torch.autocast("cuda", dtype=dtype) if autocast else nullcontext():
+            result = rms_norm_penalty(x, weight, residual=residual)
+        for names in used:
+            parts = [part for name in names if (part := getattr(result, name)) is not None]
+            if len(parts) == len(names):
+                torch.autograd.backward(parts, [torch.empty_like(part) for part in parts], retain_graph=True)
+
+
+def radials(d: int, dtype: torch.dtype, rows: int = 4096) -> None:
+    for dtypes in itertools.product({torch.float32, dtype}, repeat=2):
+        radial_gradient(*(_gpu(rows, d, dtype=one) for one in dtypes)).fraction.sum().backward()
+
+
+def readout_norms(d: int, dtype: torch.dtype, tokens: int = 1024) -> None:
+    """The norms of looped_cross_entropy: form, parameters, penalty, statistics, states with and without a gradient."""
+    head, targets = _gpu(1000, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
+    vectors = _vectors(d, dtype)
+    norms = [("raw", None, None), ("final-only", vectors["float32"], None)]
+    norms += [("rmsnorm", weight, None) for weight in vectors.values()]
+    norms += [("layernorm", *both) for both in itertools.product(vectors.values(), vectors.values())]
+    for (readout, weight, bias), penalty, statistics, trained in itertools.product(norms, (0.0, 0.01), YES_NO, YES_NO):
+        states = [_gpu(tokens, d, dtype=dtype, trained=trained) for _ in range(2)]
+        options = {"penalty": penalty, "statistics": statistics, "norm_weight": weight, "norm_bias": bias}
+        looped_cross_entropy(states, head, targets, readout=readout, **options).loss.backward()
+
+
+def losses(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True, tokens: int = 2048) -> None:
+    """The loss of looped_cross_entropy: gradient, bias, softcap and statistics."""
+    head, targets, weight = _gpu(n_columns, d, dtype=dtype), _gpu(tokens, dtype=torch.int64), _gpu(d)
+    states = [_gpu(tokens, d, dtype=dtype) for _ in range(3)]
+    flags = list(itertools.product(YES_NO, repeat=4))
+    for gradient, bias, softcap, statistics in flags if everything else [flags[i] for i in (8, 9, 14)]:
+        with nullcontext() if gradient else torch.no_grad():
+            options: dict[str, Any] = {"softcap": 30.0} if softcap else {}
+            if bias:
+                options["bias"] = _gpu(n_columns)
+            loss = looped_cross_entropy(
+                states, head, targets, norm_weight=weight, statistics=statistics, label_smoothing=0.1 * bias, **options
+            ).loss
+        if gradient:
+            loss.backward()
+
+
+def weightings(dtype: torch.dtype, everything: bool = True, tokens: int = 2048, d: int = 512) -> None:
+    """The weights and sums of looped_cross_entropy: of loops and of tokens, one loop and many, every reduction."""
+    head, targets = _gpu(1000, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
+    loops = (1, 3, 16) if everything else (3,)  # Triton compiles apart for 1 and for multiples of 16
+    for n_loops, reduction, penalty in itertools.product(loops, ("mean", "sum", "none"), (0.0, 0.01)):
+        if reduction == "none" and penalty:
+            continue
+        states = [_gpu(tokens, d, dtype=dtype) for _ in range(n_loops)]
+        per_loop = [0.0] * (n_loops - 1) + [1.0]
+        for weights in (None, per_loop, _gpu(n_loops), _gpu(n_loops, tokens)):
+            options: dict[str, Any] = {"weights": weights, "reduction": reduction, "penalty": penalty}
+            looped_cross_entropy(states, head, targets, **options).loss.sum().backward()
+
+
+def trainer_readout(d: int, n_columns: int, tokens: int = 2048) -> None:
+    """As the trainer calls it: float32 states and parameters, bfloat16 products."""
+    states, head, weight = [_gpu(tokens, d) for _ in range(3)], _gpu(n_columns, d), _gpu(d)
+    for statistics in YES_NO:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = looped_cross_entropy(
+                states, head, _gpu(tokens, dtype=torch.int64), norm_weight=weight, penalty=0.01, statistics=statistics
+            ).loss
+        loss.backward()
+
+
+def statistics(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True) -> None:
+    """readout_statistics, for many rows and for the few of a generation step: bias, softcap, targets, precision."""
+    head, bias = _gpu(n_columns, d, dtype=dtype), _gpu(n_columns)
+    flags = list(itertools.product(YES_NO, repeat=3))
+    precisions = ("ieee", "tf32") if everything and dtype == torch.float32 else ("ieee",)
+    previous = torch.backends.cuda.matmul.fp32_precision
+    for tokens, precision in itertools.product((1, 32, 8192) if everything else (32, 8192), precisions):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        states, targets = _gpu(4, tokens, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
+        for has_bias, softcap, has_targets in flags if everything else [flags[1]]:
+            readout_statistics(
+                states, head, targets if has_targets else None, norm_weight=_gpu(d),
+                bias=bias if has_bias else None, softcap=30.0 if softcap else None,
+            )  # fmt: skip
+    torch.backends.cuda.matmul.fp32_precision = previous
+
+
+def cases(sampled: bool) -> Iterator[Case]:
+    """Named calls at every shape and dtype; sampled: those that a quick check takes."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if sampled:
+        yield "norms d=768 bf16", lambda: norms(768, bf16, everything=False)
+        yield "radials d=768 bf16", lambda: radials(768, bf16)
+        yield "weightings bf16", lambda: weightings(bf16, everything=False)
+        for d, n_columns, dtype in ((768, 20_000, fp32), (2048, 128_256, bf16)):
+            yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype, False)
+            yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype, False)
+        yield "trainer d=768 V=20000", lambda: trainer_readout(768, 20_000)
+        return
+    for dtype in DTYPES:
+        yield f"weightings {dtype}", functools.partial(weightings, dtype)
+        for d in CHANNELS:
+            yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype)
+            yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
+            yield f"readout norms d={d} {dtype}", functools.partial(readout_norms, d, dtype)
+        for d, n_columns in SHAPES + SMALL_SHAPES:
+            yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype)
+        for d, n_columns in SHAPES + SMALL_SHAPES[2:3]:
+            yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype)
+    for d, n_columns in SHAPES:
+        yield f"trainer d={d} V={n_columns}", functools.partial(trainer_readout, d, n_columns)

@@ -1,0 +1,115 @@
+"""The stand-in GPU itself: what it notices, and that packages for real GPUs do not disturb it.
+
+Triton decides at import whether kernels are interpreted, so programs run in an interpreter without TRITON_INTERPRET.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# As flash-attn 2 does: a custom op whose body needs a compiled library, behind an autograd function.
+FLASH_ATTENTION = """
+import torch
+
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), device_types="cuda")
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    raise ImportError("the compiled library is not here")
+
+@forward.register_fake
+def _(q, k, v):
+    return torch.empty_like(q)
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    return forward(q, k, v)
+"""
+
+
+def run(program: str, path: Path | None = None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (ROOT, path) if p is not None)
+    command = [sys.executable, "-c", "import torch\nfrom bench.fake_gpu import TARGETS, fake_gpu\n" + program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture
+def flash_attention(tmp_path) -> Path:
+    (tmp_path / "flash_attn.py").write_text(FLASH_ATTENTION)
+    return tmp_path
+
+
+def test_the_path_does_not_depend_on_an_installed_flash_attn(flash_attention):
+    """The decoder's attention is PyTorch's flash kernel, forward and backward, installed or not."""
+    program = """
+from looped.attention import causal_attention, flash_attention_serves
+with fake_gpu(TARGETS["sm_90"]) as record:
+    q, k, v = (torch.empty(2, 128, 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))
+    causal_attention(q, k, v).sum().backward()
+    print([call.name for call in record.calls if "flash_attention" in call.name], q.grad.shape)
+"""
+    found = run(program, flash_attention)
+    assert found == run(program)
+    assert "flash_attention_backward" in found
+
+
+def test_custom_ops_of_other_packages_are_only_asked_for_their_shapes(flash_attention):
+    program = """
+from flash_attn import flash_attn_func
+with fake_gpu(TARGETS["sm_90"]) as record, torch.no_grad():
+    q = torch.empty(2, 128, 4, 64, dtype=torch.bfloat16, device="cuda")
+    record.clear()
+    print(flash_attn_func(q, q, q).shape)
+    (call,) = record.calls
+    print(call.name, call.read_write_bytes == 2 * q.nbytes, record.peak_bytes - record.live_bytes)
+"""
+    assert "flash_attn::_flash_attn_forward True" in run(program, flash_attention)
+
+
+WAITS = {  # what is recorded, or, where a value is read that nobody answers for, named by the error
+    "x.sum().item()": "_local_scalar_dense",
+    "float(x[0])": "_local_scalar_dense",
+    "x.cpu()": "_to_copy",
+    "x.to('cpu')": "_to_copy",
+    "x[[0, 2]]": "made from numbers",
+    "x[torch.tensor([0, 2])]": "aten.index",
+    "torch.tensor([1.0], device='cuda')": "torch.tensor",
+    "x.copy_(torch.ones(4))": "aten.copy_",
+}
+NO_WAITS = ("x + 1", "x[:2]", "x * x.sum()", "torch.full((3,), 2.0, device='cuda')")
+
+
+@pytest.fixture(scope="module")
+def noticed() -> dict[str, list[str]]:
+    """By expression of a tensor x on the stand-in GPU: the host's waits."""
+    program = f"""
+import json
+found = {{}}
+with fake_gpu(TARGETS["sm_90"]) as record:
+    x = torch.ones(4, device="cuda")
+    for expression in {[*WAITS, *NO_WAITS]!r}:
+        record.clear()
+        try:
+            eval(expression)
+            found[expression] = list(record.host_copies)
+        except Exception as error:
+            found[expression] = [repr(error)]
+print(json.dumps(found))
+"""
+    return json.loads(run(program))
+
+
+@pytest.mark.parametrize("expression", WAITS)
+def test_host_waits_are_noticed(noticed, expression):
+    assert any(WAITS[expression] in wait for wait in noticed[expression]), noticed[expression]
+
+
+@pytest.mark.parametrize("expression", NO_WAITS)
+def test_what_stays_on_the_device_is_no_wait(noticed, expression):
+    assert noticed[expression] == []
