@@ -205,7 +205,7 @@ def test_statistics(audit, n_rows, n_columns, with_targets, biased):
     y, head, bias = torch.randn(n_rows, d), torch.randn(n_columns, d), torch.randn(n_columns) if biased else None
     results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if i == 4 else torch.float32) for i in range(5)))
     targets = torch.arange(n_rows) if with_targets else None
-    _stream_triton(y, head, bias, targets, LossOptions(softcap=30.0 if biased else None), results, n_rows, 0)
+    _stream_triton(y, head, bias, targets, LossOptions(softcap=30.0 if biased else None), results, n_rows)
     stream, combine = audit.launches
     check_safe(stream)
     check_safe(combine)
