@@ -143,7 +143,6 @@ def test_page(written, report):
 # The targets that are known to be missed.
 KNOWN_MISSES = {
     "readout K4-N8192-d2048-V128256 below every other library",
-    "readout in at most 49 launches",
 }
 
 
