@@ -66,7 +66,9 @@ def narrow_limit(kernel: dict, target: str) -> int:
     if name in ("radial_forward_kernel", "radial_backward_kernel"):
         return 3 * rows
     if name == "cross_entropy_kernel":
-        return rows * (2 + on["HAS_GRADIENT"] + 4 * on["HAS_STATISTICS"])
+        # an odd vocabulary's bias ends at any word, so it is read word by word: held blocks once, others twice
+        bias = on["BLOCK_VOCAB"] // threads(kernel, target) * (on["HELD_BLOCKS"] or 2) if on["HAS_BIAS"] else 0
+        return rows * (2 + on["HAS_GRADIENT"] + 4 * on["HAS_STATISTICS"]) + bias
     if name == "stream_kernel":  # seven results, the target; the bias as the products' layout holds it
         return 7 + 8 * on["HAS_TARGETS"] + 16 * on["HAS_BIAS"]
     if name == "loss_weights_kernel":  # four results; weights of loops, or of tokens under the mask of the ignored
