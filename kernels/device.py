@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 import triton
 
+CPU_BLOCK_BYTES = 4 << 20
+
 
 def uses_triton(tensor: torch.Tensor) -> bool:
     """True for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors too."""
@@ -67,8 +69,11 @@ def product_autocast(tensor: torch.Tensor) -> torch.autocast:
 
 
 def cpu_blocks(n_rows: int, row_bytes: int) -> Iterator[slice]:
-    """The rows of a CPU pass in blocks whose `row_bytes` fit the second-level caches of the threads that share it."""
+    """The rows of a CPU pass in blocks whose `row_bytes` fit the second-level caches of the threads that share it.
+
+    Where those are small, CPU_BLOCK_BYTES: with less work an operation, starting the threads takes most of the time.
+    """
     cache = torch.get_num_threads() * torch.cpu.get_capabilities().get("l2_cache_size", 1 << 20)
-    size = max(1, cache // max(1, row_bytes))
+    size = max(1, max(cache, CPU_BLOCK_BYTES) // max(1, row_bytes))
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
