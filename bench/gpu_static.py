@@ -17,7 +17,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from bench.records import environment
 from bench.shapes import ReadoutShape
 from kernels import radial_gradient, readout_statistics, rms_norm_penalty
 from looped.config import PRESETS
+from looped.provenance import package_version
 
 Row = dict[str, Any]
 
@@ -104,7 +104,7 @@ def norm_row(name: str, d: int, target: str) -> Row:
 
 
 def norms(targets: list[str]) -> list[Row]:
-    names = [name for name in NORMS if "Liger" not in name or _version("liger-kernel")]
+    names = [name for name in NORMS if "Liger" not in name or package_version("liger-kernel")]
     return [norm_row(name, shape.d, target) for target in targets for shape in READOUTS for name in names]
 
 
@@ -210,13 +210,6 @@ def kernels(targets: list[str]) -> list[Row]:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def predictions(targets: list[str]) -> dict[str, Any]:
     """Everything that the page shows."""
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
@@ -231,7 +224,7 @@ def predictions(targets: list[str]) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": environment()["commit"],
-        "versions": {package: _version(package) for package in packages},
+        "versions": {package: package_version(package) for package in packages},
         "measured_on": None,
         "measured_gpu": None,
         "flops_share": FLOPS_SHARE,

@@ -8,10 +8,8 @@ import re
 import time
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from subprocess import SubprocessError, run
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 from bench.accuracy import closest_to_limit
 from bench.implementations import is_ours
 from bench.shapes import DEVICE
+from looped.provenance import package_version, processor, project_commit
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -66,37 +65,14 @@ def environment() -> Record:
     """Device, what it can do and hold, threads, versions, commit and date of this run."""
     on_gpu = DEVICE.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "instructions": _architecture() if on_gpu else _instructions(),
         "threads": torch.get_num_threads(),
         "memory": _gpu_memory() if on_gpu else _memory(),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
+        "commit": project_commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, `-dirty` behind it if files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        return run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, SubprocessError):
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _instructions() -> str:

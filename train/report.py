@@ -3,9 +3,7 @@
 import os
 import platform
 import resource
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
+from looped.provenance import package_version, processor, project_commit
 from train.step import LoopResult
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "safetensors")
@@ -28,37 +27,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
-        name = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        name = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "device": f"{device.type}: {name}",
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
+        "commit": project_commit(),
         "peak_memory_bytes": peak,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # triton exists on Linux only
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def table(results: Sequence[LoopResult]) -> str:

@@ -2,13 +2,12 @@
 
 import json
 import platform
-import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from looped.provenance import package_version, project_commit
 from looped.saved_run import SavedRun
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -17,12 +16,12 @@ PACKAGES = ("torch", "triton", "numpy")
 def origin(device: torch.device, run: SavedRun | None = None) -> dict[str, str]:
     """Words by what they are of: date, commit of this project, versions, device; and the run's directory, data,
     tokenizer and step."""
-    versions = [f"{package} {found}" for package in PACKAGES if (found := _version(package))]
+    versions = [f"{package} {found}" for package in PACKAGES if (found := package_version(package))]
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
     words = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit() or "not known",
+        "commit": project_commit() or "not known",
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
         "device": f"{device.type}: {name}",
     }
@@ -47,19 +46,3 @@ def _step(run: Path) -> str:
             except (ValueError, KeyError, TypeError):
                 break
     return "not known"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # triton exists on Linux only
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
