@@ -62,7 +62,7 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 def product_autocast(tensor: torch.Tensor) -> torch.autocast:
     """Autocast as it is now for products of `tensor`, but off on a CPU that gains nothing by its dtype.
 
-    Where bfloat16 is emulated a product of it can take a hundred times as long as one of float32.
+    Where bfloat16 is emulated its products take tens of times as long as those of float32.
     """
     kind, dtype = tensor.device.type, autocast_dtype(tensor)
     return torch.autocast(kind, dtype=dtype, enabled=autocasts(tensor) and product_dtype(tensor, dtype) == dtype)

@@ -23,10 +23,9 @@ from kernels.arguments import (
 )
 from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype, cpu_blocks, product_dtype
-from kernels.readout import Readout, default_chunk_rows, head_accumulator, normed_rows, read_out
+from kernels.readout import Readout, default_chunk_rows, head_accumulator, loops_of, normed_rows, read_out
 from kernels.readout_backward import (
     differentiated_loops,
-    loops_of,
     needs_dy,
     radial_sums,
     states_and_norm_backward,
@@ -349,8 +348,9 @@ def looped_cross_entropy(
         mean:  sum_{k, t} w[k, t] CE[k, t] / n + penalty * mean_{k, t, channels} h^2     (n: tokens not ignored)
         sum:   the same without / n;    none: w * CE, [K, ...], 0 where ignored
 
-    Memory beyond inputs and outputs is one chunk of logits and one float32 dW, whatever K; all gradients that somebody
-    needs are formed in the forward pass.  kernels/README.md has the derivations.
+    Memory beyond inputs and outputs is one chunk of logits, one float32 dW, both whatever K, and the normed rows, whose
+    place their gradient takes; the products of all gradients that somebody needs are formed in the forward pass.
+    kernels/README.md has the derivations.
 
     Args:
         states: the hidden states H_1..H_K before the readout norm: one tensor [K, ..., d] or a sequence of K tensors

@@ -8,9 +8,9 @@ For the state h[k, t] [d] of loop k and token t, the head W [V, d] and coefficie
 with y = norm(h) and g = dCE/dlogits.  The K states share the head, so the normed rows of all loops form one matrix Y
 [K N, d], of which a chunk of rows at a time is read out: logits = y W^T -> softmax, CE and g in place -> dW += g^T y ->
 dy = g W, written over y.  The three products go to the vendor's library: 6 K N d V FLOPs, the same as readout by
-readout, while memory holds Y, one chunk of logits and one dW, whatever K.  These gradients are formed in the forward
-pass, where the logits are at hand; the backward pass multiplies them by the upstream gradient and takes dy through the
-norm, one launch a loop.  Where the caller wants the rows' losses themselves (their upstream gradient is not known in
+readout, while memory holds Y and, whatever K, one chunk of logits and one dW.  These gradients are formed in the
+forward pass, where the logits are at hand; the backward pass multiplies them by the upstream gradient and takes dy
+through the norm, one launch a loop.  Where the caller wants the rows' losses themselves (their upstream gradient is not known in
 advance) the backward pass runs this same pass again.
 
 dW and the loss are summed in float32.  g is kept in units of the largest |c|, so neither a mean over many tokens
@@ -36,6 +36,12 @@ CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
 CPU_WIDE_CHUNK_ROWS = 512
 HEAD_ROWS = 4096  # rows of the head in one product on a CPU: MKL and oneDNN keep a panel of 20,000 less well in cache
+
+
+def loops_of(states: list[Tensor]) -> list[Tensor]:
+    """The states of all loops [N, d], their last dimension contiguous."""
+    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
+    return [state if state.stride(-1) == 1 else state.contiguous() for state in loops]
 
 
 def norm_arguments(

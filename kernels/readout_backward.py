@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.device import accumulator
-from kernels.readout import norm_arguments
+from kernels.readout import loops_of, norm_arguments
 from kernels.row_norm import norm_backward, partial_sums
-
-
-def loops_of(states: list[Tensor]) -> list[Tensor]:
-    """The states of all loops [N, d], their last dimension contiguous."""
-    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
-    return [state if state.stride(-1) == 1 else state.contiguous() for state in loops]
 
 
 def differentiated_loops(states: list[Tensor], need_states: list[bool], active: list[int], penalty: float) -> list[int]:

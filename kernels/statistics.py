@@ -34,7 +34,7 @@ from kernels.arguments import (
 )
 from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
 from kernels.device import accumulator, autocast_dtype, multiprocessors, product_dtype, uses_triton
-from kernels.readout import Readout, default_chunk_rows, normed_rows, read_out
+from kernels.readout import Readout, default_chunk_rows, loops_of, normed_rows, read_out
 
 
 class ReadoutStatistics(NamedTuple):
@@ -215,10 +215,9 @@ def _readout_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if targets is not None:
         check_range(targets, head.shape[0], ignore_index)
-    states = [state if state.stride(-1) == 1 else state.contiguous() for state in states]
     norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     head = head if head.stride(-1) == 1 else head.contiguous()
-    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
+    loops = loops_of(states)
     n_loops, n_tokens = len(loops), len(loops[0])
     n_rows = n_loops * n_tokens
     loss, lse, entropy, margin = (head.new_empty(n_rows, dtype=accumulator(head.dtype)) for _ in range(4))
