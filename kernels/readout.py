@@ -10,8 +10,8 @@ with y = norm(h) and g = dCE/dlogits.  The K states share the head, so the norme
 dy = g W, written over y.  The three products go to the vendor's library: 6 K N d V FLOPs, the same as readout by
 readout, while memory holds Y and, whatever K, one chunk of logits and one dW.  These gradients are formed in the
 forward pass, where the logits are at hand; the backward pass multiplies them by the upstream gradient and takes dy
-through the norm, one launch a loop.  Where the caller wants the rows' losses themselves (their upstream gradient is not known in
-advance) the backward pass runs this same pass again.
+through the norm, one launch a loop.  Where the caller wants the rows' losses themselves (their upstream gradient is not
+known in advance) the backward pass runs this same pass again.
 
 dW and the loss are summed in float32.  g is kept in units of the largest |c|, so neither a mean over many tokens
 nor a float16 loss scale leaves the range of the dtype, and the common factor is applied in float32.

@@ -344,9 +344,9 @@ def norm_backward(
 ) -> None:
     """The gradient of `norm_forward`: writes those of `dh`, `dx` (the same values in another dtype) that are given.
 
-    `dmean_square` [rows] may be expanded from a scalar; `scale` [] multiplies dy; `radial` [2, rows] receives <g, h> and
-    |g|^2 of what comes through y alone; `dweight` and `dbias` [programs, d] float32 are partial sums, which the caller
-    sums over their first dimension.  They are written over, or, with `add`, added to.
+    `dmean_square` [rows] may be expanded from a scalar; `scale` [] multiplies dy; `radial` [2, rows] receives <g, h>
+    and |g|^2 of what comes through y alone; `dweight` and `dbias` [programs, d] float32 are partial sums, which the
+    caller sums over their first dimension.  They are written over, or, with `add`, added to.
     """
     if h.shape[0] == 0:
         return
