@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from bench.accuracy import FLOOR, closest_to_limit, is_correct, limits, limits_with_mean_loss
+from bench.accuracy import (
+    FLOOR,
+    closest_to_limit,
+    is_correct,
+    limits,
+    limits_of_float32_loss,
+    limits_with_mean_loss,
+)
 from bench.records import Session, complete, markdown, slug, write
 
 
@@ -147,3 +154,12 @@ def test_slug_tells_machines_apart():
     assert slug(intel | {"instructions": "avx512-bf16"}) != slug(intel)
     gpu = {"device": "NVIDIA H100 80GB HBM3", "instructions": "sm-90", "threads": 8}
     assert slug(gpu) == "nvidia-h100-80gb-hbm3-sm-90-8-threads"
+
+
+def test_a_float32_loss_is_held_to_half_a_rounding_however_wrong_plain_is():
+    allowed = limits_of_float32_loss(
+        limits_with_mean_loss({"loss": 6e-3, "dhead": 1e-3}, torch.bfloat16), torch.bfloat16
+    )
+    assert allowed["dhead"] == 2e-3 + FLOOR
+    assert is_correct({"loss": 1.9e-3, "dhead": 2e-3}, allowed)
+    assert not is_correct({"loss": 2e-3, "dhead": 2e-3}, allowed)
