@@ -12,11 +12,11 @@ test: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
 
 # measures and writes bench/results/<date>-<device>.{json,md}; under 15 minutes on two cores that do nothing else
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed
 	$(PY) -m pytest bench/ --benchmark-only --record -rs $(ARGS)
 
 # every implementation once on tiny shapes; no record
-bench-smoke: $(VENV)/.installed-bench
+bench-smoke: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -rs -k smoke $(ARGS)
 
 # every kernel in every configuration for four GPUs, offline: long, and not timed yet; `make test` has a sample
@@ -34,12 +34,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])' && \
 	{ test -x $(PY) || $(PYTHON) -m venv $(VENV); } && \
 	$(PY) -m pip install --quiet --constraint constraints.txt torch triton && \
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]' && \
 	touch $@ && echo "set-up: $$(($$(date +%s) - start)) s"
-
-$(VENV)/.installed-bench: $(VENV)/.installed
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -59,7 +59,7 @@ def why_missing(package: str, *, needs_gpu: bool = False) -> str | None:
     """Why what needs a package cannot run here, or None."""
     if needs_gpu and DEVICE.type != "cuda":
         return "needs a GPU"
-    return None if find_spec(package) else f"{package} is not installed (make bench installs it)"
+    return None if find_spec(package) else f"{package} is not installed (the bench extra has it)"
 
 
 def cannot_run_here(error: Exception) -> bool:

@@ -151,6 +151,7 @@ def misses(report: dict) -> set[str]:
 
 
 def test_no_target_is_lost_and_none_is_met_unnoticed(report):
+    pytest.importorskip("liger_kernel", reason="the library that one target is missed against is in the bench extra")
     assert misses(report) == KNOWN_MISSES
 
 
