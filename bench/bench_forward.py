@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import Errors, limits, relative_error, truth_dtype
-from bench.decoders import IMPLEMENTATIONS, decoder, floor_seconds, tokens_of
+from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, tokens_of
 from bench.measurement import Measurement, Work
 from bench.shapes import FORWARDS, Case, DecoderShape
 from bench.timing import Call, Prepare
@@ -77,7 +77,7 @@ def bench_forward(measure, case: str, implementation: str) -> None:
             reference=make_round(FORWARDS[case], "fused"),
             errors=lambda found: errors(found, case),
             allowed=lambda: allowed(case),
-            work=Work(flops / 1e9, "GFLOP/s", lambda: floor_seconds(model, shape, dtype, flops)),
+            work=Work(flops / 1e9, "GFLOP/s", lambda: decoder_roof(model, shape, dtype, flops)),
             n_tokens=shape.n_tokens,
         )
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.accuracy import Errors, limits, relative_error, truth_dtype
 from bench.measurement import Measurement, Work
 from bench.norms import IMPLEMENTATIONS, NormInputs, fused, plain
-from bench.roofs import copy_rate
+from bench.roofs import copy_roof
 from bench.shapes import ROWS, Case, RowsShape
 from bench.timing import Call, Prepare
 
@@ -79,6 +79,6 @@ def bench_norm(measure, case: str, residual: bool, direction: str, implementatio
             reference=make_round(fused, inputs),
             errors=lambda found: errors(found, case, residual, direction),
             allowed=lambda: limits(errors(plain_call()(), case, residual, direction)),
-            work=Work(n_bytes / 1e9, "GB/s", lambda: n_bytes / copy_rate(n_bytes)),
+            work=Work(n_bytes / 1e9, "GB/s", lambda: copy_roof(n_bytes)),
         )
     )

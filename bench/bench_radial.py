@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.accuracy import Errors, limits, relative_error
 from bench.implementations import Implementation, by_name, compiled
 from bench.measurement import Measurement, Work
-from bench.roofs import copy_rate
+from bench.roofs import copy_roof
 from bench.shapes import DEVICE, ROWS
 from kernels import radial_gradient
 from kernels.radial import RadialGradient, radial_gradient_reference
@@ -53,6 +53,6 @@ def bench_radial(measure, case: str, implementation: str) -> None:
             reference=lambda: lambda: radial_gradient(*inputs),
             errors=lambda found: errors(found, inputs),
             allowed=lambda: limits(errors(radial_gradient_reference(*inputs), inputs)),
-            work=Work(n_bytes / 1e9, "GB/s", lambda: n_bytes / copy_rate(n_bytes)),
+            work=Work(n_bytes / 1e9, "GB/s", lambda: copy_roof(n_bytes)),
         )
     )

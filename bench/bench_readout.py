@@ -9,7 +9,7 @@ from bench.accuracy import Errors, limits_of_float32_loss, limits_with_mean_loss
 from bench.implementations import is_ours
 from bench.measurement import Measurement, Work
 from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
-from bench.roofs import readout_floor
+from bench.roofs import readout_roof
 from bench.shapes import READOUTS
 
 
@@ -42,6 +42,6 @@ def bench_readout(measure, case: str, implementation: str) -> None:
             reference=make_round(fused, inputs),
             errors=lambda loss: errors(loss, inputs, truth_of(case)),
             allowed=lambda: limits_of_float32_loss(allowed(case), dtype) if is_ours(implementation) else allowed(case),
-            work=Work(shape.flops / 1e9, "GFLOP/s", lambda: readout_floor(shape, dtype, backward=True)),
+            work=Work(shape.flops / 1e9, "GFLOP/s", lambda: readout_roof(shape, dtype, backward=True)),
         )
     )

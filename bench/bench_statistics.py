@@ -9,7 +9,7 @@ from bench.accuracy import Errors, limits
 from bench.measurement import Measurement, Work
 from bench.readouts import Inputs
 from bench.readouts_forward import SUBJECTS, Statistics, errors, truth
-from bench.roofs import readout_floor
+from bench.roofs import readout_roof
 from bench.shapes import STATISTICS
 from bench.timing import Prepare
 
@@ -54,6 +54,6 @@ def bench_statistics(measure, case: str, subject: str, implementation: str) -> N
             reference=make_round(implementations["fused"].make(), inputs),
             errors=lambda found: errors(found, inputs, truth_of(case)),
             allowed=lambda: allowed(case, subject),
-            work=Work(shape.flops / 3e9, "GFLOP/s", lambda: readout_floor(shape, dtype, backward=False)),
+            work=Work(shape.flops / 3e9, "GFLOP/s", lambda: readout_roof(shape, dtype, backward=False)),
         )
     )

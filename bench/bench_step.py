@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
-from bench.decoders import IMPLEMENTATIONS, decoder, floor_seconds, stepping, tokens_of
+from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
 from bench.measurement import Measurement, Work
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
 from looped.supervision import Supervision, looped_loss
@@ -76,7 +76,7 @@ def bench_step(measure, case: str, supervision: Supervision, implementation: str
             reference=lambda: stepping(STEPS[case], "fused", supervision)(),
             errors=lambda _: errors(case, implementation, supervision),
             allowed=lambda: allowed(case, supervision),
-            work=Work(flops / 1e9, "GFLOP/s", lambda: floor_seconds(model, shape, dtype, flops)),
+            work=Work(flops / 1e9, "GFLOP/s", lambda: decoder_roof(model, shape, dtype, flops)),
             n_tokens=shape.n_tokens,
         )
     )

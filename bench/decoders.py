@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.implementations import Implementation, by_name, is_ours
-from bench.roofs import product_rate
+from bench.roofs import Roof, projection_roof
 from bench.shapes import DEVICE, Case, DecoderShape
 from bench.timing import Prepare
 from looped.attention import SelfAttention
@@ -83,6 +83,6 @@ def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -
     return lambda: step
 
 
-def floor_seconds(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> float:
-    """Seconds of so many FLOPs at the rate of the widest projection alone, [B T, d] times [d, d_ff]."""
-    return flops / product_rate(shape.n_tokens, model.config.d_model, model.config.d_ff, dtype)
+def decoder_roof(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> Roof:
+    """So many FLOPs as the widest projection alone, [B T, d] times [d, d_ff]."""
+    return projection_roof(shape.n_tokens, model.config.d_model, model.config.d_ff, dtype, flops)

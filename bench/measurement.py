@@ -10,17 +10,18 @@ from bench.accuracy import Errors, is_correct
 from bench.implementations import Implementation, cannot_run_here, is_ours
 from bench.memory import peak_memory
 from bench.records import Record, Session, complete, environment
+from bench.roofs import Roof
 from bench.shapes import DEVICE, Case
 from bench.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a task asks of the machine at least: 1e9 FLOPs or bytes, and the seconds that the measured roof allows."""
+    """What a task asks of the machine at least: 1e9 FLOPs or bytes, and the fastest way known to do no more."""
 
     giga: float
     unit: Literal["GFLOP/s", "GB/s"]
-    roof_seconds: Callable[[], float]
+    roof: Callable[[], Roof]
 
 
 @dataclass(frozen=True)
@@ -108,20 +109,22 @@ def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:
     if implementation.compiles and not measurement.case.compiles:
         skip(session, measurement, "compiles, and so is left out of this case")
     check = checked(session, measurement)
-    reference, seconds = None, check.seconds
-    if not measurement.is_reference:
-        reference = measurement.reference
-        seconds += session.reference_seconds(measurement.group) or seconds_of(reference())
-    rounds = 1 if measurement.case.smoke else rounds_of(seconds)
+    roof = measurement.work.roof() if measurement.is_reference else None
+    reference = measurement.reference if roof is None else lambda: roof.call
+    seconds = (None if roof else session.reference_seconds(measurement.group)) or seconds_of(reference())
+    rounds = 1 if measurement.case.smoke else rounds_of(check.seconds + seconds)
     paired = time_in_turn(benchmark, measurement.prepare, reference, rounds)
     if paired is not None:
-        benchmark.extra_info.update(record_of(measurement, paired, check))
+        benchmark.extra_info.update(record_of(measurement, paired, check, roof))
         session.records.append(benchmark.extra_info)
         complete(session.records)
 
 
-def record_of(measurement: Measurement, paired: Paired, check: Checked) -> Record:
-    """What is kept of one measurement, but for the ratios to other records of its group."""
+def record_of(measurement: Measurement, paired: Paired, check: Checked, roof: Roof | None) -> Record:
+    """What is kept of one measurement, but for the ratios to other records of its group.
+
+    roof: what the fused implementation took turns with; all others took turns with the fused one.
+    """
     work = measurement.work
     rate = "gflops_per_second" if work.unit == "GFLOP/s" else "gigabytes_per_second"
     tokens = {} if measurement.n_tokens is None else {"tokens_per_second": measurement.n_tokens / paired.seconds}
@@ -134,10 +137,10 @@ def record_of(measurement: Measurement, paired: Paired, check: Checked) -> Recor
         "rounds": paired.rounds,
         rate: work.giga / paired.seconds,
         **tokens,
-        "share_of_roof": work.roof_seconds() / paired.seconds,
+        "share_of_roof": None if roof is None else 1 / (roof.share * paired.ratio),
         "peak_memory_mib": check.peak / 2**20,
-        "ratio_to_fused": paired.ratio,
-        "ratio_quartiles": list(paired.ratio_quartiles),
+        "ratio_to_fused": paired.ratio if roof is None else 1.0,
+        "ratio_quartiles": list(paired.ratio_quartiles) if roof is None else [1.0, 1.0],
         "correct": check.correct,
         "errors": check.errors,
         "allowed": check.allowed,

@@ -40,12 +40,15 @@ class Session:
 
 
 def complete(records: list[Record]) -> None:
-    """Add `fastest_competitor` and `ratio_to_fastest` to every record, as far as its group has been measured.
+    """Add `fastest_competitor`, `ratio_to_fastest` and `share_of_roof` to every record, as far as its group has been
+    measured.
 
     The competitors are the implementations other than ours whose results are right.  `ratio_to_fastest` is the
     quotient of two ratios to the fused time, each of them a median of paired quotients; 0.5 means twice as fast as the
-    fastest competitor.  Both are None in a group without one.
+    fastest competitor.  Both are None in a group without one.  The fused implementation took turns with the roof, and
+    the others with it: their share of the roof is its share over their ratio, None in a group without it.
     """
+    fused = {record["group"]: record for record in records if record["implementation"] == "fused"}
     fastest: dict[str, Record] = {}
     for record in records:
         if record["correct"] and not is_ours(record["implementation"]):
@@ -53,6 +56,8 @@ def complete(records: list[Record]) -> None:
             if record["ratio_to_fused"] < best["ratio_to_fused"]:
                 fastest[record["group"]] = record
     for record in records:
+        if record["group"] in fused:
+            record["share_of_roof"] = fused[record["group"]]["share_of_roof"] / record["ratio_to_fused"]
         best_of_group = fastest.get(record["group"])
         record["fastest_competitor"] = None if best_of_group is None else best_of_group["implementation"]
         record["ratio_to_fastest"] = (
@@ -172,8 +177,9 @@ def _row(record: Record) -> str:
     if "tokens_per_second" in record:
         rate += f", {record['tokens_per_second']:.0f} tokens/s"
     fastest = "" if record["ratio_to_fastest"] is None else f"{record['ratio_to_fastest']:.2f}"
+    share = "" if record["share_of_roof"] is None else f"{record['share_of_roof']:.0%}"
     return (
-        f"| {record['implementation']} | {record['milliseconds']:.4g} | {rate} | {record['share_of_roof']:.0%} | "
+        f"| {record['implementation']} | {record['milliseconds']:.4g} | {rate} | {share} | "
         f"{record['peak_memory_mib']:.1f} | {ratio_of(record)} | {fastest} | {record['rounds']} | {_verdict(record)} |"
     )
 

@@ -1,8 +1,9 @@
-"""What the machine allows, measured in the same run: products in the best layout found, and copies."""
+"""What the machine allows: products in the best form found, and copies, timed in turn with what they are a roof for."""
 
 import itertools
-import math
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import cache, lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,23 @@ ROUNDS = 3
 SHORT = 0.1  # seconds; the first call of a shorter product may have spent them on preparing it
 
 
-def best_seconds(call: Call) -> float:
-    """Shortest time of a call, after one that warms up."""
-    call()
-    return min(seconds_of(call) for _ in range(ROUNDS))
+class Roof(NamedTuple):
+    """A call of the fastest way known to do `share` times the least that a task asks of the machine."""
+
+    call: Call
+    share: float
+
+
+class Product(NamedTuple):
+    """A product in the best form found: its FLOPs and the shortest time of its call."""
+
+    call: Call
+    flops: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.flops / self.seconds
 
 
 def _layouts(matrix: Tensor) -> list[Tensor]:
@@ -28,54 +42,78 @@ def _layouts(matrix: Tensor) -> list[Tensor]:
     return [matrix, matrix.t().contiguous().t()]
 
 
-def _product_seconds(a: Tensor, b: Tensor) -> float:
-    """Seconds of the fastest way to form a @ b over the layouts of a, b and the result."""
-    best = math.inf
+def best_product(a: Tensor, b: Tensor) -> Product:
+    """The fastest way to form a @ b over the layouts of a, b and the result."""
+    found: list[tuple[float, Call]] = []
     results = _layouts(torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
     for left, right, out in itertools.product(_layouts(a), _layouts(b), results):
         call = partial(torch.mm, left, right, out=out)
         first = seconds_of(call)
+        best = min((seconds for seconds, _ in found), default=first)
         if first < max(SHORT, 2 * best):  # one call tells that a layout is slow, if it does not start something up
-            best = min(best, *(seconds_of(call) for _ in range(ROUNDS)))
-    return best
+            found.append((min(seconds_of(call) for _ in range(ROUNDS)), call))
+    seconds, call = min(found, key=lambda one: one[0])
+    return Product(call, 2 * a.shape[0] * a.shape[1] * b.shape[1], seconds)
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, columns, device=DEVICE).to(dtype)
 
 
-@cache
-def _rate_in(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
-    seconds = _product_seconds(_random(rows, inner, dtype), _random(inner, columns, dtype))
-    return 2 * rows * inner * columns / seconds
-
-
-def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a [rows, inner] times [inner, columns] product of `dtype` in the best layout, and in the better of two
-    dtypes: its own and the one in which the kernels form such products here.  Emulated products are not tried."""
+def product_of(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Product:
+    """A [rows, inner] times [inner, columns] product of `dtype` in the best layout, and in the better of two dtypes:
+    its own and the one in which the kernels form such products here.  Emulated products are not tried."""
     formed = product_dtype(torch.empty(0, device=DEVICE), dtype)
     own = set() if dtype == torch.bfloat16 and BF16_IS_EMULATED else {dtype}
-    return max(_rate_in(rows, inner, columns, each) for each in own | {formed})
+    return _fastest(best_product(_random(rows, inner, each), _random(inner, columns, each)) for each in own | {formed})
 
 
-def _readout_rates(d: int, vocabulary: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """FLOP/s of `h W^T`, `g W` and `g^T h`, each in its best layout and chunk of rows."""
+def _fastest(products: Iterable[Product]) -> Product:
+    return max(products, key=lambda product: product.rate)
+
+
+@lru_cache(maxsize=2)  # they hold their matrices
+def _readout_products(d: int, vocabulary: int, dtype: torch.dtype) -> tuple[Product, Product, Product]:
+    """`h W^T`, `g W` and `g^T h`, each in its best layout and chunk of rows."""
     return (
-        max(product_rate(rows, d, vocabulary, dtype) for rows in CHUNK_ROWS),
-        max(product_rate(rows, vocabulary, d, dtype) for rows in CHUNK_ROWS),
-        max(product_rate(vocabulary, rows, d, dtype) for rows in CHUNK_ROWS),
+        _fastest(product_of(rows, d, vocabulary, dtype) for rows in CHUNK_ROWS),
+        _fastest(product_of(rows, vocabulary, d, dtype) for rows in CHUNK_ROWS),
+        _fastest(product_of(vocabulary, rows, d, dtype) for rows in CHUNK_ROWS),
     )
 
 
-def readout_floor(shape: ReadoutShape, dtype: torch.dtype, *, backward: bool) -> float:
-    """Seconds of the readout's products over all K N rows and nothing else: three of them, or `h W^T` alone."""
-    rates = _readout_rates(shape.d, min(shape.vocabulary, CHUNK_VOCABULARY), dtype)
-    return sum(shape.flops / 3 / rate for rate in (rates if backward else rates[:1]))
+def _repeated(products: tuple[Product, ...], flops: float) -> Roof:
+    """Every product again and again for about `flops` FLOPs each."""
+    times = [max(1, round(flops / product.flops)) for product in products]
+
+    def call() -> None:
+        for product, n in zip(products, times, strict=True):
+            for _ in range(n):
+                product.call()
+
+    taken = sum(n * product.seconds for product, n in zip(products, times, strict=True))
+    return Roof(call, taken / sum(flops / product.rate for product in products))
+
+
+def readout_roof(shape: ReadoutShape, dtype: torch.dtype, *, backward: bool) -> Roof:
+    """The readout's products over all K N rows and nothing else: three of them, or `h W^T` alone."""
+    products = _readout_products(shape.d, min(shape.vocabulary, CHUNK_VOCABULARY), dtype)
+    return _repeated(products if backward else products[:1], shape.flops / 3)
+
+
+@lru_cache(maxsize=2)
+def _projection(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Product:
+    return product_of(rows, inner, columns, dtype)
+
+
+def projection_roof(rows: int, inner: int, columns: int, dtype: torch.dtype, flops: float) -> Roof:
+    """So many FLOPs as a [rows, inner] times [inner, columns] product, again and again."""
+    return _repeated((_projection(rows, inner, columns, dtype),), flops)
 
 
 @cache
-def copy_rate(n_bytes: int) -> float:
-    """Bytes per second, read and written, of a copy that moves `n_bytes` in all."""
+def copy_roof(n_bytes: int) -> Roof:
+    """A copy that reads and writes `n_bytes` in all."""
     source = torch.randn(max(1, n_bytes // 8), device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return Roof(lambda: target.copy_(source), 2 * source.nbytes / n_bytes)

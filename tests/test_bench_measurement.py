@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
-from bench import roofs, timing
+from bench import measurement, roofs, timing
 from bench.implementations import Implementation, cannot_run_here
 from bench.measurement import Measurement, Work, measure
 from bench.memory import peak_beyond_results, peak_memory
 from bench.records import Session
-from bench.shapes import Case, RowsShape
+from bench.roofs import Product, Roof
+from bench.shapes import Case, ReadoutShape, RowsShape
 from bench.timing import rounds_of
 from kernels import rms_norm_penalty
 
@@ -125,7 +126,7 @@ def case_of(name: str, *, errors=lambda _: {"y": 0.0}, case=CASE, prepare=nothin
         reference=nothing,
         errors=errors,
         allowed=lambda: {"y": 1e-3},
-        work=Work(6.0, "GFLOP/s", lambda: 1.5),
+        work=Work(6.0, "GFLOP/s", lambda: Roof(nothing(), 0.5)),
     )
 
 
@@ -137,15 +138,21 @@ class AnyRounds(FakeBenchmark):
         super().pedantic(target, setup, rounds)
 
 
-def test_measure_records_rate_and_share_of_roof():
+def test_measure_records_rate_and_share_of_roof(monkeypatch):
+    """The roof's call, half of the work, takes 0.5 and 1.5 s where the fused one takes 2 and 4 s: all of it would take
+    half as long as ours in the first round and three quarters in the second; the share is of the median ratio, 10/3."""
     session, benchmark = Session(), FakeBenchmark([2.0, 4.0])
+    monkeypatch.setattr(measurement, "rounds_of", lambda seconds: 2)
+    times = iter([0.5, 1.5])
+    monkeypatch.setattr(timing, "seconds_of", lambda _: next(times))
     measure(benchmark, session, case_of("fused"))
     assert session.records == [benchmark.extra_info]
     assert benchmark.group == "thing 4x8 fp32"
     kept = session.records[0]
-    assert (kept["gflops_per_second"], kept["share_of_roof"], kept["milliseconds"]) == (2.0, 0.5, 3000.0)
+    assert (kept["gflops_per_second"], kept["milliseconds"]) == (2.0, 3000.0)
+    assert kept["share_of_roof"] == pytest.approx(0.6)
     assert (kept["correct"], kept["errors"], kept["allowed"]) == (True, {"y": 0.0}, {"y": 1e-3})
-    assert (kept["ratio_to_fastest"], kept["ratio_quartiles"]) == (None, [1.0, 1.0])
+    assert (kept["ratio_to_fastest"], kept["ratio_to_fused"], kept["ratio_quartiles"]) == (None, 1.0, [1.0, 1.0])
     assert session.reference_seconds("thing 4x8 fp32") == 3.0
     assert session.reference_seconds("another") is None
     place = {"device", "instructions", "memory", "threads", "versions", "commit", "date"}
@@ -215,16 +222,20 @@ def test_only_what_is_not_our_fault_is_skipped(tmp_path):
 
 def test_the_roof_is_the_better_of_the_dtypes_in_which_products_may_be_formed(monkeypatch):
     rates = {torch.bfloat16: 1.0, torch.float32: 3.0}
-    monkeypatch.setattr(roofs, "_rate_in", lambda rows, inner, columns, dtype: rates[dtype])
+
+    def best_product(a, b):
+        return Product(nothing(), 6, 6 / rates[a.dtype])
+
+    monkeypatch.setattr(roofs, "best_product", best_product)
     monkeypatch.setattr(roofs, "product_dtype", lambda tensor, dtype: torch.float32)
     monkeypatch.setattr(roofs, "BF16_IS_EMULATED", False)
-    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 3
+    assert roofs.product_of(2, 2, 2, torch.bfloat16).rate == 3
     rates[torch.bfloat16] = 4.0
-    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 4
-    assert roofs.product_rate(2, 2, 2, torch.float32) == 3
+    assert roofs.product_of(2, 2, 2, torch.bfloat16).rate == 4
+    assert roofs.product_of(2, 2, 2, torch.float32).rate == 3
     monkeypatch.setattr(roofs, "BF16_IS_EMULATED", True)
     del rates[torch.bfloat16]  # is not tried
-    assert roofs.product_rate(2, 2, 2, torch.bfloat16) == 3
+    assert roofs.product_of(2, 2, 2, torch.bfloat16).rate == 3
 
 
 def test_a_slow_layout_is_tried_once(monkeypatch):
@@ -236,5 +247,34 @@ def test_a_slow_layout_is_tried_once(monkeypatch):
         return 1.0 if a.is_contiguous() and b.is_contiguous() else 9.0
 
     monkeypatch.setattr(roofs, "seconds_of", seconds_of)
-    assert roofs._product_seconds(torch.ones(3, 4), torch.ones(4, 5)) == 1
+    found = roofs.best_product(torch.ones(3, 4), torch.ones(4, 5))
+    assert (found.seconds, found.flops) == (1, 2 * 3 * 4 * 5)
+    assert all(matrix.is_contiguous() for matrix in found.call.args)
     assert len(calls) == 2 * (1 + roofs.ROUNDS) + 6  # two layouts of the result, then six slow ones
+
+
+def test_a_readout_s_roof_repeats_its_products_and_knows_what_share_they_are(monkeypatch):
+    """16,384 rows are 32 chunks of 512; where one is more than all 128 rows, it runs once and is four times them."""
+    ran = []
+
+    def product_of(rows, inner, columns, dtype):
+        return Product(lambda: ran.append((rows, inner, columns)), 2 * rows * inner * columns, float(rows))
+
+    monkeypatch.setattr(roofs, "CHUNK_ROWS", (512,))
+    monkeypatch.setattr(roofs, "product_of", product_of)
+    roofs._readout_products.cache_clear()
+    roof = roofs.readout_roof(ReadoutShape(2, 8192, 64, 100), torch.float32, backward=True)
+    roof.call()
+    assert roof.share == pytest.approx(1.0)
+    assert ran == [(512, 64, 100)] * 32 + [(512, 100, 64)] * 32 + [(100, 512, 64)] * 32
+    ran.clear()
+    roof = roofs.readout_roof(ReadoutShape(2, 64, 64, 100), torch.float32, backward=False)
+    roof.call()
+    assert (ran, roof.share) == ([(512, 64, 100)], pytest.approx(4.0))
+    roofs._readout_products.cache_clear()
+
+
+def test_a_copy_s_roof_moves_the_bytes_asked_for():
+    roof = roofs.copy_roof(1000)
+    assert roof.share == pytest.approx(1.0)
+    assert roof.call().nbytes == 500

@@ -49,6 +49,14 @@ def test_fastest_competitor_is_right_and_not_ours():
     assert [r["ratio_to_fastest"] for r in records] == pytest.approx([0.8, 1.6, 1.0, 0.4])
 
 
+def test_shares_of_the_roof_follow_from_the_fused_one_and_the_ratio_to_it():
+    records = [record("plain", 2.0, share_of_roof=None), record("fused", 1.0, share_of_roof=0.9)]
+    lone = record("plain", 2.0, group="readout K8", share_of_roof=None)
+    complete([*records, lone])
+    assert [r["share_of_roof"] for r in (*records, lone)] == [pytest.approx(0.45), 0.9, None]
+    assert "| 150.0 GFLOP/s |  |" in markdown([lone], [], [])
+
+
 def test_complete_keeps_groups_apart_and_follows_later_records():
     records = [record("fused", 1.0), record("plain", 3.0), record("fused", 1.0, group="readout K8")]
     complete(records)
