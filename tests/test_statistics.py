@@ -3,7 +3,7 @@ import torch
 from numerics import assert_no_worse_than
 
 from kernels import looped_cross_entropy, readout_statistics
-from kernels.cross_entropy import LossOptions, cross_entropy_reference
+from kernels.cross_entropy import LossOptions, _top2, cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 130, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
@@ -143,3 +143,17 @@ def test_rejects(change, error, message):
     arguments.update(change)
     with pytest.raises(error, match=message):
         readout_statistics(arguments.pop("states"), arguments.pop("head"), arguments.pop("targets"), **arguments)
+
+
+@pytest.mark.parametrize("n_columns", [1, 2, 127, 128, 129, 300, 1024])
+def test_top2_of_short_runs_are_those_of_the_whole_row(n_columns):
+    """Also where both are in one run, where they tie, and where all is -inf; the first of equal ones is named."""
+    z = torch.randn(64, n_columns, generator=torch.Generator().manual_seed(0)).mul_(4).round_()  # many ties
+    z[0], z[1, : n_columns // 2] = -torch.inf, -torch.inf
+    expected = z.clone()
+    largest, index, second = _top2(z)
+    assert torch.equal(z, expected), "the logits stay"
+    ordered = torch.cat([z.sort(-1, descending=True).values, torch.full((64, 1), -torch.inf)], -1)
+    assert torch.equal(largest, ordered[:, 0])
+    assert torch.equal(second, ordered[:, 1])
+    assert torch.equal(index, torch.tensor([row.tolist().index(max(row.tolist())) for row in z]))
