@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.accuracy import Errors, limits_of_float32_loss, limits_with_mean_loss
 from bench.implementations import is_ours
-from bench.measurement import Measurement, Work
+from bench.measurement import Measurement, Work, cases
 from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
 from bench.roofs import readout_roof
 from bench.shapes import READOUTS
@@ -30,7 +30,7 @@ def allowed(case: str) -> Errors:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", READOUTS)
+@cases(READOUTS)
 def bench_readout(measure, case: str, implementation: str) -> None:
     inputs, shape, dtype = inputs_of(case), READOUTS[case].shape, READOUTS[case].dtype
     measure(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.accuracy import Errors, limits
-from bench.measurement import Measurement, Work
+from bench.measurement import Measurement, Work, cases
 from bench.readouts import Inputs
 from bench.readouts_forward import SUBJECTS, Statistics, errors, truth
 from bench.roofs import readout_roof
@@ -41,7 +41,7 @@ def make_round(statistics, inputs: Inputs) -> Prepare:
 @pytest.mark.parametrize(
     ("subject", "implementation"), [(subject, name) for subject, (given, _) in SUBJECTS.items() for name in given]
 )
-@pytest.mark.parametrize("case", STATISTICS)
+@cases(STATISTICS)
 def bench_statistics(measure, case: str, subject: str, implementation: str) -> None:
     inputs, shape, dtype = inputs_of(case), STATISTICS[case].shape, STATISTICS[case].dtype
     implementations = SUBJECTS[subject][0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
 from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
-from bench.measurement import Measurement, Work
+from bench.measurement import Measurement, Work, cases
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
 from looped.supervision import Supervision, looped_loss
 from train.step import autocast
@@ -53,7 +53,7 @@ def allowed(case: str, supervision: Supervision) -> Errors:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
-@pytest.mark.parametrize("case", STEPS)
+@cases(STEPS)
 def bench_step(measure, case: str, supervision: Supervision, implementation: str) -> None:
     shape, dtype = STEPS[case].shape, STEPS[case].dtype
     if (

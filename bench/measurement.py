@@ -1,6 +1,6 @@
 """One measurement: checked, its memory counted, timed in turn with the fused implementation, and put on record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,13 @@ class Measurement:
     @property
     def is_reference(self) -> bool:
         return self.implementation.name == "fused"
+
+
+def cases(of: Mapping[str, Case]) -> pytest.MarkDecorator:
+    """The test's parameter `case`: the names; the long ones are marked, and left out by default."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(name, marks=[pytest.mark.long] if case.long else []) for name, case in of.items()]
+    )
 
 
 @dataclass(frozen=True)

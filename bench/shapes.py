@@ -71,12 +71,13 @@ Shape = TypeVar("Shape", ReadoutShape, RowsShape, DecoderShape)
 
 class Case(NamedTuple, Generic[Shape]):
     """A shape in one dtype. compiles: whether implementations that compile take part; where they would not differ from
-    plain PyTorch, or the measurement is short, they would take most of the time."""
+    plain PyTorch, or the measurement is short, they would take most of the time. long: measured only with `-m long`."""
 
     shape: Shape
     dtype_name: str
     smoke: bool = False
     compiles: bool = True
+    long: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,6 +113,7 @@ READOUTS: dict[str, Case[ReadoutShape]] = named(
                 *(Case(ReadoutShape(n_loops, 256, 512, 20_000), "bf16") for n_loops in LOOPS),
             ],
             "cpu-fp32": [
+                Case(ReadoutShape(4, 2048, 512, 20_000), "fp32", long=True),
                 Case(ReadoutShape(4, 1024, 512, 20_000), "fp32"),
                 Case(ReadoutShape(4, 256, 512, 50_257), "fp32"),
                 *(Case(ReadoutShape(n_loops, 64, 512, 20_000), "fp32", compiles=n_loops == 4) for n_loops in LOOPS),
@@ -132,7 +134,8 @@ READOUTS: dict[str, Case[ReadoutShape]] = named(
 STATISTICS = {
     name: case
     for name, case in READOUTS.items()
-    if MACHINE == "cuda" or (case.shape.vocabulary <= 20_000 and (MACHINE == "cpu" or case.shape.n_tokens < 1024))
+    if MACHINE == "cuda"
+    or (case.shape.vocabulary <= 20_000 and (MACHINE == "cpu" or case.long or case.shape.n_tokens < 1024))
 }
 
 FORWARDS: dict[str, Case[DecoderShape]] = named(
@@ -155,7 +158,7 @@ STEPS: dict[str, Case[DecoderShape]] = named(
         *{
             "cpu": [Case(DecoderShape("paper-44m", 4, 256), dtype) for dtype in DTYPES],
             "cpu-fp32": [
-                Case(DecoderShape("paper-44m", 4, 256), "fp32", compiles=False),
+                Case(DecoderShape("paper-44m", 4, 256), "fp32", compiles=False, long=True),
                 Case(DecoderShape("paper-44m", 1, 256), "fp32"),
                 Case(DecoderShape("demo", 1, 64), "bf16", compiles=False),
             ],
