@@ -42,6 +42,7 @@ PAPER_NOTE = (
 )
 FIGURE_SIZE = (8.5, 4.8)  # inches
 GAP_LINEAR = 0.01  # nats: below this the axis of exit gaps is linear
+MARGIN = 0.03  # decades beyond whole ones, so that a marker at the edge is whole
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,8 @@ def _label(axes: Axes, results: Sequence[RunResult]) -> None:
     gaps = [result.exit_gap for result in results if math.isfinite(result.exit_gap)]
     if norms and gaps:
         axes.set_xscale("log")
-        axes.set_xlim(10 ** math.floor(math.log10(min(norms))), 10 ** math.ceil(math.log10(max(norms)) + 1e-9))
+        decades = math.floor(math.log10(min(norms))), math.ceil(math.log10(max(norms)) + 1e-9)
+        axes.set_xlim(10 ** (decades[0] - MARGIN), 10 ** (decades[1] + MARGIN))
         axes.set_yscale("symlog", linthresh=GAP_LINEAR)
         axes.set_ylim(-_decade_above(-min(gaps)), _decade_above(max(gaps)))
     for axis in (axes.xaxis, axes.yaxis):
