@@ -34,7 +34,7 @@ from bench.gpu_measured import (
     target_present,
 )
 from bench.gpu_path import StepRecord, step_record
-from bench.gpu_peers import IMPLEMENTATIONS, Implementation, Inputs, readout_record
+from bench.gpu_peers import IMPLEMENTATIONS, Implementation, Inputs, dhead_error, readout_record
 from bench.gpu_record import Call
 from bench.gpu_roofline import BYTES_SHARE, DEVICES, FLOPS_SHARE, compiled_kernels, predict, total
 from bench.gpu_tables import page
@@ -55,6 +55,9 @@ def readout_row(implementation: Implementation, shape: ReadoutShape, target: str
     record, temporary = readout_record(implementation, shape, target)
     predicted = total(record, target)
     floor = shape.flops / DEVICES[target].flops
+    calls, error = implementation.rounded_calls, None
+    if calls:
+        error = dhead_error(calls, sum(call.name == "aten.addmm.out" for call in record.calls) // calls)
     return {
         "implementation": implementation.name,
         "ours": implementation.ours,
@@ -66,6 +69,7 @@ def readout_row(implementation: Implementation, shape: ReadoutShape, target: str
         "flops_over_6KNdV": predicted.flops / shape.flops,
         "predicted_gigabytes": predicted.bytes / 1e9,
         "temporary_MiB": temporary / 2**20,
+        "dhead_error": error,
         "predicted_ms": 1e3 * predicted.seconds,
         "predicted_floor_ms": 1e3 * floor,
         "predicted_over_floor": predicted.seconds / floor,

@@ -9,6 +9,7 @@ MAIN_GPU = "H100"
 READOUT_TARGETS = {"K4-N8192-d768-V20000": 1.30, "K4-N8192-d2048-V128256": 1.12}  # of the GEMM floor
 BACKWARD_TARGET = 1.3  # of the byte roof
 LAUNCHES_TARGET = 49
+DHEAD_ERROR_LIMIT = 2.0  # times plain PyTorch's, as for every implementation that is timed
 
 
 class Verdict(NamedTuple):
@@ -24,23 +25,31 @@ def _readouts(report: Row, shape: str, gpu: str = MAIN_GPU, **fields: Any) -> li
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
+def _time_of(row: Row) -> str:
+    return f"{row['implementation']} {row['predicted_ms']:.2f} ms"
+
+
+def is_right(row: Row) -> bool:
+    """Whether the error of an implementation's dW stays within the limit, as far as it is known."""
+    return row["dhead_error"] is None or row["dhead_error"] <= DHEAD_ERROR_LIMIT
+
+
 def verdicts(report: Row) -> list[Verdict]:
     """The targets on the main GPU; the readout's hold for every job that it does at 6 K N d V FLOPs."""
     found = []
     for shape, limit in READOUT_TARGETS.items():
-        ours, peers = _readouts(report, shape, ours=True), _readouts(report, shape, ours=False)
+        ours, others = _readouts(report, shape, ours=True), _readouts(report, shape, ours=False)
+        peers = [row for row in others if is_right(row)]
         share = max(row["predicted_over_floor"] for row in ours)
         found.append(Verdict(f"readout {shape} within {limit:.2f}x of its GEMM floor", f"{share:.3f}x", share <= limit))
         if peers:
             slowest = max(ours, key=lambda row: row["predicted_ms"])
             fastest = min(peers, key=lambda row: row["predicted_ms"])
-            found.append(
-                Verdict(
-                    f"readout {shape} below every other library",
-                    f"{slowest['predicted_ms']:.2f} ms; {fastest['implementation']} {fastest['predicted_ms']:.2f} ms",
-                    slowest["predicted_ms"] < fastest["predicted_ms"],
-                )
-            )
+            words = f"{slowest['predicted_ms']:.2f} ms; {_time_of(fastest)}"
+            if wrong := [row for row in others if row not in peers and row["predicted_ms"] < fastest["predicted_ms"]]:
+                words += f" (not counted, for the error of dW: {'; '.join(map(_time_of, _by_time(wrong)))})"
+            target = f"readout {shape} below every other library that is right"
+            found.append(Verdict(target, words, slowest["predicted_ms"] < fastest["predicted_ms"]))
         flops = max(row["flops_over_6KNdV"] for row in ours if row["weighted"])
         found.append(Verdict(f"readout {shape}: weights [K, N] at no extra FLOPs", f"{flops:.3f} x 6KNdV", flops <= 1))
     launches = max(row["launches"] for shape in READOUT_TARGETS for row in _readouts(report, shape, ours=True))
@@ -98,9 +107,11 @@ def readout_section(report: Row) -> list[str]:
         "What its tiles move between caches and its locks cost is not charged. Nor is a host wait, which leaves the",
         "device idle until the host has launched again: in favour of the libraries that have them; ours has none.",
         "Liger scales its gradients in one more pass where the upstream gradient is not 1; ours always does.",
+        "*dW's error*, of a dW that is rounded to bfloat16 after every chunk, over plain PyTorch's, is measured,",
+        f"on a CPU. As in the other benches, more than {DHEAD_ERROR_LIMIT:g} times is **wrong** and no competitor.",
         "",
     ]
-    header = ["launches", "host waits", "FLOPs / 6KNdV", "*predicted* GB", "temporaries, MiB", "*predicted* ms"]
+    header = ["launches", "host waits", "FLOPs / 6KNdV", "*predicted* GB", "temporaries, MiB", "dW's error"]
     for gpu, shape in itertools.product(_shown(report), READOUT_TARGETS):
         rows = _by_time(_readouts(report, shape, gpu))
         if not rows:
@@ -116,14 +127,21 @@ def readout_section(report: Row) -> list[str]:
                 f"{row['flops_over_6KNdV']:.2f}",
                 f"{row['predicted_gigabytes']:.1f}",
                 f"{row['temporary_MiB']:.0f}",
+                _dhead_error(row),
                 f"{row['predicted_ms']:.2f}",
                 f"{row['predicted_over_floor']:.2f}",
                 *(_measured(report, row, "measured_ms") if measured else []),
             ]
             for row in rows
         ]
-        lines += table(["implementation", *header, "*predicted* / floor", *measured], cells)
+        lines += table(["implementation", *header, "*predicted* ms", "*predicted* / floor", *measured], cells)
     return lines + _readouts_elsewhere(report)
+
+
+def _dhead_error(row: Row) -> str:
+    if row["dhead_error"] is None:
+        return ""
+    return f"{row['dhead_error']:.2f}" + ("" if is_right(row) else " **wrong**")
 
 
 def _readouts_elsewhere(report: Row) -> list[str]:
