@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kernels.device import uses_triton
 
-BLOCK_TOKENS = 8192
-NUM_WARPS = 16
+BLOCK_TOKENS = 2048
+NUM_WARPS = 8
 
 
 class Scales(NamedTuple):
