@@ -75,8 +75,8 @@ def seconds_of(call: Call) -> float:
     return clock() - start
 
 
-def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare | None, rounds: int) -> Paired | None:
-    """Time a call with pytest-benchmark, and the reference before each of its rounds (None: it is the reference).
+def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare, rounds: int) -> Paired | None:
+    """Time a call with pytest-benchmark, and the reference before each of its rounds.
 
     The median of the paired quotients stays put on a machine that is busy for a while; absolute times do not.
     Both must have been called before, so that compilation and first allocations are not timed.  None where
@@ -85,8 +85,7 @@ def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare | None, ro
     references: list[float] = []
 
     def before_round() -> tuple[tuple[Call], dict[str, Any]]:
-        if reference is not None:
-            references.append(seconds_of(reference()))
+        references.append(seconds_of(reference()))
         call = prepare()
         flush_cache()
         return (call,), {}
@@ -95,6 +94,6 @@ def time_in_turn(benchmark: Any, prepare: Prepare, reference: Prepare | None, ro
     if benchmark.stats is None:
         return None
     times = benchmark.stats.stats.data
-    ratios = [1.0] if reference is None else [t / r for t, r in zip(times, references[:rounds], strict=True)]
+    ratios = [t / r for t, r in zip(times, references[:rounds], strict=True)]
     low, middle, high = (float(quartile) for quartile in np.quantile(ratios, (0.25, 0.5, 0.75)))
     return Paired(float(np.median(times)), middle, (low, high), rounds)

@@ -317,7 +317,7 @@ def _cross_entropy_triton(
 def _top2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row of z [R, V]: the largest element, its index, the second largest (-inf where V = 1).
 
-    From the maxima of short runs: ATen looks for a maximum ten times faster if it need not tell where it is.
+    From the maxima of short runs: ATen uses vector instructions for a maximum only where it need not give its index.
     """
     n_columns = z.shape[-1]
     whole = n_columns // RUN * RUN

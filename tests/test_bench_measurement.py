@@ -9,7 +9,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from bench import measurement, roofs, timing
 from bench.implementations import Implementation, cannot_run_here
-from bench.measurement import Measurement, Work, measure
+from bench.measurement import Measurement, Work, cases, measure
 from bench.memory import peak_beyond_results, peak_memory
 from bench.records import Session
 from bench.roofs import Product, Roof
@@ -96,10 +96,9 @@ def test_time_in_turn_pairs_each_round_with_the_reference_before_it(monkeypatch)
     assert events == ["reference", "ours"] * 3
 
 
-def test_time_in_turn_without_reference_or_timing():
+def test_time_in_turn_without_timing():
     prepare = lambda: lambda: None  # noqa: E731
-    assert timing.time_in_turn(FakeBenchmark([2.0, 4.0]), prepare, None, 2) == (3.0, 1.0, (1.0, 1.0), 2)
-    assert timing.time_in_turn(FakeBenchmark(None), prepare, None, 2) is None
+    assert timing.time_in_turn(FakeBenchmark(None), prepare, prepare, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -278,3 +277,12 @@ def test_a_copy_s_roof_moves_the_bytes_asked_for():
     roof = roofs.copy_roof(1000)
     assert roof.share == pytest.approx(1.0)
     assert roof.call().nbytes == 500
+
+
+def test_long_cases_alone_are_marked_so():
+    long = CASE._replace(long=True)
+    _, parameters = cases({"usual": CASE, "minutes": long}).args
+    assert [(p.values, [mark.name for mark in p.marks]) for p in parameters] == [
+        (("usual",), []),
+        (("minutes",), ["long"]),
+    ]
