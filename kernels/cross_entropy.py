@@ -1,78 +1,31 @@
 """Softmax, cross-entropy and its gradient over one chunk of logits, in place.
 
-For a row x [V] with target t, after bias and softcap `z = c * tanh((x + b) / c)`:
+With CE of `kernels.row_loss` for a row x [V] with target t, after bias and softcap `z = c * tanh((x + b) / c)`:
 
-    lse  = log sum_j exp(z_j)
-    CE   = (1 - s) * (lse - z_t) + s * (lse - mean_j z_j) + zeta * lse^2          s: label smoothing, zeta: z_loss
-    g_j  = omega * (1 - (z_j/c)^2) * (softmax(z)_j * (1 + 2 zeta lse) - (1 - s) [j = t] - s / V)
+    g_j  = omega * dCE/dx_j
+         = omega * (1 - (z_j/c)^2) * (softmax(z)_j * (1 + 2 zeta lse) - (1 - s) [j = t] - s / V)
 
 g overwrites x.  omega is the row's weight in the loss relative to the largest one, so that |g| is of order 1 in
-every dtype; the common factor is applied to the products in float32.  A row whose target is `ignore_index` has
-CE = 0 and g = 0.  The pass can also leave the row's entropy `lse - sum_j p_j z_j`, its largest logit's index and
-the margin to the second largest.
+every dtype; the common factor is applied to the products in float32.  A row whose target is `ignore_index` has g = 0.
+The pass can also leave the row's entropy, its largest logit's index and the margin to the second largest.
 
 Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
 written once where a row fits a program's registers (V <= 16384, or 24576 for plain 16-bit ones), read twice otherwise.
 
-Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., arXiv 2204.02311.  Online softmax:
-Milakov & Gimelshein, arXiv 1805.02867.
+Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks, multiprocessors, uses_triton
+from kernels.cross_entropy_cpu import cross_entropy_cpu
+from kernels.device import multiprocessors, uses_triton
+from kernels.row_loss import LossOptions, RowResults
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
 MAX_HELD_BLOCKS = 2  # how many it keeps without spills; one more of 16-bit logits that need nothing but the loss
-RUN = 128  # columns of which a CPU takes the maximum first
-
-
-class LossOptions(NamedTuple):
-    """What defines the loss of a row; see the module's equations."""
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    softcap: float | None = None
-    z_loss: float = 0.0
-
-
-class RowResults(NamedTuple):
-    """Per-row results, each [rows] in one order; what is None is not computed."""
-
-    loss: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    margin: Tensor | None = None
-    top1: Tensor | None = None
-
-
-def cross_entropy_reference(logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions) -> RowResults:
-    """The per-row results of logits [R, V] and targets [R] in plain PyTorch: their definition."""
-    z = logits.to(accumulator(logits.dtype))
-    if bias is not None:
-        z = z + bias
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    lse = torch.logsumexp(z, -1)
-    ignored = targets == options.ignore_index
-    target = z.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
-    smoothing = options.label_smoothing
-    loss = (1 - smoothing) * (lse - target) + options.z_loss * lse.square()
-    if smoothing:
-        loss = loss + smoothing * (lse - z.mean(-1))
-    log_p = z - lse.unsqueeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    top = z.topk(min(2, z.shape[-1]), -1)
-    margin = top.values[..., 0] - top.values[..., 1] if z.shape[-1] > 1 else torch.full_like(lse, torch.inf)
-    return RowResults(loss.masked_fill(ignored, 0.0), lse, entropy, margin, top.indices[..., 0])
-
-
-# Triton ---------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -311,136 +264,6 @@ def _cross_entropy_triton(
     )  # fmt: skip
 
 
-# CPU ------------------------------------------------------------------------------------------------------------------
-
-
-def _top2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of z [R, V]: the largest element, its index, the second largest (-inf where V = 1).
-
-    From the maxima of short runs: ATen uses vector instructions for a maximum only where it need not give its index.
-    """
-    n_columns = z.shape[-1]
-    whole = n_columns // RUN * RUN
-    runs = z[:, :whole].unflatten(-1, (whole // RUN, RUN)).amax(-1)
-    if whole < n_columns:
-        runs = torch.cat([runs, z[:, whole:].amax(-1, keepdim=True)], -1)
-    run = runs.argmax(-1, keepdim=True)
-    column = run * RUN + torch.arange(RUN)
-    values = z.gather(-1, column.clamp(max=n_columns - 1)).masked_fill_(column >= n_columns, -torch.inf)
-    largest, place = values.max(-1, keepdim=True)
-    others = values.scatter_(-1, place, -torch.inf).amax(-1), runs.scatter_(-1, run, -torch.inf).amax(-1)
-    return largest.squeeze(-1), (run * RUN + place).squeeze(-1), torch.maximum(*others)
-
-
-def _cross_entropy_block_cpu(
-    z: Tensor, targets: Tensor, omega: Tensor | None, options: LossOptions, results: RowResults, rows: slice
-) -> None:
-    """Results of the float32 logits z [rows, V], which become omega * dCE/dx where omega is given."""
-    smoothing, softcap = options.label_smoothing, options.softcap
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = 1 - z.square() if omega is not None else None
-        z.mul_(softcap)
-    ignored = targets == options.ignore_index
-    target = targets.masked_fill(ignored, 0).unsqueeze(-1)
-    z_target = z.gather(-1, target).squeeze(-1)
-    if results.margin is not None and results.top1 is not None:
-        maximum, results.top1[rows], second = _top2(z)
-        results.margin[rows] = maximum - second
-    else:
-        maximum = z.amax(-1)
-    mean_gap = (maximum.unsqueeze(-1) - z).mean(-1) if smoothing else None
-    p = torch.softmax(z, -1, out=z if results.entropy is None else torch.empty_like(z))
-    log_total = -p.amax(-1).log()  # the largest probability is 1 / sum_j exp(z_j - maximum)
-    lse = maximum + log_total
-    # differences from the maximum, not from lse, which a large common offset would round
-    loss = log_total + (1 - smoothing) * (maximum - z_target) + options.z_loss * lse.square()
-    if mean_gap is not None:
-        loss += smoothing * mean_gap
-    results.loss[rows] = loss.masked_fill_(ignored, 0.0)
-    if results.lse is not None and results.entropy is not None:
-        results.lse[rows] = lse
-        results.entropy[rows] = log_total - z.sub_(maximum.unsqueeze(-1)).mul_(p).nan_to_num_(nan=0.0).sum(-1)
-    if omega is None:
-        return
-    weight = omega[rows]
-    scale = weight * (1 + 2 * options.z_loss * lse)
-    if p is not z or not bool((scale == 1).all()):
-        torch.mul(p, scale.unsqueeze(-1), out=z)
-    if smoothing:
-        z.sub_((weight * (smoothing / z.shape[-1])).unsqueeze(-1))
-    z.scatter_add_(-1, target, (weight * (smoothing - 1)).unsqueeze(-1))
-    if slope is not None:
-        z.mul_(slope)
-    zero = weight == 0
-    if bool(zero.any()):  # whatever the logits
-        z.masked_fill_(zero.unsqueeze(-1), 0.0)
-
-
-def _row_maximum(z: Tensor) -> Tensor:
-    """max_j z[r, j] of bfloat16: as int16, four times faster and the same where it is not negative."""
-    maximum = z.view(torch.int16).amax(-1)
-    negative = (maximum < 0).nonzero().squeeze(-1)
-    maximum = maximum.view(z.dtype).float()
-    return maximum.index_copy_(0, negative, z[negative].amax(-1).float()) if len(negative) else maximum
-
-
-def _cross_entropy_bf16_(
-    z: Tensor, targets: Tensor, weight: Tensor, ignore_index: int, results: RowResults, rows: slice
-) -> None:
-    """Losses of bfloat16 logits z [rows, V], which become weight * dCE/dz: p = softmax(z) in one pass, rounded once.
-
-    CE = -log p_t has the relative precision of p, 2^-9, where p_t <= 1/2.  A larger p_t is taken as the rest's
-    complement, 1 - sum_{j != t} p_j, in float32; where p_t leaves the range, CE = max_j z_j - z_t - log max_j p_j.
-    """
-    ignored = targets == ignore_index
-    target = targets.masked_fill(ignored, 0)
-    row = torch.arange(len(z))
-    maximum, z_target = _row_maximum(z), z[row, target].float()
-    p = torch.softmax(z, -1, out=z)
-    p_target = p[row, target].float()
-    loss = -p_target.log()
-    likely, tiny = ((outside).nonzero().squeeze(-1) for outside in (p_target > 0.5, ~(p_target > 1e-30)))
-    if len(likely):
-        loss[likely] = -torch.log1p(-(p[likely].float().sum(-1) - p_target[likely]).clamp_(min=0))
-    if len(tiny):  # or nan
-        loss[tiny] = (maximum - z_target - _row_maximum(p).log())[tiny]
-    results.loss[rows] = loss.masked_fill(ignored, 0.0)
-    if not bool((weight == 1).all()):
-        p.mul_(weight.unsqueeze(-1))
-    p[row, target] = (weight * torch.expm1(-loss)).to(p.dtype)
-    zero = (weight == 0).nonzero().squeeze(-1)
-    if len(zero):  # whatever the logits
-        p[zero] = 0.0
-
-
-def _cross_entropy_cpu(
-    logits: Tensor, targets: Tensor, omega: Tensor | None, bias: Tensor | None, options: LossOptions,
-    results: RowResults, first_row: int,
-) -> None:  # fmt: skip
-    n_rows, n_columns = logits.shape
-    token = torch.arange(first_row, first_row + n_rows).remainder_(targets.shape[0])
-    chunk_targets = targets[token]
-    plain = bias is None and results.lse is None and options == LossOptions(options.ignore_index)
-    if omega is not None and plain and logits.dtype == torch.bfloat16:
-        rows = slice(first_row, first_row + n_rows)
-        _cross_entropy_bf16_(logits, chunk_targets, omega[rows], options.ignore_index, results, rows)
-        return
-    wide = accumulator(logits.dtype)
-    for block in cpu_blocks(n_rows, n_columns * wide.itemsize):
-        z = logits[block].to(wide)  # the logits themselves where they are of that dtype
-        if bias is not None:
-            z.add_(bias)
-        rows = slice(first_row + block.start, first_row + block.stop)
-        _cross_entropy_block_cpu(z, chunk_targets[block], omega, options, results, rows)
-        if z.dtype != logits.dtype and omega is not None:
-            logits[block] = z
-
-
-# The pass -------------------------------------------------------------------------------------------------------------
-
-
 def cross_entropy_(
     logits: Tensor,
     targets: Tensor,
@@ -458,5 +281,5 @@ def cross_entropy_(
     `omega * dCE/dlogits`; without it their content is undefined afterwards.  A target outside [0, V) that is not
     `ignore_index` is never read: its loss is nan (Triton); callers check on CPU.
     """
-    run = _cross_entropy_triton if uses_triton(logits) else _cross_entropy_cpu
+    run = _cross_entropy_triton if uses_triton(logits) else cross_entropy_cpu
     run(logits, targets, omega, bias, options, results, first_row)

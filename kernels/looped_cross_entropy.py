@@ -21,7 +21,6 @@ from kernels.arguments import (
     check_weights,
     gathered,
 )
-from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_reference
 from kernels.device import accumulator, autocast_dtype, cpu_blocks, product_dtype
 from kernels.readout import Readout, default_chunk_rows, head_accumulator, loops_of, normed_rows, read_out
 from kernels.readout_backward import (
@@ -30,6 +29,7 @@ from kernels.readout_backward import (
     radial_sums,
     states_and_norm_backward,
 )
+from kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
 from kernels.row_norm import norm_forward
 from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
 

@@ -32,9 +32,10 @@ from kernels.arguments import (
     check_vector,
     gathered,
 )
-from kernels.cross_entropy import LossOptions, RowResults, finish_logits, fold_moment, fold_softmax, fold_top2
+from kernels.cross_entropy import finish_logits, fold_moment, fold_softmax, fold_top2
 from kernels.device import accumulator, autocast_dtype, multiprocessors, product_dtype, uses_triton
 from kernels.readout import Readout, default_chunk_rows, loops_of, normed_rows, read_out
+from kernels.row_loss import LossOptions, RowResults
 
 
 class ReadoutStatistics(NamedTuple):

@@ -5,8 +5,9 @@ import torch
 from readout_case import Case
 
 import kernels.device
-from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_reference
+from kernels.cross_entropy import cross_entropy_
 from kernels.readout import HEAD_ROWS, _accumulate
+from kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 V = 301

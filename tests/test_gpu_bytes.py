@@ -13,7 +13,8 @@ import torch
 from accesses import Audit, Launch, View
 
 from kernels import radial_gradient
-from kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_blocks
+from kernels.cross_entropy import cross_entropy_, cross_entropy_blocks
+from kernels.row_loss import LossOptions, RowResults
 from kernels.row_norm import norm_backward, norm_blocks, norm_forward, partial_sums
 from kernels.statistics import _stream_triton, stream_blocks, stream_splits
 from kernels.weighted_loss import BLOCK_TOKENS, Scales, loss_sums, loss_weights
