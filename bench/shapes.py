@@ -113,7 +113,8 @@ READOUTS: dict[str, Case[ReadoutShape]] = named(
                 *(Case(ReadoutShape(n_loops, 256, 512, 20_000), "bf16") for n_loops in LOOPS),
             ],
             "cpu-fp32": [
-                Case(ReadoutShape(4, 2048, 512, 20_000), "fp32", long=True),
+                *(Case(ReadoutShape(4, 2048, 512, v), "fp32", long=True) for v in (20_000, 50_257)),
+                Case(ReadoutShape(4, 64, 512, 20_000), "bf16", long=True),
                 Case(ReadoutShape(4, 1024, 512, 20_000), "fp32"),
                 Case(ReadoutShape(4, 256, 512, 50_257), "fp32"),
                 *(Case(ReadoutShape(n_loops, 64, 512, 20_000), "fp32", compiles=n_loops == 4) for n_loops in LOOPS),

@@ -74,6 +74,32 @@ def test_torn_entries_are_encoded_again(tmp_path, name):
     assert np.array_equal(load(tmp_path).train.tokens, expected)
 
 
+def test_an_entry_of_another_process_that_was_first_stays(tmp_path, monkeypatch):
+    encode, others = data_module._encode, []
+
+    def encode_second(*arguments, **options):
+        monkeypatch.setattr(data_module, "_encode", encode)
+        others.append(load(tmp_path))  # begun later, done earlier; its files are in use
+        encode(*arguments, **options)
+
+    monkeypatch.setattr(data_module, "_encode", encode_second)
+    ours = load(tmp_path)
+    assert np.array_equal(ours.train.tokens, others[0].train.tokens)
+    assert os.path.samefile(ours.train.tokens.filename, others[0].train.tokens.filename)
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_what_another_process_has_put_into_the_cache_stays_after_an_error(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        (tmp_path / "cache" / "theirs").mkdir()
+        raise ValueError("no")
+
+    monkeypatch.setattr(data_module, "_encode", fail)
+    with pytest.raises(ValueError, match=r"^no$"):
+        load(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == ["theirs"]
+
+
 def test_validation_text_does_not_reach_the_tokenizer(tmp_path):
     other = Corpus(CORPUS.train, ["ωψχ φυτ " * 200])
     assert load(tmp_path, other).tokenizer.model.to_str() == load(tmp_path).tokenizer.model.to_str()
@@ -116,6 +142,24 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     assert data.train.tokens[0] == 69_999
     assert data.validation.tokens.tolist() == [65_537] * 50 + [1]
     assert not data.lossless
+
+
+def test_a_tokenizer_file_neither_cuts_nor_pads_the_text(tmp_path):
+    path = tmp_path / "made.json"
+    model = load(tmp_path / "cache").tokenizer.model
+    model.save(str(path))
+    expected = load(tmp_path / "cache", tokenizer=str(path)).train.tokens
+    model.enable_truncation(max_length=20)
+    model.enable_padding(length=5000)
+    model.save(str(path))
+    assert np.array_equal(load(tmp_path / "cache", tokenizer=str(path)).train.tokens, expected)
+
+
+def test_text_that_a_tokenizer_cannot_encode(tmp_path):
+    path = word_level(tmp_path / "words.json", {"<eos>": 0, "far": 1})
+    with pytest.raises(ValueError, match=r"tokenizer .*words.json cannot encode the text"):
+        load(tmp_path / "cache", tokenizer=path, vocab_size=None)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_vocabulary_smaller_than_the_tokenizer(tmp_path):

@@ -206,6 +206,9 @@ def test_out_directory(tmp_path, finished, capsys):
         (Path("/proc/run"), "not writable"),
     ):
         assert_rejected(arguments(tmp_path, "--out", str(out)), tmp_path, message, capsys)
+    cache = tmp_path / "file" / "cache"
+    message = "cache must be a directory, and .*file is a file. Got cache="
+    assert_rejected(arguments(tmp_path, "--cache", str(cache)), tmp_path, message, capsys)
     (tmp_path / "empty").mkdir()
     assert main(arguments(tmp_path, "--out", str(tmp_path / "empty"), "--steps", "1")) == 0
 
@@ -214,6 +217,15 @@ def test_out_directory(tmp_path, finished, capsys):
 def run(finished, tmp_path) -> Path:
     """A copy of a finished run, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_resume_with_what_it_has_already(run, tmp_path, monkeypatch):
+    """The run's own directory and text, named from where one is."""
+    data = json.loads((run / "config.json").read_text())["train"]["data"]
+    monkeypatch.chdir(tmp_path)
+    argv = ["--resume", str(run), "--out", "copy", "--data", os.path.relpath(data), "--steps", "9"]
+    assert main(argv) == 0
+    assert json.loads((run / "config.json").read_text())["train"]["data"] == data
 
 
 def test_resume_without_a_checkpoint(run, tmp_path, capsys):

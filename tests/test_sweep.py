@@ -211,13 +211,12 @@ def test_a_sweep_that_did_not_keep_its_command_has_one_that_trains_the_same(fini
     assert sweep_command(directory / "nowhere") == []
 
 
-def test_claims_are_judged_after_training(finished, directory, capsys):
+def test_claims_are_judged_after_training(finished, directory):
     page = directory / "page"
     argv = again(finished, directory, "--claims", str(page))
-    assert main(argv) == 2  # the paper's K is 4
-    assert "n_loops must be 4, the paper's" in capsys.readouterr().err
     called = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.claims, "N_LOOPS", tasks_of(again(finished, directory))[0].config.n_loops)
         patch.setattr(sweep.claims, "main", lambda words: called.append(words) or 0)
         assert main(argv) == 0
         assert main(["--out", str(directory / "sweep"), "--report-only", "--claims", str(page), "--seeds", "7"]) == 0
@@ -281,6 +280,22 @@ def test_nothing_but_a_run_is_removed(finished, directory, capsys):
     assert main(again(finished, directory)) == 2
     assert re.search(r"out must hold nothing but runs. .*seed-7 holds thesis.tex", capsys.readouterr().err)
     assert (run / "thesis.tex").read_text() == "x"
+
+
+def test_what_would_fail_after_training_is_found_before(finished, directory, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "_start", None)  # nothing is trained
+    shutil.rmtree(directory / "sweep" / "terminal-rmsnorm" / "seed-7")
+    unknown = directory / "sweep" / "per-loop-raw" / "seed-7"
+    shutil.rmtree(unknown / "checkpoint")
+    (unknown / "summary.json").unlink()
+    (unknown / "thesis.tex").write_text("x")
+    assert main(again(finished, directory)) == 2
+    assert re.search(r"out must hold nothing but runs. .*seed-7 holds .*thesis.tex", capsys.readouterr().err)
+    assert main(again(finished, directory, "--claims", str(directory / "page"))) == 2
+    assert "n_loops must be 4, the paper's, for --claims. Got n_loops=" in capsys.readouterr().err
+    monkeypatch.setattr(sweep.claims, "N_LOOPS", tasks_of(again(finished, directory))[0].config.n_loops)
+    assert main(again(finished, directory, "--claims", "/proc/page")) == 2
+    assert "out must be a directory that can be written. Got out=/proc/page" in capsys.readouterr().err
 
 
 def test_divergence_is_a_result(tmp_path, capsys):

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from tiny_run import arguments
 
-from train import data, trainer
+from train import config, data, trainer
 from train.metrics import read_metrics
 from train.run import main
 from train.tokenizer import load_tokenizer
@@ -205,3 +205,71 @@ def test_divergence_stops_with_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
     assert not (run / "summary.json").exists()
     assert not (run / "checkpoint").exists()
+
+
+def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(tmp_path, monkeypatch, capsys):
+    take_step = trainer._step
+
+    def step(run, measure):
+        result = take_step(run, measure)
+        if run.step == 5:
+            run.model.embedding.weight.data[7, 3] = torch.nan
+        return result
+
+    monkeypatch.setattr(trainer, "_step", step)
+    run = tmp_path / "run"
+    assert main(arguments(tmp_path, "--out", str(run), "--save-every", "2", "--log-every", "100")) == 1
+    assert "a weight is not finite after step 6. Lower --learning-rate" in capsys.readouterr().err
+    assert json.loads((run / "checkpoint" / "checkpoint.json").read_text())["step"] == 4
+    assert all(weight.isfinite().all() for weight in weights_of(run).values())
+
+
+def test_a_run_is_complete_only_with_its_figure(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(trainer.report, "draw", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
+    assert not (run / "summary.json").exists()
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0
+    assert (run / "report.png").exists()
+    assert (run / "summary.json").exists()
+
+
+def test_a_directory_is_one_runs_alone(tmp_path, monkeypatch, capsys):
+    """A second process, here a second call, that wants to begin or continue the run leaves it as it is."""
+    run, take_step, codes = tmp_path / "run", trainer._step, []
+    argv = arguments(tmp_path, "--out", str(run))
+
+    def step(state, measure):
+        if state.step == 4:
+            monkeypatch.setattr(trainer, "_step", take_step)
+            trainer.save(state)
+            with monkeypatch.context() as patch:
+                patch.setattr(config, "check_out_directory", lambda out: None)  # as if both had begun at once
+                codes.extend(main([*other, "--seed", "8"]) for other in (argv, ["--resume", str(run)]))
+            codes.append(main(["--resume", str(run)]))
+        return take_step(state, measure)
+
+    monkeypatch.setattr(trainer, "_step", step)
+    assert main(argv) == 0
+    assert codes == [2, 2, 2]
+    errors = capsys.readouterr().err.splitlines()
+    assert "must not be in use. Another process trains there" in errors[0]
+    assert "must not be in use. Another process trains there" in errors[2]
+    assert json.loads((run / "config.json").read_text())["train"]["seed"] != 8
+    assert main(["--resume", str(run), "--steps", "9"]) == 0  # the first has let go
+
+
+def test_of_two_runs_into_one_directory_the_first_stays(tmp_path, monkeypatch, capsys):
+    run, load = tmp_path / "run", trainer.load_data
+
+    def late(*arguments_, **options):
+        monkeypatch.setattr(trainer, "load_data", load)
+        assert main(arguments(tmp_path, "--out", str(run))) == 0  # begun later, with its text at hand
+        return load(*arguments_, **options)
+
+    monkeypatch.setattr(trainer, "load_data", late)
+    assert main(arguments(tmp_path, "--out", str(run), "--seed", "8")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["train"]["seed"] != 8
+    assert rows_of(run)[-1]["step"] == 8

@@ -56,13 +56,18 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress
     shutil.rmtree(old, ignore_errors=True)
 
 
+def find(run: Path) -> Path | None:
+    """Where the checkpoint of the run in directory ``run`` is, None if it has none."""
+    return next((path for path in (run / "checkpoint", run / "checkpoint.old") if path.is_dir()), None)
+
+
 def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
     """Restore weights, and with ``optimizer`` also its state and the random generators, from the run in ``run``.
 
     Nothing is changed unless everything fits. Raises CheckpointError, in one line, if there is no checkpoint, it is
     torn, or its parameters are not the model's, naming the first that differs.
     """
-    directory = next((path for path in (run / "checkpoint", run / "checkpoint.old") if path.is_dir()), None)
+    directory = find(run)
     if directory is None:
         raise CheckpointError(f"{run} holds no checkpoint.")
     progress = _check_whole(directory)

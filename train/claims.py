@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         config = command_line(words, ClaimsConfig(), "python -m train.claims")
-        _check_options(config)
+        check_options(config)
         sweep = collect(config, shlex.join(["python", "-m", "train.claims", *words]))
         marks = write_claims(sweep, config.out)
     except (ValueError, OSError) as error:
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_options(config: ClaimsConfig) -> None:
+def check_options(config: ClaimsConfig) -> None:
+    """Raises ValueError for an option that is out of its range, or a directory that cannot be written."""
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds must be at least one, and each only once. Got {' '.join(map(str, config.seeds))}.")
     if config.jobs < 1:

@@ -256,7 +256,8 @@ def validate(config: TrainConfig) -> None:
     model_config(config, config.vocab_size or 1)
     device_of(config)
     if config.resume is None and config.out is not None:
-        _check_out_directory(config.out)
+        check_out_directory(config.out)
+    _check_cache(config.cache)
 
 
 def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: str) -> None:
@@ -265,7 +266,16 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
 
 
-def _check_out_directory(out: Path) -> None:
+def _check_cache(cache: Path | None) -> None:
+    if cache is None:
+        return
+    nearest = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"cache must be a directory, and {nearest} is a file. Got cache={cache}.")
+
+
+def check_out_directory(out: Path) -> None:
+    """Raises ValueError unless ``out`` is empty or not there yet, and can be written."""
     if (out / "config.json").exists():
         raise ValueError(f"out directory {out} already holds a run. Continue it with --resume {out}, or name another.")
     if out.is_dir() and any(out.iterdir()):

@@ -5,10 +5,10 @@ The documents of a split are joined, each followed by the end-of-document token,
 hash of the text, the tokenizer asked for and FORMAT, and appears whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from train.corpus import Corpus
 from train.tokenizer import Tokenizer, load_tokenizer, pieces, train_bpe, train_paper
 
-FORMAT = 1  # raise it when the files of an entry, or how ids come about, change
+FORMAT = 2  # raise it when the files of an entry, or how ids come about, change
 CHARACTERS_AT_ONCE = 4 << 20
 
 
@@ -75,13 +75,23 @@ def load_data(corpus: Corpus, *, tokenizer: str, vocab_size: int | None, seq_len
                 whole = Path(scratch) / "whole"
                 whole.mkdir()
                 _encode(corpus, made, whole, seq_len=seq_len)
-                shutil.rmtree(entry, ignore_errors=True)
-                os.rename(whole, entry)
+                _put(whole, entry, torn=Path(scratch) / "torn")
         except BaseException:
             if created:
-                cache.rmdir()
+                with contextlib.suppress(OSError):  # another process has put something there
+                    cache.rmdir()
             raise
     return _open(entry, corpus, text, name=tokenizer, seq_len=seq_len)
+
+
+def _put(whole: Path, entry: Path, *, torn: Path) -> None:
+    """Give a new entry its name. What another process has put there in the meantime stays, unless it is torn."""
+    try:
+        os.rename(whole, entry)
+    except OSError:
+        if not _is_whole(entry):
+            os.rename(entry, torn)
+            os.rename(whole, entry)
 
 
 def _hash(text: bytes) -> str:

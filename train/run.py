@@ -17,6 +17,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import tyro
 
+from train import checkpoint
 from train.config import RESUMABLE, TrainConfig, complete, preset_config, read_config, validate
 from train.interrupt import Interrupted, Interruptions
 from train.trainer import NotFiniteError, prepare, resume_command, train
@@ -45,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except NotFiniteError as error:
             return _fail(error, 1)
         except Interrupted as interrupted:
-            if (run.out / "checkpoint").exists():
+            if checkpoint.find(run.out) is not None:
                 print(f"\nstopped at once. To continue from the checkpoint:\n  {resume_command(run.out)}")
             else:
                 print(f"\nstopped at once, before the first checkpoint: {run.out} cannot be continued.")
             return 128 + interrupted.signum
+        finally:
+            run.close()
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -65,6 +68,10 @@ def parse(argv: list[str]) -> TrainConfig:
     config = command_line(argv, dataclasses.replace(stored, **length))  # type: ignore[arg-type]
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(stored, field.name), getattr(config, field.name)
+        if field.name in ("data", "tokenizer"):
+            before, now = os.path.abspath(before), os.path.abspath(now)  # config.json has paths made absolute
+        if field.name == "out" and now is not None and os.path.abspath(now) == os.path.abspath(asked.resume):
+            continue
         if now != before and field.name not in RESUMABLE:
             raise ValueError(
                 f"{field.name} cannot change when a run is continued. Got {field.name}={now}; it began with {before}."

@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _report_only(config) or _judge(config)
             tasks = plan(config, extra)
             check_same(config.out, tasks[0].config)
+            _check_claims(config, tasks[0].config)
             _make_cache(tasks)
             with _locked(config.out) as lock:
+                _check_removable(tasks)
                 code = _sweep(config, tasks, lock, interruptions, ["python", "train/sweep.py", *words])
             return code or _judge(config)
         except (ValueError, OSError) as error:
@@ -81,11 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _judge(config: SweepConfig) -> int:
     """The claims, if they are asked for. Returns the exit code."""
-    if config.claims is None:
-        return 0
+    return 0 if config.claims is None else claims.main(_claims_words(config))
+
+
+def _claims_words(config: SweepConfig) -> list[str]:
+    """The command line of train/claims.py."""
     seeds = map(str, config.seeds)
-    words = ["--runs", str(config.out), "--out", str(config.claims), "--jobs", str(config.jobs), "--seeds", *seeds]
-    return claims.main(words)
+    return ["--runs", str(config.out), "--out", str(config.claims), "--jobs", str(config.jobs), "--seeds", *seeds]
+
+
+def _check_claims(config: SweepConfig, run: TrainConfig) -> None:
+    """What would have the claims fail once everything is trained. Raises ValueError."""
+    if config.claims is None:
+        return
+    claims.check_options(command_line(_claims_words(config), claims.ClaimsConfig(), "python -m train.claims"))
+    if run.n_loops != claims.N_LOOPS:
+        raise ValueError(f"n_loops must be {claims.N_LOOPS}, the paper's, for --claims. Got n_loops={run.n_loops}.")
 
 
 def _report_only(config: SweepConfig) -> int:
@@ -202,13 +215,21 @@ def _start(task: Task, slot: int, jobs: int, lock: IO[bytes]) -> Child:
     return Child(task, process)
 
 
+def _check_removable(tasks: Sequence[Task]) -> None:
+    """Raises ValueError if a directory that is not known as a run's holds something that no run has written."""
+    for task in tasks:
+        if status(task.directory) != "unfinished":
+            continue
+        foreign = {path.name.removesuffix(".new") for path in task.directory.iterdir()} - {
+            name.removesuffix(".new") for name in UNFINISHED_FILES
+        }
+        if foreign:
+            raise ValueError(f"out must hold nothing but runs. {task.directory} holds {', '.join(sorted(foreign))}.")
+
+
 def _remove(task: Task) -> None:
-    """Remove a run that was stopped before its first checkpoint. Raises ValueError if the directory is no run's."""
-    foreign = {path.name.removesuffix(".new") for path in task.directory.iterdir()} - {
-        name.removesuffix(".new") for name in UNFINISHED_FILES
-    }
-    if foreign:
-        raise ValueError(f"out must hold nothing but runs. {task.directory} holds {', '.join(sorted(foreign))}.")
+    """Remove a run that was stopped before its first checkpoint."""
+    _check_removable([task])
     shutil.rmtree(task.directory)
     print(f"{task.name} had no checkpoint yet: removed, begun again", flush=True)
 

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from looped.diagnose.figures import MARKERS, colours_of
+from train import checkpoint
 from train.metrics import read_metrics, write_json
 from train.paper_scale import paper_scale
 
@@ -96,7 +97,7 @@ def status(run: Path) -> Status:
     rows = read_metrics(run / "metrics.jsonl")
     if rows and rows[-1]["loss"] is None:
         return "diverged"
-    return "checkpoint" if any((run / name).is_dir() for name in ("checkpoint", "checkpoint.old")) else "unfinished"
+    return "unfinished" if checkpoint.find(run) is None else "checkpoint"
 
 
 def find_runs(out: Path, conditions: Sequence[str]) -> list[tuple[str, int, Path]]:

@@ -54,11 +54,12 @@ class Tokenizer:
         return sizes
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int64, without special tokens."""
-        return [
-            np.asarray(encoding.ids, dtype=np.int64)
-            for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """Ids of each text, int64, without special tokens. Raises ValueError for text that has none."""
+        try:
+            encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer {self.name} cannot encode the text ({error}).") from error
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, special tokens included."""
@@ -143,6 +144,8 @@ def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
 
 def _finish(name: str, model: tokenizers.Tokenizer, sample: list[str]) -> Tokenizer:
     model.encode_special_tokens = True  # "<eos>" in the text is text
+    model.no_truncation()  # a tokenizer.json may ask for either; a corpus is neither cut nor filled up
+    model.no_padding()
     vocabulary = model.get_vocab(with_added_tokens=True)
     eos = next((vocabulary[token] for token in EOS_NAMES if token in vocabulary), None)
     if eos is None:

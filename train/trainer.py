@@ -1,6 +1,7 @@
 """A run: set up everything that can fail, train, evaluate, report; stop and continue at any step."""
 
 import dataclasses
+import fcntl
 import math
 import os
 import shlex
@@ -22,7 +23,7 @@ from looped.decoder import LoopedDecoder
 from train import checkpoint, report
 from train.batches import Windows, batch_indices, spread
 from train.checkpoint import Progress
-from train.config import TrainConfig, device_of, model_config
+from train.config import TrainConfig, check_out_directory, device_of, model_config
 from train.corpus import load_corpus
 from train.data import TokenData, cache_directory, load_data
 from train.interrupt import Interruptions
@@ -47,10 +48,17 @@ class Run:
     windows: Windows
     steps: int
     step: int = 0
+    lock: int | None = None  # a descriptor of the directory, which no other process may train in
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 class NotFiniteError(RuntimeError):
-    """The loss is nan or infinite."""
+    """The loss or a weight is nan or infinite."""
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -81,17 +89,39 @@ def prepare(config: TrainConfig) -> Run:
     assert config.out is not None  # complete
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     run = Run(config, config.out, data, model, optimizer, device, dtype, windows, steps)
-    if config.resume is None:
-        _write_directory(run)
-    else:
-        _restore(run)
+    try:
+        if config.resume is None:
+            _write_directory(run)
+        else:
+            _restore(run)
+    except BaseException:
+        run.close()
+        raise
     return run
+
+
+def _hold(out: Path) -> int:
+    """Lock a directory until the returned descriptor is closed, at the latest when this process ends.
+
+    Raises ValueError if another process has it. On a file system without locks everybody has it.
+    """
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"out directory {out} must not be in use. Another process trains there.") from None
+    except OSError:
+        pass
+    return handle
 
 
 def _write_directory(run: Run) -> None:
     created = not run.out.exists()
     try:
         run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = _hold(run.out)
+        check_out_directory(run.out)  # another process may have been first while the text was loaded
         run.data.tokenizer.model.save(str(run.out / "tokenizer.json"))
         _write_validation(run)
         _write_config(run)
@@ -127,6 +157,7 @@ def _write_config(run: Run) -> None:
 
 
 def _restore(run: Run) -> None:
+    run.lock = _hold(run.out)
     progress = checkpoint.load(run.out, run.model, run.optimizer)
     if progress.fingerprint != run.data.fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {run.out} was begun with.")
@@ -145,7 +176,7 @@ def _restore(run: Run) -> None:
 def train(run: Run, interruptions: Interruptions) -> int:
     """Train to ``run.steps``, evaluate and report. Returns the exit code: 0, or 128 + n after signal n.
 
-    Raises NotFiniteError if the loss is no number any more; the last checkpoint stays.
+    Raises NotFiniteError if the loss or a weight is no number any more; the last checkpoint stays.
     """
     started = time.perf_counter()
     first = run.step
@@ -171,8 +202,8 @@ def train(run: Run, interruptions: Interruptions) -> int:
         "seconds": time.perf_counter() - started,
         "train_seconds": train_seconds,
     }
-    write_json(run.out / "summary.json", summary)
     report.draw(run.out / "report.png", rows, results, f"{_model_line(run)}\n{_data_line(run)}")
+    write_json(run.out / "summary.json", summary)  # last: it says that the run is complete
     _print_end(run, rows, results, f"{run.steps - first} steps in {train_seconds:.0f} s")
     return 0
 
@@ -217,7 +248,9 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint of the present step."""
+    """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
+    if not bool(torch.stack([weight.detach().isfinite().all() for weight in run.model.parameters()]).all()):
+        raise NotFiniteError(f"a weight is not finite after step {run.step}. Lower --learning-rate.")
     checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.data.fingerprint))
 
 
