@@ -272,7 +272,8 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         kernel_name, given = self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
-            assert value.device.type == "cuda", f"{name} is on {value.device}"
+            here = torch.device("cuda", torch.cuda.current_device())  # where Triton launches
+            assert value.device == here, f"{name} is on {value.device}, and {kernel_name} launched on {here}"
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
         kernel = original(self, grid=grid, warmup=True, **given | pointers)
         key = (kernel_name, kernel.hash)
@@ -321,12 +322,21 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
     """
     record = Record()
     autocast = Autocast(record)
+    current = [0]
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device | int) -> Iterator[None]:
+        index = torch.device("cuda", device).index if isinstance(device, int) else device.index
+        current.append(current[-1] if index is None else index)
+        yield
+        current.pop()
+
     device = SimpleNamespace(multi_processor_count=target.multiprocessors, name=target.name)
     patches: dict[str, Any] = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.is_bf16_supported": lambda *_: True,
-        "torch.cuda.current_device": lambda: 0,
-        "torch.cuda.device": lambda *_: contextlib.nullcontext(),
+        "torch.cuda.current_device": lambda: current[-1],
+        "torch.cuda.device": on_device,
         "torch.cuda.get_device_properties": lambda *_: device,
         "torch.cuda.get_device_capability": lambda *_: (9, 4) if target.is_amd else divmod(target.triton.arch, 10),
         "torch.version.hip": "6.4" if target.is_amd else None,

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 
 CHANNELS = (512, 768, 2048)
+WIDE_CHANNELS = (4096, 8192)
 SHAPES = ((512, 20_000), (768, 20_000), (2048, 50_257), (2048, 128_256))  # d, V
 # Vocabularies whose rows stay in registers: tiles of 128 to 8192 columns, one and two of them.
 SMALL_SHAPES = tuple((512, n_columns) for n_columns in (100, 500, 1000, 2000, 4000, 8000, 16_384))
@@ -41,7 +42,7 @@ def norms(d: int, dtype: torch.dtype, everything: bool = True, rows: int = 4096)
     """
     weights = _vectors(d, dtype)
     residuals = {"none": None, "float32": _gpu(rows, d), "same": _gpu(rows, d, dtype=dtype)}
-    autocasts = YES_NO if dtype == torch.bfloat16 else (False,)
+    autocasts = (False,) if dtype == torch.float32 else YES_NO
     used = [set(names) for n in (1, 2, 3) for names in itertools.combinations(("y", "mean_square", "residual"), n)]
     if not everything:
         weights, residuals = {"float32": weights["float32"]}, {k: residuals[k] for k in ("none", "float32")}
@@ -83,7 +84,7 @@ def losses(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True, 
         with nullcontext() if gradient else torch.no_grad():
             options: dict[str, Any] = {"softcap": 30.0} if softcap else {}
             if bias:
-                options["bias"] = _gpu(n_columns)
+                options["bias"] = _gpu(n_columns, dtype=dtype if softcap else torch.float32)
             loss = looped_cross_entropy(
                 states, head, targets, norm_weight=weight, statistics=statistics, label_smoothing=0.1 * bias, **options
             ).loss
@@ -93,7 +94,7 @@ def losses(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True, 
 
 def weightings(dtype: torch.dtype, everything: bool = True, tokens: int = 2048, d: int = 512) -> None:
     """The weights and sums of looped_cross_entropy: of loops and of tokens, one loop and many, every reduction."""
-    head, targets = _gpu(1000, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
+    head, targets, weight = _gpu(1000, d, dtype=dtype), _gpu(tokens, dtype=torch.int64), _gpu(d)
     loops = (1, 3, 16) if everything else (3,)  # Triton compiles apart for 1 and for multiples of 16
     for n_loops, reduction, penalty in itertools.product(loops, ("mean", "sum", "none"), (0.0, 0.01)):
         if reduction == "none" and penalty:
@@ -102,33 +103,39 @@ def weightings(dtype: torch.dtype, everything: bool = True, tokens: int = 2048, 
         per_loop = [0.0] * (n_loops - 1) + [1.0]
         for weights in (None, per_loop, _gpu(n_loops), _gpu(n_loops, tokens)):
             options: dict[str, Any] = {"weights": weights, "reduction": reduction, "penalty": penalty}
+            options["norm_weight"] = weight
             looped_cross_entropy(states, head, targets, **options).loss.sum().backward()
 
 
-def trainer_readout(d: int, n_columns: int, tokens: int = 2048) -> None:
-    """As the trainer calls it: float32 states and parameters, bfloat16 products."""
+def trainer_readout(d: int, n_columns: int, everything: bool = True, tokens: int = 2048) -> None:
+    """As the trainer calls it: float32 states and parameters, products of autocast's dtype, every readout."""
     states, head, weight = [_gpu(tokens, d) for _ in range(3)], _gpu(n_columns, d), _gpu(d)
-    for statistics in YES_NO:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+    readouts = ("rmsnorm", "layernorm", "raw", "final-only") if everything else ("rmsnorm",)
+    dtypes = (torch.bfloat16, torch.float16) if everything else (torch.bfloat16,)
+    for readout, dtype, statistics in itertools.product(readouts, dtypes, YES_NO):
+        with torch.autocast("cuda", dtype=dtype):
             loss = looped_cross_entropy(
-                states, head, _gpu(tokens, dtype=torch.int64), norm_weight=weight, penalty=0.01, statistics=statistics
-            ).loss
+                states, head, _gpu(tokens, dtype=torch.int64), readout=readout,
+                norm_weight=None if readout == "raw" else weight,
+                norm_bias=_gpu(d) if readout == "layernorm" else None, penalty=0.01, statistics=statistics,
+            ).loss  # fmt: skip
         loss.backward()
 
 
 def statistics(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True) -> None:
     """readout_statistics, for many rows and for the few of a generation step: bias, softcap, targets, precision."""
-    head, bias = _gpu(n_columns, d, dtype=dtype), _gpu(n_columns)
+    head = _gpu(n_columns, d, dtype=dtype)
     flags = list(itertools.product(YES_NO, repeat=3))
     precisions = ("ieee", "tf32") if everything and dtype == torch.float32 else ("ieee",)
     previous = torch.backends.cuda.matmul.fp32_precision
-    for tokens, precision in itertools.product((1, 32, 8192) if everything else (32, 8192), precisions):
+    for tokens, precision in itertools.product((1, 31, 32, 8192) if everything else (32, 8192), precisions):
         torch.backends.cuda.matmul.fp32_precision = precision
         states, targets = _gpu(4, tokens, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
         for has_bias, softcap, has_targets in flags if everything else [flags[1]]:
             readout_statistics(
                 states, head, targets if has_targets else None, norm_weight=_gpu(d),
-                bias=bias if has_bias else None, softcap=30.0 if softcap else None,
+                bias=_gpu(n_columns, dtype=dtype if softcap else torch.float32) if has_bias else None,
+                softcap=30.0 if softcap else None,
             )  # fmt: skip
     torch.backends.cuda.matmul.fp32_precision = previous
 
@@ -143,7 +150,7 @@ def cases(sampled: bool) -> Iterator[Case]:
         for d, n_columns, dtype in ((768, 20_000, fp32), (2048, 128_256, bf16)):
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype, False)
             yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype, False)
-        yield "trainer d=768 V=20000", lambda: trainer_readout(768, 20_000)
+        yield "trainer d=768 V=20000", lambda: trainer_readout(768, 20_000, everything=False)
         return
     for dtype in DTYPES:
         yield f"weightings {dtype}", functools.partial(weightings, dtype)
@@ -151,9 +158,20 @@ def cases(sampled: bool) -> Iterator[Case]:
             yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype)
             yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
             yield f"readout norms d={d} {dtype}", functools.partial(readout_norms, d, dtype)
+        for d in WIDE_CHANNELS:
+            yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype, everything=False)
+            yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
+        # Triton compiles apart for numbers of rows that are multiples of 16
+        yield f"norms of 4095 rows {dtype}", functools.partial(norms, 768, dtype, everything=False, rows=4095)
+        yield f"radials of 4095 rows {dtype}", functools.partial(radials, 768, dtype, rows=4095)
+        yield f"readout norms of 1023 tokens {dtype}", functools.partial(readout_norms, 768, dtype, tokens=1023)
+        yield f"weightings of 2047 tokens {dtype}", functools.partial(weightings, dtype, everything=False, tokens=2047)
+        yield f"losses of 2047 tokens {dtype}", functools.partial(losses, 768, 20_000, dtype, tokens=2047)
         for d, n_columns in SHAPES + SMALL_SHAPES:
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype)
         for d, n_columns in SHAPES + SMALL_SHAPES[2:3]:
             yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype)
-    for d, n_columns in SHAPES:
+    for d, n_columns in SHAPES[:2]:
         yield f"trainer d={d} V={n_columns}", functools.partial(trainer_readout, d, n_columns)
+    for d, n_columns in SHAPES[2:]:
+        yield f"trainer d={d} V={n_columns}", functools.partial(trainer_readout, d, n_columns, everything=False)

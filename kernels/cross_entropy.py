@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy_cpu import cross_entropy_cpu
-from kernels.device import multiprocessors, uses_triton
+from kernels.device import launch, multiprocessors, uses_triton
 from kernels.row_loss import LossOptions, RowResults
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
@@ -252,7 +252,8 @@ def _cross_entropy_triton(
     n_rows, n_columns = logits.shape
     plain = logits.element_size() == 2 and bias is None and options.softcap is None and results.lse is None
     blocks = cross_entropy_blocks(n_columns, plain, options.softcap is not None or results.lse is not None)
-    cross_entropy_kernel[(cross_entropy_programs(n_rows, blocks, logits.device),)](
+    launch(
+        cross_entropy_kernel, (cross_entropy_programs(n_rows, blocks, logits.device),), logits,
         logits_ptr=logits, targets_ptr=targets, omega_ptr=omega, bias_ptr=bias,
         loss_ptr=results.loss, lse_ptr=results.lse, entropy_ptr=results.entropy,
         margin_ptr=results.margin, top1_ptr=results.top1,

@@ -1,7 +1,9 @@
 """Which implementation a tensor takes, and in which dtypes its products and sums are formed."""
 
+import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +24,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; 2 in the interpreter, so that programs that share rows are tested there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, /, **arguments: Any) -> None:
+    """Run a Triton kernel on the GPU of the tensor `on`; Triton itself takes the current one, whatever it is given."""
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        kernel[grid](**arguments)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import check_rows
-from kernels.device import accumulator, cpu_blocks, uses_triton
+from kernels.device import accumulator, cpu_blocks, launch, uses_triton
 from kernels.row_norm import CPU_ROW_TENSORS, norm_blocks, rows_of
 
 
@@ -103,7 +103,8 @@ def _radial_gradient(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 out.view(-1)[rows] = block
     elif h_rows.shape[0] > 0:
         blocks = norm_blocks(h.shape[-1])
-        radial_forward_kernel[(triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),)](
+        launch(
+            radial_forward_kernel, (triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),), h_rows,
             h_ptr=h_rows, grad_ptr=grad_rows, dot_ptr=dot, grad_square_ptr=grad_square, state_square_ptr=state_square,
             n_rows=h_rows.shape[0], n_columns=h.shape[-1],
             stride_h_row=h_rows.stride(0), stride_grad_row=grad_rows.stride(0), **blocks,
@@ -130,7 +131,8 @@ def _radial_gradient_backward(
     dh, dgrad = torch.empty_like(h_rows, memory_format=torch.contiguous_format), grad.new_empty(grad_rows.shape)
     if h_rows.shape[0] > 0:
         blocks = norm_blocks(h.shape[-1])
-        radial_backward_kernel[(triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),)](
+        launch(
+            radial_backward_kernel, (triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),), h_rows,
             h_ptr=h_rows, grad_ptr=grad_rows, ddot_ptr=ddot.reshape(-1).contiguous(),
             dgrad_square_ptr=dgrad_square.reshape(-1).contiguous(),
             dstate_square_ptr=dstate_square.reshape(-1).contiguous(), dh_ptr=dh, dgrad_ptr=dgrad,

@@ -36,6 +36,9 @@ Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
 CPU_WIDE_CHUNK_ROWS = 512
+HIP_HEAD_ROWS = (
+    32768  # of dW, in one product where no product of low precision gives float32: fewer launches, more memory
+)
 HEAD_ROWS = 4096  # rows of the head in one product on a CPU: MKL and oneDNN keep a panel of 20,000 less well in cache
 
 
@@ -69,10 +72,10 @@ def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return head.new_empty(head.shape[::-1], dtype=dtype).t()
 
 
-def _head_blocks(n_columns: int) -> Iterator[slice]:
+def _head_blocks(n_columns: int, size: int = HEAD_ROWS) -> Iterator[slice]:
     """The rows of the head that enter one product."""
-    for first in range(0, n_columns, HEAD_ROWS):
-        yield slice(first, min(first + HEAD_ROWS, n_columns))
+    for first in range(0, n_columns, size):
+        yield slice(first, min(first + size, n_columns))
 
 
 def _form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def _accumulate_blocks(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None
     if not total.is_contiguous():  # see head_accumulator
         transposed = y.t().contiguous()
         low, wide = (like.new_empty(y.shape[1] * HEAD_ROWS) for like in (transposed, total))
-    for block in _head_blocks(len(total)):
+    for block in _head_blocks(len(total), HIP_HEAD_ROWS if total.is_cuda else HEAD_ROWS):
         rows, g_block = total[block], g[:, block].to(y.dtype)
         if not total.is_contiguous():
             rows = rows.t()

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks, multiprocessors, uses_triton
+from kernels.device import accumulator, cpu_blocks, launch, multiprocessors, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
 CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once
@@ -179,7 +179,8 @@ def _norm_forward_triton(
 ) -> None:  # fmt: skip
     n_rows, n_columns = x.shape
     blocks = norm_blocks(n_columns)
-    norm_forward_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),)](
+    launch(
+        norm_forward_kernel, (triton.cdiv(n_rows, blocks["BLOCK_ROWS"]),), x,
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias,
         y_ptr=y, sum_ptr=total, mean_square_ptr=mean_square,
         n_rows=n_rows, n_columns=n_columns, eps=eps,
@@ -204,7 +205,8 @@ def _norm_backward_triton(
     n_programs = triton.cdiv(n_rows, blocks["BLOCK_ROWS"])
     if partials is not None:
         n_programs = min(n_programs, partials.shape[0])
-    norm_backward_kernel[(n_programs,)](
+    launch(
+        norm_backward_kernel, (n_programs,), h,
         dy_ptr=dy, h_ptr=h, weight_ptr=weight, dmean_square_ptr=dmean_square, dsum_ptr=dtotal, scale_ptr=scale,
         dh_ptr=dh, dx_ptr=dx, dweight_ptr=dweight, dbias_ptr=dbias, radial_ptr=radial,
         n_rows=n_rows, n_columns=n_columns, eps=eps,

@@ -33,7 +33,7 @@ from kernels.arguments import (
     gathered,
 )
 from kernels.cross_entropy import finish_logits, fold_moment, fold_softmax, fold_top2
-from kernels.device import accumulator, autocast_dtype, multiprocessors, product_dtype, uses_triton
+from kernels.device import accumulator, autocast_dtype, launch, multiprocessors, product_dtype, uses_triton
 from kernels.readout import Readout, default_chunk_rows, loops_of, normed_rows, read_out
 from kernels.row_loss import LossOptions, RowResults
 
@@ -109,7 +109,7 @@ def stream_kernel(
 @triton.jit
 def combine_kernel(
     partial_ptr, best_ptr, targets_ptr, loss_ptr, lse_ptr, entropy_ptr, margin_ptr, top1_ptr,
-    n_rows, n_splits, n_tokens, ignore_index,
+    n_rows, n_columns, n_splits, n_tokens, ignore_index,
     HAS_TARGETS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
@@ -147,6 +147,7 @@ def combine_kernel(
     if HAS_TARGETS:
         target = tl.load(targets_ptr + row % n_tokens, mask=in_rows, other=0)
         loss = tl.log(total) + (maximum - z_target)
+        loss = tl.where((target >= 0) & (target < n_columns), loss, float("nan"))
         tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss), mask=in_rows)
     tl.store(lse_ptr + row, lse, mask=in_rows)
     tl.store(entropy_ptr + row, tl.log(total) - moment / total, mask=in_rows)
@@ -188,7 +189,8 @@ def _stream_triton(
     splits = triton.cdiv(n_columns, per_split)
     partial = torch.empty((6, splits, n_rows), dtype=torch.float32, device=y.device)
     best = torch.empty((splits, n_rows), dtype=torch.int32, device=y.device)
-    stream_kernel[(triton.cdiv(n_rows, blocks["BLOCK_ROWS"]), splits)](
+    launch(
+        stream_kernel, (triton.cdiv(n_rows, blocks["BLOCK_ROWS"]), splits), y,
         y_ptr=y, head_ptr=head, bias_ptr=bias, targets_ptr=targets, partial_ptr=partial, best_ptr=best,
         n_rows=n_rows, n_columns=n_columns, d=d, n_tokens=n_tokens,
         columns_per_split=per_split, softcap=1.0 if options.softcap is None else options.softcap,
@@ -197,10 +199,11 @@ def _stream_triton(
         UPCAST=not y.is_cuda and y.dtype == torch.bfloat16,  # the interpreter multiplies bfloat16 bit patterns
         PRECISION=precision, **blocks,
     )  # fmt: skip
-    combine_kernel[(triton.cdiv(n_rows, 128),)](
+    launch(
+        combine_kernel, (triton.cdiv(n_rows, 128),), y,
         partial_ptr=partial, best_ptr=best, targets_ptr=targets, loss_ptr=results.loss, lse_ptr=results.lse,
         entropy_ptr=results.entropy, margin_ptr=results.margin, top1_ptr=results.top1,
-        n_rows=n_rows, n_splits=splits, n_tokens=n_tokens, ignore_index=options.ignore_index,
+        n_rows=n_rows, n_columns=n_columns, n_splits=splits, n_tokens=n_tokens, ignore_index=options.ignore_index,
         HAS_TARGETS=targets is not None, BLOCK_ROWS=128,
     )  # fmt: skip
 

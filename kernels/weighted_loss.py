@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import uses_triton
+from kernels.device import launch, uses_triton
 
 BLOCK_TOKENS = 2048
 NUM_WARPS = 8
@@ -138,7 +138,8 @@ def _loss_weights_triton(
     omega = None if weights is None else weights.new_empty(n_loops * targets.shape[0])
     factors = torch.empty(3, dtype=torch.float32, device=targets.device)
     in_range = torch.empty((), dtype=torch.bool, device=targets.device)
-    loss_weights_kernel[(1,)](
+    launch(
+        loss_weights_kernel, (1,), targets,
         targets_ptr=targets, weights_ptr=None if weights is None else weights.contiguous(), omega_ptr=omega,
         factors_ptr=factors, in_range_ptr=in_range,
         n_loops=n_loops, n_tokens=targets.shape[0], n_columns=n_columns, ignore_index=ignore_index,
@@ -154,7 +155,8 @@ def _loss_sums_triton(
 ) -> tuple[Tensor, Tensor]:
     n_loops, n_tokens = loss.shape
     total, per_loop = loss.new_empty(()), loss.new_empty(n_loops)
-    loss_sums_kernel[(1,)](
+    launch(
+        loss_sums_kernel, (1,), loss,
         loss_ptr=loss, omega_ptr=scales.omega, mean_square_ptr=mean_square, factors_ptr=scales.factors,
         total_ptr=total, per_loop_ptr=per_loop,
         n_loops=n_loops, n_tokens=n_tokens, n_rows=0 if mean_square is None else mean_square.numel(), penalty=penalty,

@@ -113,3 +113,21 @@ def test_host_waits_are_noticed(noticed, expression):
 @pytest.mark.parametrize("expression", NO_WAITS)
 def test_what_stays_on_the_device_is_no_wait(noticed, expression):
     assert noticed[expression] == []
+
+
+def test_every_kernel_runs_on_the_gpu_of_its_tensors():
+    """On the second GPU while the first is the current one; weights and losses, norms, products, statistics."""
+    program = """
+from kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+with fake_gpu(TARGETS["sm_90"]) as record:
+    def gpu(*shape):
+        return torch.empty(shape, device="cuda:1", requires_grad=True)
+    states, head, weight = [gpu(64, 64), gpu(64, 64)], gpu(100, 64), gpu(64)
+    targets = torch.empty(64, dtype=torch.int64, device="cuda:1")
+    result = looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.1)
+    results = [result.loss, rms_norm_penalty(states[0], weight, residual=states[1]).y, *radial_gradient(*states)]
+    torch.autograd.backward(results, [torch.empty_like(each) for each in results])
+    readout_statistics(states, head, targets, norm_weight=weight)
+    print(len({key[0] for key in record.kernels}), torch.cuda.current_device(), states[0].grad.device)
+"""
+    assert run(program) == "9 0 cuda:1\n"

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from bench.gpu_measured import target_present
 from bench.gpu_tables import page
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +141,24 @@ def test_predictions_are_on_disk_before_anything_is_measured(tmp_path):
     assert run(WRITE_FIRST, str(COMMITTED), str(tmp_path)).strip() == "sm_80 ['gpu_static.json', 'gpu_static.md']"
 
 
-def test_no_gpu_is_no_target():
-    assert run("from bench.gpu_measured import target_present\nprint(target_present())").strip() in {
-        "None", "sm_80", "sm_90", "sm_100", "gfx942",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "target"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 108, "sm_80"),
+        ("NVIDIA H100 80GB HBM3", 132, "sm_90"),
+        ("NVIDIA H100 PCIe", 114, None),
+        ("NVIDIA H200", 132, None),
+        ("AMD Instinct MI300X", 304, "gfx942"),
+    ],
+)
+def test_only_a_gpu_that_is_predicted_is_a_target(monkeypatch, name, multiprocessors, target):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert target_present() == target
+
+
+def test_no_gpu_is_no_target(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert target_present() is None

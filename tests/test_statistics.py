@@ -2,7 +2,7 @@ import pytest
 import torch
 from numerics import assert_no_worse_than
 
-from kernels import looped_cross_entropy, readout_statistics
+from kernels import looped_cross_entropy, readout_statistics, statistics
 from kernels.cross_entropy_cpu import _top2
 from kernels.row_loss import LossOptions, cross_entropy_reference
 
@@ -77,6 +77,17 @@ def test_equal_logits_give_the_lowest_id_and_no_margin(backend, device):
     assert actual.top1.eq(0).all()
     assert actual.margin.eq(0).all()
     torch.testing.assert_close(actual.entropy, torch.full((1, 3), 300.0, device=device).log())
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_an_unchecked_target_out_of_range_has_no_loss(backend, device, monkeypatch):
+    """As in the training pass, should a GPU be built without the assertion that would have stopped it."""
+    monkeypatch.setattr(statistics, "check_range", lambda *arguments: None)
+    states, head, targets, *_ = inputs((2, 5, 16, 33), device, torch.float32)
+    targets[1], targets[3] = -1, 33
+    loss = readout_statistics(states, head, targets).loss
+    assert loss[:, [1, 3]].isnan().all()
+    assert not loss[:, [0, 2, 4]].isnan().any()
 
 
 def test_needs_no_gradient_and_leaves_none(backend, device):
