@@ -164,7 +164,6 @@ def cases(sampled: bool) -> Iterator[Case]:
         # Triton compiles apart for numbers of rows that are multiples of 16
         yield f"norms of 4095 rows {dtype}", functools.partial(norms, 768, dtype, everything=False, rows=4095)
         yield f"radials of 4095 rows {dtype}", functools.partial(radials, 768, dtype, rows=4095)
-        yield f"readout norms of 1023 tokens {dtype}", functools.partial(readout_norms, 768, dtype, tokens=1023)
         yield f"weightings of 2047 tokens {dtype}", functools.partial(weightings, dtype, everything=False, tokens=2047)
         yield f"losses of 2047 tokens {dtype}", functools.partial(losses, 768, 20_000, dtype, tokens=2047)
         for d, n_columns in SHAPES + SMALL_SHAPES:
