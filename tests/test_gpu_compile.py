@@ -1,7 +1,7 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
 
 No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/gpu_compile.py.  By default a sample
-of the configurations; with GPU_CHECK=all in the environment all of them (half an hour a target).
+of the configurations; with GPU_CHECK=all in the environment all of them (about half an hour a target).
 """
 
 import json
@@ -19,6 +19,7 @@ from bench.gpu_compile import MATRIX_INSTRUCTIONS, amd_field
 
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+ODD_TOKENS = "of 2047 tokens"  # in the name of a case
 KERNELS = {
     "norm_forward_kernel",
     "norm_backward_kernel",
@@ -37,8 +38,11 @@ def threads(kernel: dict, target: str) -> int:
 
 
 def has_wide_tiles(kernel: dict, target: str) -> bool:
-    """Whether a thread's share of a matrix's tile is 16 bytes: not so for a vocabulary of 128 words in 16 bits."""
+    """Whether a thread can access 16 bytes of a matrix at once: not where its share of a tile is less, as of 128 words
+    in 16 bits, nor in a loop's losses where an odd number of tokens leaves all loops but the first unaligned."""
     on = kernel["constants"]
+    if kernel["kernel"] in ("loss_weights_kernel", "loss_sums_kernel"):
+        return ODD_TOKENS not in kernel["case"]
     if kernel["kernel"] != "cross_entropy_kernel":
         return True
     itemsize = 4 if kernel["dtypes"][0] == "torch.float32" else 2
