@@ -9,6 +9,7 @@ import torch
 import triton
 
 CPU_BLOCK_BYTES = 4 << 20
+REGISTERS = 65_536  # of a multiprocessor of every NVIDIA GPU since Kepler
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -27,7 +28,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, /, **arguments: Any) -> None:
-    """Run a Triton kernel on the GPU of the tensor `on`; Triton itself takes the current one, whatever it is given."""
+    """Run a Triton kernel on the GPU of the tensor `on`; Triton itself takes the current one, whatever it is given.
+
+    NVIDIA's assembler may use as many registers as a program can have.  Left alone it spills a word or two where that
+    lets one more program be resident.
+    """
+    if on.is_cuda and torch.version.hip is None:
+        arguments["maxnreg"] = min(255, REGISTERS // (32 * arguments.get("num_warps", 4)))
     with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
         kernel[grid](**arguments)
 
