@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 
 CHANNELS = (512, 768, 2048)
-WIDE_CHANNELS = (4096, 8192)
+WIDE_CHANNELS = (4096,)
 SHAPES = ((512, 20_000), (768, 20_000), (2048, 50_257), (2048, 128_256))  # d, V
 # Vocabularies whose rows stay in registers: tiles of 128 to 8192 columns, one and two of them.
 SMALL_SHAPES = tuple((512, n_columns) for n_columns in (100, 500, 1000, 2000, 4000, 8000, 16_384))

@@ -12,7 +12,7 @@ from kernels.readout import Readout
 
 States = Tensor | Sequence[Tensor]
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
-MAX_COLUMNS = 32768  # a program holds a row of a state: up to 8192 columns in registers, beyond that some of it spills
+MAX_COLUMNS = 32768  # a program holds a row of a state: up to 4096 columns in registers, of more some may spill
 
 
 def check_rows(name: str, x: Tensor) -> None:

@@ -10,7 +10,8 @@ every dtype; the common factor is applied to the products in float32.  A row who
 The pass can also leave the row's entropy, its largest logit's index and the margin to the second largest.
 
 Shapes: logits [R, V] of any dtype, read as float32; per-row results float32.  Bytes: the logits read once and
-written once where a row fits a program's registers (V <= 16384, or 24576 for plain 16-bit ones), read twice otherwise.
+written once where a row fits a program's registers (V <= 16384; 24576 for plain 16-bit ones; 8192 with a softcap or
+statistics), read twice otherwise.
 
 Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
@@ -25,7 +26,9 @@ from kernels.device import launch, multiprocessors, uses_triton
 from kernels.row_loss import LossOptions, RowResults
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
-MAX_HELD_BLOCKS = 2  # how many it keeps without spills; one more of 16-bit logits that need nothing but the loss
+MAX_HELD_BLOCKS = (
+    2  # how many it keeps without spills; one more of plain 16-bit logits, one fewer with statistics or a softcap
+)
 
 
 @triton.jit
@@ -228,7 +231,7 @@ def cross_entropy_blocks(n_columns: int, plain: bool, elaborate: bool) -> dict[s
     """
     held_block = min(HELD_BLOCK, max(16, triton.next_power_of_2(n_columns)))
     held_blocks = triton.cdiv(n_columns, held_block)
-    if held_blocks > MAX_HELD_BLOCKS + plain:
+    if held_blocks > MAX_HELD_BLOCKS + plain - elaborate:
         # a program has its multiprocessor to itself (cross_entropy_programs): loads in flight are what counts
         warps = 32 if elaborate and not torch.version.hip else 16  # so many that no register is spilled
         return {"HELD_BLOCKS": 0, "BLOCK_ROWS": 1, "BLOCK_VOCAB": (1 + plain) * HELD_BLOCK, "num_warps": warps}
