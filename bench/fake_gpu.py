@@ -328,8 +328,10 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
     def on_device(device: torch.device | int) -> Iterator[None]:
         index = torch.device("cuda", device).index if isinstance(device, int) else device.index
         current.append(current[-1] if index is None else index)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     device = SimpleNamespace(multi_processor_count=target.multiprocessors, name=target.name)
     patches: dict[str, Any] = {

@@ -26,9 +26,8 @@ from kernels.device import launch, multiprocessors, uses_triton
 from kernels.row_loss import LossOptions, RowResults
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
-MAX_HELD_BLOCKS = (
-    2  # how many it keeps without spills; one more of plain 16-bit logits, one fewer with statistics or a softcap
-)
+# How many it keeps without spills; one more of plain 16-bit logits, one fewer with statistics or a softcap.
+MAX_HELD_BLOCKS = 2
 
 
 @triton.jit

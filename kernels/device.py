@@ -9,7 +9,7 @@ import torch
 import triton
 
 CPU_BLOCK_BYTES = 4 << 20
-REGISTERS = 65_536  # of a multiprocessor of every NVIDIA GPU since Kepler
+REGISTERS = 65_536  # of a multiprocessor of every NVIDIA GPU that Triton compiles for
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

@@ -145,6 +145,24 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
     assert "before the first checkpoint" in capsys.readouterr().out
 
 
+def test_stopped_while_checkpoints_change_places(tmp_path, monkeypatch, capsys):
+    """What says how to go on knows the one that stays meanwhile."""
+    run, take_step = tmp_path / "run", trainer._step
+
+    def signals(state, measure):
+        if state.step == 4:
+            (run / "checkpoint").rename(run / "checkpoint.old")
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        return take_step(state, measure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_step", signals)
+        assert main(arguments(tmp_path, "--out", str(run), "--save-every", "2")) == 128 + signal.SIGTERM
+    assert "To continue from the checkpoint" in capsys.readouterr().out
+    assert main(["--resume", str(run)]) == 0
+
+
 def test_a_signal_while_setting_up_leaves_nothing(tmp_path, monkeypatch, capsys):
     argv = arguments(tmp_path, "--out", str(tmp_path / "run"))
     monkeypatch.setattr(data, "_check_length", lambda *arguments: signal.raise_signal(signal.SIGTERM))
@@ -246,16 +264,16 @@ def test_a_directory_is_one_runs_alone(tmp_path, monkeypatch, capsys):
             trainer.save(state)
             with monkeypatch.context() as patch:
                 patch.setattr(config, "check_out_directory", lambda out: None)  # as if both had begun at once
-                codes.extend(main([*other, "--seed", "8"]) for other in (argv, ["--resume", str(run)]))
+                codes.append(main([*argv, "--seed", "8"]))
             codes.append(main(["--resume", str(run)]))
         return take_step(state, measure)
 
     monkeypatch.setattr(trainer, "_step", step)
     assert main(argv) == 0
-    assert codes == [2, 2, 2]
+    assert codes == [2, 2]
     errors = capsys.readouterr().err.splitlines()
-    assert "must not be in use. Another process trains there" in errors[0]
-    assert "must not be in use. Another process trains there" in errors[2]
+    assert all("must not be in use. Another process trains there" in error for error in errors)
+    assert len(errors) == 2
     assert json.loads((run / "config.json").read_text())["train"]["seed"] != 8
     assert main(["--resume", str(run), "--steps", "9"]) == 0  # the first has let go
 

@@ -23,6 +23,7 @@ from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.saved_run import load_run
 from train.claim import Claim, Mark, Outcome, Untestable, judge
 from train.claims_page import N_LOOPS, Sweep, markdown
+from train.config import nearest_existing
 from train.evidence import HORIZON, Evidence, kept_diagnosis, make_diagnosis
 from train.metrics import write_json
 from train.paper_claims import paper_claims
@@ -81,9 +82,8 @@ def check_options(config: ClaimsConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
     out = config.out
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=nearest):
+        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
             pass
     except OSError as error:
         raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error

@@ -7,6 +7,7 @@ other options and ``validate`` checks everything, both before anything is read o
 import dataclasses
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -266,10 +267,21 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
 
 
+def comparable(config: TrainConfig, name: str) -> Any:
+    """An option's value as runs are compared by it: paths absolute, as config.json has them."""
+    value = getattr(config, name)
+    return os.path.abspath(value) if name in ("data", "tokenizer") else value
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest of the directories above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
 def _check_cache(cache: Path | None) -> None:
     if cache is None:
         return
-    nearest = next(path for path in (cache.absolute(), *cache.absolute().parents) if path.exists())
+    nearest = nearest_existing(cache)
     if not nearest.is_dir():
         raise ValueError(f"cache must be a directory, and {nearest} is a file. Got cache={cache}.")
 
@@ -280,10 +292,9 @@ def check_out_directory(out: Path) -> None:
         raise ValueError(f"out directory {out} already holds a run. Continue it with --resume {out}, or name another.")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out directory {out} must be empty or not exist yet, and is neither.")
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     try:
         # Tried, not asked: os.access lets root write anywhere.
-        with tempfile.TemporaryDirectory(dir=nearest):
+        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
             pass
     except OSError as error:
         raise ValueError(f"out directory {out} is not writable ({error.strerror}).") from error

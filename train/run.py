@@ -18,7 +18,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import tyro
 
 from train import checkpoint
-from train.config import RESUMABLE, TrainConfig, complete, preset_config, read_config, validate
+from train.config import RESUMABLE, TrainConfig, comparable, complete, preset_config, read_config, validate
 from train.interrupt import Interrupted, Interruptions
 from train.trainer import NotFiniteError, prepare, resume_command, train
 
@@ -67,9 +67,7 @@ def parse(argv: list[str]) -> TrainConfig:
     length = {"steps": None, "epochs": None}
     config = command_line(argv, dataclasses.replace(stored, **length))  # type: ignore[arg-type]
     for field in dataclasses.fields(TrainConfig):
-        before, now = getattr(stored, field.name), getattr(config, field.name)
-        if field.name in ("data", "tokenizer"):
-            before, now = os.path.abspath(before), os.path.abspath(now)  # config.json has paths made absolute
+        before, now = comparable(stored, field.name), comparable(config, field.name)
         if field.name == "out" and now is not None and os.path.abspath(now) == os.path.abspath(asked.resume):
             continue
         if now != before and field.name not in RESUMABLE:

@@ -1,14 +1,13 @@
 """What a sweep trains: conditions by seeds, as options of train/run.py; and whether runs are of one sweep."""
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from train.config import RESUMABLE, TrainConfig, complete, preset_config, read_config, validate
+from train.config import RESUMABLE, TrainConfig, comparable, complete, preset_config, read_config, validate
 from train.run import parse
 from train.sweep_report import find_runs, stored_command
 
@@ -143,9 +142,7 @@ def check_same(out: Path, asked: TrainConfig) -> None:
         stored = stored_config(directory)
         expected = dataclasses.replace(asked, seed=seed, **CONDITIONS[condition])  # type: ignore[index]
         for field in dataclasses.fields(TrainConfig):
-            before, now = getattr(stored, field.name), getattr(expected, field.name)
-            if field.name in ("data", "tokenizer"):
-                before, now = os.path.abspath(before), os.path.abspath(now)  # config.json has paths made absolute
+            before, now = comparable(stored, field.name), comparable(expected, field.name)
             if field.name not in EXECUTION | {"out"} and before != now:
                 raise ValueError(
                     f"{field.name} must be that of the runs in {out}, or out another directory. "
