@@ -1,18 +1,12 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import shlex
-import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 from diagnosed_models import clamp, halting, measurements
-from safetensors.torch import load_file, save_file
-from tiny_run import arguments
 
 from looped.diagnose import Diagnosis
 from looped.diagnose.depth import Depth
@@ -21,14 +15,12 @@ from looped.diagnose.interventions import ALPHAS, AlphaSweep
 from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
-from train import claims
 from train.claim import Claim, Mark, Untestable, judge
-from train.claims import main, write_claims
+from train.claims import write_claims
 from train.claims_page import Sweep
-from train.evidence import Evidence, kept_diagnosis, read_diagnoses
+from train.evidence import Evidence, read_diagnoses
 from train.paper_claims import paper_claims
 from train.quality_claims import RATES
-from train.run import main as train
 from train.seed_tables import TABLES
 from train.sweep_plan import CONDITIONS
 from train.sweep_report import RunResult
@@ -348,124 +340,3 @@ def test_a_diagnosis_is_read_as_it_was_written(tmp_path):
     path.write_text(path.read_text().replace('"response"', '"answer"'))
     with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read .*response.* Remove it"):
         read_diagnoses(path)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A sweep of one run."""
-    directory = tmp_path_factory.mktemp("sweep")
-    options = shlex.split("--n-loops 4 --steps 2 --penalty 0 --seed 42 --out")
-    assert train(arguments(directory, *options, str(directory / "sweep" / "per-loop-rmsnorm" / "seed-42"))) == 0
-    return directory / "sweep"
-
-
-def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
-    out, run = tmp_path / "new" / "page", trained / "per-loop-rmsnorm" / "seed-42"
-    command = ["--runs", str(trained), "--out", str(out), "--tokens", "64"]
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "diagnosing per-loop-rmsnorm seed 42" in printed
-    assert "1 not testable at this scale" in printed
-    record = json.loads((out / "claims.json").read_text())
-    number = next(number for number, claim in enumerate(CLAIMS) if claim.title.startswith("The loops make no use"))
-    kept = kept_diagnosis(run, 64)
-    assert record["claims"][number]["values_by_seed"]["42"][0] == kept.measured.clamp.change
-    assert record["claims"][0]["mark"] == "not measured"
-    assert record["made"]["versions"]["torch"]
-    assert record["commands"][-1] == shlex.join(["python", "-m", "train.claims", *command])
-    assert record["commands"][0].startswith("# the command was not kept")
-    assert "--steps 2 " in record["commands"][1]
-    assert " -- --vocab-size 300 " in record["commands"][1]
-
-    monkeypatch.setattr(claims, "make_diagnosis", None)
-    assert main(command) == 0  # the diagnosis is reused
-    assert kept_diagnosis(run, 65) is None
-    file = run / "diagnosis" / "diagnosis.json"
-    whole = file.read_text()
-    for older in (whole.replace('"format": 2', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
-        file.write_text(older)
-        assert kept_diagnosis(run, 64) is None  # measured again
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read"):
-        kept_diagnosis(run, 64)
-    file.write_text(whole)
-    later = (run / "diagnosis" / "diagnosis.json").stat().st_mtime + 1
-    os.utime(run / "checkpoint" / "model.safetensors", (later, later))
-    assert kept_diagnosis(run, 64) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--runs", "nowhere"], "runs must hold a complete run of the seeds. nowhere"),
-        (["--seeds", "7"], "runs must hold a complete run"),
-        (["--seeds", "42", "42"], "seeds must be at least one, and each only once. Got 42 42"),
-        (["--tokens", "31"], "tokens must be at least two windows of seq_len=16"),
-        (["--jobs", "0"], "jobs must be at least 1. Got jobs=0"),
-        (["--device", "cuda"], "device must be one that PyTorch finds here. Got device=cuda"),
-        (["--out", "{file}/page"], "out must be a directory that can be written"),
-        (["--frobnicate"], "frobnicate"),
-    ],
-)
-def test_bad_input(trained, tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    shutil.rmtree(trained / "per-loop-rmsnorm" / "seed-42" / "diagnosis", ignore_errors=True)
-    file = tmp_path / "file"
-    file.write_text("")
-    command = ["--runs", str(trained), "--out", str(tmp_path / "page")]
-    assert main([*command, *(option.format(file=file) for option in options)]) == 2
-    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
-    assert not (tmp_path / "page").exists()
-
-
-def test_other_numbers_of_loops_are_refused(trained, tmp_path, capsys):
-    run = trained / "per-loop-rmsnorm" / "seed-42" / "summary.json"
-    whole = run.read_text()
-    summary = json.loads(whole)
-    run.write_text(json.dumps(summary | {"evaluation": summary["evaluation"][:3]}))
-    assert main(["--runs", str(trained), "--out", str(tmp_path / "page")]) == 2
-    run.write_text(whole)
-    assert "n_loops must be 4, the paper's" in capsys.readouterr().err
-
-
-@pytest.fixture
-def two(trained, tmp_path) -> Path:
-    """A sweep of two seeds, which are the same run but for their names."""
-    for seed in (42, 101):
-        run = tmp_path / "sweep" / "per-loop-rmsnorm" / f"seed-{seed}"
-        shutil.copytree(trained / "per-loop-rmsnorm" / "seed-42", run)
-        shutil.rmtree(run / "diagnosis", ignore_errors=True)
-        config = json.loads((run / "config.json").read_text())
-        config["train"]["seed"] = seed
-        (run / "config.json").write_text(json.dumps(config))
-    return tmp_path / "sweep"
-
-
-def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
-    path = two / "per-loop-rmsnorm" / "seed-101" / "checkpoint" / "model.safetensors"
-    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 0
-    printed = capsys.readouterr().out
-    assert "left out: per-loop-rmsnorm seed 101 has diverged" in printed
-    assert printed.index("left out") < printed.index("diagnosing per-loop-rmsnorm seed 42")
-    text = (tmp_path / "page" / "claims.md").read_text()
-    assert "`per-loop-rmsnorm` seed 101 (diverged)" in text
-    record = json.loads((tmp_path / "page" / "claims.json").read_text())
-    assert {tuple(one["values_by_seed"]) for one in record["claims"] if one.get("values_by_seed")} == {("42",)}
-
-
-def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(claims, "make_diagnosis", None)
-    config = two / "per-loop-rmsnorm" / "seed-101" / "config.json"
-    config.write_text(config.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.1'))
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 2
-    assert "learning_rate must be that of the runs" in capsys.readouterr().err
-
-
-def test_several_at_a_time_give_the_same(two, tmp_path):
-    """Seeds that are the same run have the same diagnosis, whichever process made it."""
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64", "--jobs", "2"]) == 0
-    first, second = (kept_diagnosis(two / "per-loop-rmsnorm" / f"seed-{seed}", 64) for seed in (42, 101))
-    assert first.measured.depth.ce == pytest.approx(second.measured.depth.ce)
-    record = json.loads((tmp_path / "page" / "claims.json").read_text())
-    assert set(record["measurements"][0]["values_by_seed"]["per-loop-rmsnorm"]) == {"42", "101"}

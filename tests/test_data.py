@@ -79,9 +79,7 @@ def test_an_entry_of_another_process_that_was_first_stays(tmp_path, monkeypatch)
 
     def encode_second(*arguments, **options):
         monkeypatch.setattr(data_module, "_encode", encode)
-        theirs.append(
-            Path(load(tmp_path).train.tokens.filename).stat()
-        )  # begun later, done earlier, in use
+        theirs.append(Path(load(tmp_path).train.tokens.filename).stat())  # begun later, done earlier, in use
         encode(*arguments, **options)
 
     monkeypatch.setattr(data_module, "_encode", encode_second)

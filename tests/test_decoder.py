@@ -1,126 +1,30 @@
 """The decoder against an independent reference, fused against plain, and everything that forward promises."""
 
 import dataclasses
-import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_decoder import (
+    FF,
+    LAYERS,
+    LENGTH,
+    D,
+    V,
+    assert_same_gradients,
+    config,
+    gradients,
+    model,
+    reference_states,
+    tokens,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels.device
-from looped import attention
-from looped.config import PRESETS, LoopedConfig
+from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
-from looped.dropout import dropout
-from looped.supervision import readout_logits
-
-V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
-
-
-def config(**changes: Any) -> LoopedConfig:
-    shape: dict[str, Any] = {
-        "vocab_size": V,
-        "d_model": D,
-        "n_heads": HEADS,
-        "n_layers": LAYERS,
-        "d_ff": FF,
-        "max_seq_len": LENGTH,
-        "n_loops": 3,
-        "dropout": 0.0,
-    }
-    return LoopedConfig(**{**shape, **changes})
-
-
-def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecoder:
-    """A decoder with norms away from 1, so that a forgotten weight shows."""
-    torch.manual_seed(seed)
-    decoder = LoopedDecoder(config(**changes), fused=fused)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return decoder
-
-
-def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
-    return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(decoder: LoopedDecoder, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Of a function that sees every state, with a weight of its own for every element."""
-    generator = torch.Generator().manual_seed(2)
-    loss = torch.stack([(state * torch.randn(state.shape, generator=generator)).mean() for state in states]).sum()
-    decoder.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert actual.keys() == expected.keys()
-    for name, wanted in expected.items():
-        scale = wanted.abs().max().item()
-        torch.testing.assert_close(
-            actual[name], wanted, atol=tolerance * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-# An independent reference, from the equations -------------------------------------------------------------------------
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-def turn(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions of x [B, H, T, head_dim], pair by pair."""
-    half = x.shape[-1] // 2
-    out = x.clone()
-    for t, i in itertools.product(range(x.shape[2]), range(half)):
-        angle = t * theta ** (-2 * i / x.shape[-1])
-        a, b = x[:, :, t, i], x[:, :, t, i + half]
-        out[:, :, t, i] = a * math.cos(angle) - b * math.sin(angle)
-        out[:, :, t, i + half] = a * math.sin(angle) + b * math.cos(angle)
-    return out
-
-
-def reference_block(weights: dict[str, Tensor], x: Tensor, config: LoopedConfig) -> Tensor:
-    batch, length, d_model = x.shape
-    y = rms_norm(x, weights["attention_norm.weight"])
-    q_weight, k_weight, v_weight = weights["attention.qkv.weight"].split(d_model)
-    q, k, v = (
-        (y @ w.T).view(batch, length, config.n_heads, -1).transpose(1, 2) for w in (q_weight, k_weight, v_weight)
-    )
-    if config.positions == "rotary":
-        q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)
-    scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
-    mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, d_model)
-    x = x + mixed @ weights["attention.output.weight"].T
-    y = rms_norm(x, weights["mlp_norm.weight"])
-    gate, up = y @ weights["mlp.w1.weight"].T, y @ weights["mlp.w3.weight"].T
-    return x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.w2.weight"].T
-
-
-def reference_states(decoder: LoopedDecoder, tokens: Tensor, n_loops: int) -> list[Tensor]:
-    weights = decoder.state_dict()
-    x = weights["embedding.weight"][tokens]
-    if decoder.config.positions == "learned":
-        x = x + weights["positions.weight"][: tokens.shape[1]]
-    states = []
-    for loop in range(n_loops):
-        if loop > 0 and decoder.config.inter_loop_norm:
-            x = rms_norm(x, weights["loop_norm.weight"])
-        for layer in range(decoder.config.n_layers):
-            prefix = f"blocks.{layer}."
-            block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            x = reference_block(block, x, decoder.config)
-        states.append(x)
-    return states
-
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -337,110 +241,6 @@ def test_checkpoint_loops_keeps_only_the_states() -> None:
         return sum(saved.values())
 
     assert saved_elements(True) < saved_elements(False) / 10
-
-
-# Dropout, autocast, devices, compilation ------------------------------------------------------------------------------
-
-
-def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = model(dropout=0.25)
-    drawn: list[float] = []
-    original = attention.causal_attention
-
-    def record(x: Tensor, p: float) -> Tensor:
-        drawn.append(p)
-        return dropout(x, p)
-
-    def record_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float) -> Tensor:
-        drawn.append(dropout_p)
-        return original(q, k, v, dropout_p=dropout_p)
-
-    monkeypatch.setattr("looped.decoder.dropout", record)
-    monkeypatch.setattr(attention, "causal_attention", record_attention)
-    decoder(tokens(), n_loops=2)
-    assert drawn == [0.25] * (1 + 2 * 2 * LAYERS)
-    state = decoder._embed(tokens())
-    assert 0.1 < (state == 0).float().mean() < 0.4
-    evaluated = decoder.eval()(tokens())[-1]
-    torch.testing.assert_close(evaluated, reference_states(decoder, tokens(), 3)[-1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
-def test_autocast_keeps_the_residual_stream_in_fp32(
-    fused: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: True)
-    decoder = model(fused=fused, **changes)
-    inputs = tokens(8, LENGTH)
-    exact = decoder(inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = decoder(inputs)
-        between = decoder._between_loops(states[0])
-    assert between.dtype == torch.float32
-    torch.testing.assert_close(between, LoopedDecoder._between_loops(decoder, states[0]), atol=0, rtol=0)
-    for state, wanted in zip(states, exact, strict=True):
-        assert state.dtype == torch.float32
-        assert not torch.equal(state, wanted)
-        torch.testing.assert_close(state, wanted, atol=0.1, rtol=0.05)
-    assert all(torch.isfinite(g).all() for g in gradients(decoder, states).values())
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_autocast_forms_fused_products_in_fp32_where_that_is_faster(
-    fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: False)
-    decoder = model(fused=fused)
-    exact = decoder(tokens())[-1]
-    exact_logits = readout_logits(decoder, exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        state = decoder(tokens())[-1]
-        logits = readout_logits(decoder, state)
-    assert torch.equal(state, exact) == torch.equal(logits, exact_logits) == fused
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_bfloat16_parameters(fused: bool) -> None:
-    decoder = model(fused=fused, inter_loop_norm=True, positions="rotary")
-    exact = decoder(tokens())[-1]
-    low = decoder.bfloat16()(tokens())
-    assert all(state.dtype == torch.bfloat16 for state in low)
-    torch.testing.assert_close(low[-1].float(), exact, atol=0.3, rtol=0.1)
-
-
-def test_builds_on_the_meta_device_and_loads_later() -> None:
-    source = model(positions="rotary", inter_loop_norm=True)
-    with torch.device("meta"):
-        decoder = LoopedDecoder(source.config, fused=False)
-    decoder.to_empty(device="cpu").load_state_dict(source.state_dict())
-    assert torch.equal(decoder(tokens())[-1], source(tokens())[-1])
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
-def test_compiles_into_one_graph(fused: bool, autocast: bool, changes: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    decoder = model(fused=fused, **changes)
-    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        expected = decoder(tokens())
-        states = compiled(tokens())
-    for a, b in zip(states, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(decoder, states), gradients(decoder, expected), 1e-2 if autocast else 1e-5)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiles_with_checkpointed_loops_and_dropout(fused: bool) -> None:
-    torch._dynamo.reset()
-    decoder = model(fused=fused, dropout=0.2)
-    decoder.checkpoint_loops = True
-    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
-    found = gradients(decoder, compiled(tokens()))
-    assert found.keys() == {name for name, _ in decoder.named_parameters()} - {"readout_norm.weight"}
-    assert all(torch.isfinite(g).all() for g in found.values())
 
 
 # Rejections -----------------------------------------------------------------------------------------------------------
