@@ -111,7 +111,9 @@ def _caller() -> str:
     here = Path(__file__).parents[1]
     frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(here)]
     own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
-    return f"{Path(own[-1].filename).relative_to(here)}:{own[-1].lineno}" if own else "elsewhere"
+    if not own:
+        return "elsewhere"
+    return f"{own[-1].name} ({Path(own[-1].filename).relative_to(here)}:{own[-1].lineno})"
 
 
 class Autocast:
@@ -218,6 +220,8 @@ class Recorder(TorchDispatchMode):
             return run(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
+        if self.is_of_host(args, kwargs):
+            return self.run_on_host(func, args, kwargs)
         args, kwargs = tree_map(self.arrive, (args, kwargs))
         if func._can_decompose():
             with self:
@@ -244,6 +248,26 @@ class Recorder(TorchDispatchMode):
             self.record.calls.append(
                 Call(str(func), traffic(func, inputs, returned), flops(func, args, out), sizes=sizes)
             )
+        return out
+
+    def is_of_host(self, args: tuple, kwargs: dict) -> bool:
+        """Whether an op has no operand on the GPU; one without operands makes a tensor where it is told."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors:
+            return all(not isinstance(t, FakeTensor) and t.device.type == "cpu" for t in tensors)
+        return torch.device(kwargs.get("device") or "cpu").type == "cpu"
+
+    def run_on_host(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """An op on the host's own tensors, which have values; or their copy to the GPU."""
+        if torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            with fake_tensor.unset_fake_temporarily():
+                return func(*args, **kwargs)
+        source = args[0]
+        out = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=kwargs["device"])
+        if not (kwargs.get("non_blocking") and getattr(source, "is_page_locked", False)):
+            self.record.host_copies.append(f"{func}, {_caller()}")
+        self.watch(out)
+        self.record.calls.append(Call(str(func), out.nbytes, 0))
         return out
 
     def trust_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -300,6 +324,24 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
     return run
 
 
+def _lock_pages(tensor: Tensor) -> Tensor:
+    """Tensor.pin_memory, which a build without CUDA refuses."""
+    tensor.is_page_locked = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _numbered(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Tensor.to, which asks a build without CUDA for the number of the current GPU where none is given."""
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def number(x: Any) -> Any:
+            return torch.device("cuda", torch.cuda.current_device()) if x in ("cuda", torch.device("cuda")) else x
+
+        return original(tensor, *map(number, args), **{name: number(x) for name, x in kwargs.items()})
+
+    return to
+
+
 def _copy_numbers(record: Record, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor, whose own copy to a device is made below Python."""
 
@@ -336,12 +378,18 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
     device = SimpleNamespace(multi_processor_count=target.multiprocessors, name=target.name)
     patches: dict[str, Any] = {
         "torch.cuda.is_available": lambda: True,
-        "torch.cuda.is_bf16_supported": lambda *_: True,
+        "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.is_bf16_supported": lambda **_: True,
         "torch.cuda.current_device": lambda: current[-1],
         "torch.cuda.device": on_device,
         "torch.cuda.get_device_properties": lambda *_: device,
+        "torch.cuda.get_device_name": lambda *_: target.name,
+        "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
+        "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {_caller()}"),
         "torch.cuda.get_device_capability": lambda *_: (9, 4) if target.is_amd else divmod(target.triton.arch, 10),
         "torch.version.hip": "6.4" if target.is_amd else None,
+        "torch.Tensor.pin_memory": _lock_pages,
+        "torch.Tensor.to": _numbered(torch.Tensor.to),
         "torch.tensor": _copy_numbers(record, torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
         "torch.nn.functional.linear": autocast.linear,
@@ -360,6 +408,6 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         previous = driver._active
         stack.callback(setattr, driver, "_active", previous)
         driver.set_active(StubDriver(target))
-        stack.enter_context(FakeCUDA())
+        stack.enter_context(FakeCUDA(allow_non_fake_inputs=True))
         stack.enter_context(Recorder(record, answers or {}))
         yield record

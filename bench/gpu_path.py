@@ -1,27 +1,36 @@
-"""One training step on a GPU that is not there: every line of the CUDA path runs, and what it would launch is counted.
+"""Training on a GPU that is not there: every line of the CUDA path runs, and what it would launch is counted.
 
     python -m bench.gpu_path [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
 
 The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (bench/fake_gpu.py); each
 Triton launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
+Then train/run.py itself: a short run of the demo, its checkpoint, its evaluation, its report, its continuation.
 """
 
 import argparse
+import contextlib
 import json
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_record import Record
 from kernels import looped_cross_entropy
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
-from looped.supervision import Supervision, evaluation_losses
-from train.step import state_norms, training_step
+from looped.supervision import Supervision
+from train import run
+from train.metrics import read_metrics
+from train.step import training_step
 
 TRITON_KERNELS = ("norm_", "radial_", "cross_entropy_", "stream_", "combine_")
 
@@ -151,25 +160,42 @@ def readout_report(d: int, n_columns: int, target_name: str) -> dict[str, Any]:
     }
 
 
-def evaluation_report(preset: str, target_name: str, *, batch: int) -> dict[str, Any]:
-    """One batch of an evaluation, up to the tensors whose values the end of the evaluation reads."""
-    config = PRESETS[preset]
-    with fake_gpu(TARGETS[target_name]) as record, torch.no_grad():
-        with torch.device("cuda"):
-            model = LoopedDecoder(config).eval()
-        tokens = torch.zeros(batch, config.max_seq_len, dtype=torch.int64, device="cuda")
-        record.clear()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            states = model(tokens)
-            losses = evaluation_losses(model, states, tokens)
-        norms = state_norms(states)
+# Files are written and read by the host; of a tensor on the GPU that is not there, zeros are written.
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    values = {
+        name: torch.zeros(x.shape, dtype=x.dtype, device="cpu") if x.is_cuda else x for name, x in tensors.items()
+    }
+    path.write_bytes(safetensors.torch.save(values))
+
+
+def _load_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    tensors = safetensors.torch.load(path.read_bytes())
+    for name in tensors:
+        tensors[name] = tensors[name].to(device)
+    return tensors
+
+
+def run_report(target_name: str) -> dict[str, Any]:
+    """train/run.py: a run of the demo from text to report, and its continuation.  Every value read is 1."""
+    answers = {torch.ops.aten._local_scalar_dense.default: lambda _: 1.0}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        record = stack.enter_context(fake_gpu(TARGETS[target_name], answers))
+        stack.enter_context(patch("safetensors.torch.save_file", _save_file))
+        stack.enter_context(patch("safetensors.torch.load_file", _load_file))
+        text, out = Path(folder, "text.txt"), Path(folder, "run")
+        text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
+        begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]
+        begin += ["--device", "cuda", "--steps", "3", "--log-every", "3", "--eval-tokens", "2048"]
+        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "4"])]
         return {
-            "case": f"evaluation of {preset}",
-            "losses": list(losses.shape),
-            "norms": list(norms.shape),
-            "launches": record.launches(),
+            "exit_codes": codes,
+            "steps": [row["step"] for row in read_metrics(out / "metrics.jsonl")],
+            "files": sorted(path.name for path in out.iterdir()),
             "triton_launches": _triton(record),
-            "host_waits": record.host_copies,
+            "host_waits": sorted(set(record.host_copies)),
         }
 
 
@@ -197,7 +223,7 @@ def main() -> None:
         name: asdict(step_report(given.preset, given.target, batch=given.batch, **options))
         for name, options in steps.items()
     }
-    report["evaluation"] = evaluation_report(given.preset, given.target, batch=given.batch)
+    report["run"] = run_report(given.target)
     report["readout 129m"] = readout_report(768, 20_000, given.target)
     report["readout large"] = readout_report(2048, 128_256, given.target)
     json.dump(report, sys.stdout, indent=1)

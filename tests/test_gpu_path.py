@@ -1,7 +1,8 @@
-"""Every line of the CUDA path runs before a user's GPU sees it: whole training steps on fake CUDA tensors.
+"""Every line of the CUDA path runs before a user's GPU sees it: training steps and a whole run on fake CUDA tensors.
 
 bench/gpu_path.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the paper's 129M
-model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW.  Here its record is checked.
+model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
+report.  Here its record is checked.
 """
 
 import json
@@ -43,7 +44,7 @@ def report() -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [*STEPS, "evaluation", "readout 129m", "readout large"])
+@pytest.mark.parametrize("name", [*STEPS, "readout 129m", "readout large"])
 def test_the_host_never_waits(report, name):
     """No step copies to or from the host; a read of a value would have raised in the subprocess."""
     assert report[name]["host_waits"] == []
@@ -85,10 +86,24 @@ def test_terminal_supervision_reads_one_loop(report):
     assert report["terminal"]["triton_launches"]["cross_entropy_kernel"] == N_TOKENS // CHUNK_ROWS
 
 
-def test_evaluation_streams_the_vocabulary(report):
-    launches = report["evaluation"]["triton_launches"]
-    assert launches["stream_kernel"] == launches["combine_kernel"] == 1
-    assert report["evaluation"]["losses"] == [CONFIG.n_loops, 32, CONFIG.max_seq_len]
+def test_the_main_job_runs_from_text_to_report_and_is_continued(report):
+    run = report["run"]
+    assert run["exit_codes"] == [0, 0]
+    assert run["steps"] == [1, 3, 4]
+    assert {"checkpoint", "metrics.jsonl", "report.png", "summary.json"} <= set(run["files"])
+
+
+def test_the_main_job_streams_the_vocabulary_in_evaluation(report):
+    launches, n_steps, n_evaluations = report["run"]["triton_launches"], 4, 2
+    assert launches["cross_entropy_kernel"] == n_steps * PRESETS["demo"].n_loops * 16 * 128 // CHUNK_ROWS
+    assert launches["stream_kernel"] == launches["combine_kernel"] == n_evaluations
+
+
+def test_the_main_job_waits_in_logging_saving_and_evaluation_alone(report):
+    """And where a model or a checkpoint is moved to the GPU; not in a step, nor where its batch is moved."""
+    places = {wait.partition(", ")[2].partition(" (")[0] for wait in report["run"]["host_waits"]}
+    expected = {"_row", "save", "evaluate", "_synchronise", "prepare", "_load_file", "_restore_optimizer"}
+    assert places == expected
 
 
 def test_memory(report):
