@@ -4,7 +4,7 @@
 
 The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (bench/fake_gpu.py); each
 Triton launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
-Then train/run.py itself: a short run of the demo, its checkpoint, its evaluation, its report, its continuation.
+Then train/run.py itself, a short run of the demo: checkpoint, evaluation, report, continuation; and its diagnosis.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_record import Record
 from kernels import looped_cross_entropy
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
+from looped.diagnose.__main__ import main as diagnose
 from looped.supervision import Supervision
 from train import run
 from train.metrics import read_metrics
@@ -160,7 +161,7 @@ def readout_report(d: int, n_columns: int, target_name: str) -> dict[str, Any]:
     }
 
 
-# Files are written and read by the host; of a tensor on the GPU that is not there, zeros are written.
+# What the host does with tensors of a GPU that is not there: it writes zeros and reads ones.
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -177,26 +178,43 @@ def _load_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return tensors
 
 
+def _cpu(x: Tensor) -> Tensor:
+    return torch.ones(x.shape, dtype=x.dtype, device="cpu") if x.is_cuda else x
+
+
+def _double(module: nn.Module) -> nn.Module:
+    """nn.Module.double, which would exchange a fake parameter for another in place."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().double()))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.double() if buffer.is_floating_point() else buffer)
+    return module
+
+
 def run_report(target_name: str) -> dict[str, Any]:
-    """train/run.py: a run of the demo from text to report, and its continuation.  Every value read is 1."""
+    """train/run.py: a run of the demo from text to report, and its continuation; then its diagnosis."""
     answers = {torch.ops.aten._local_scalar_dense.default: lambda _: 1.0}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         record = stack.enter_context(fake_gpu(TARGETS[target_name], answers))
         stack.enter_context(patch("safetensors.torch.save_file", _save_file))
         stack.enter_context(patch("safetensors.torch.load_file", _load_file))
+        stack.enter_context(patch("torch.Tensor.cpu", _cpu))
+        stack.enter_context(patch("torch.nn.Module.double", _double))
         text, out = Path(folder, "text.txt"), Path(folder, "run")
         text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
         begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]
         begin += ["--device", "cuda", "--steps", "3", "--log-every", "3", "--eval-tokens", "2048"]
         codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "4"])]
-        return {
-            "exit_codes": codes,
+        report = {
             "steps": [row["step"] for row in read_metrics(out / "metrics.jsonl")],
-            "files": sorted(path.name for path in out.iterdir()),
             "triton_launches": _triton(record),
             "host_waits": sorted(set(record.host_copies)),
         }
+        codes.append(diagnose([str(out), "--device", "cuda", "--tokens", "1024", "--loops", "6"]))
+        files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+        return report | {"exit_codes": codes, "files": files}
 
 
 def main() -> None:

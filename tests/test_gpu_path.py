@@ -2,7 +2,7 @@
 
 bench/gpu_path.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the paper's 129M
 model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
-report.  Here its record is checked.
+report, and looped.diagnose to its page.  Here its record is checked.
 """
 
 import json
@@ -86,11 +86,11 @@ def test_terminal_supervision_reads_one_loop(report):
     assert report["terminal"]["triton_launches"]["cross_entropy_kernel"] == N_TOKENS // CHUNK_ROWS
 
 
-def test_the_main_job_runs_from_text_to_report_and_is_continued(report):
+def test_the_main_job_runs_from_text_to_report_is_continued_and_diagnosed(report):
     run = report["run"]
-    assert run["exit_codes"] == [0, 0]
+    assert run["exit_codes"] == [0, 0, 0]
     assert run["steps"] == [1, 3, 4]
-    assert {"checkpoint", "metrics.jsonl", "report.png", "summary.json"} <= set(run["files"])
+    assert {"checkpoint/model.safetensors", "report.png", "summary.json", "diagnosis/index.html"} <= set(run["files"])
 
 
 def test_the_main_job_streams_the_vocabulary_in_evaluation(report):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import radial_gradient
+from kernels.radial import radial_gradient_reference
 from looped.diagnose.model import Batch, LoopedModel, wide
 
 
@@ -80,7 +81,8 @@ def _immediate(model: LoopedModel, state: Tensor, targets: Tensor, *, final: boo
     normalised = model.normalised(state, final=final)
     loss = model.head_loss(normalised, targets).sum()
     to_state, to_normalised = torch.autograd.grad(loss, (state, normalised))
-    measured = radial_gradient(state.detach(), to_state)
+    radial = radial_gradient_reference if state.dtype == torch.float64 else radial_gradient  # no kernel for float64
+    measured = radial(state.detach(), to_state)
     norm = model.norm if final or model.norm_every_loop else None
     if not isinstance(norm, nn.RMSNorm | nn.LayerNorm):
         return measured.fraction, torch.full_like(measured.fraction, torch.nan)
