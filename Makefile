@@ -19,7 +19,7 @@ bench: $(VENV)/.installed
 bench-smoke: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -rs -k smoke $(ARGS)
 
-# every kernel in every configuration for four GPUs, offline: an hour and a half or more on two cores; `make test` has a sample
+# every kernel in every configuration for four GPUs, offline: an hour or more on two cores; `make test` has a sample
 gpu-check: $(VENV)/.installed
 	GPU_CHECK=all $(PY) -m pytest tests/test_gpu_*.py $(ARGS)
 

@@ -3,23 +3,26 @@
 Inside `FakeGPU(target)` tensors created with device="cuda" have shapes, dtypes and strides but no memory.  The ops of
 `kernels` run their real CUDA path on them: dispatch, allocations, launch configurations.  A Triton launch is compiled
 for the target, with the specialisation that the real call would have, and not launched.  Everything that would reach
-the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.
+the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.  The host's own
+tensors are real, and have values.
 
 Code that is not this project's runs the same way: its launches by position and, where it reads values of tensors (the
 host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
 fake implementation: its body may need a library that a machine without a GPU cannot load.
 
-Four things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
+Five things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied here to F.linear and to attention.
 - scaled_dot_product_attention is the flash kernel that a CUDA build picks for half precision and head sizes to 256.
   It serves whether or not flash-attn is installed, so that a record does not depend on that.
 - rms_norm is one kernel, and its gradient two, as in a CUDA build.
+- Modules are moved and cast by new parameters, pinned memory is a mark on a tensor, and an event is the host's time.
 - Device properties come from `TARGETS`.
 """
 
 import contextlib
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,7 +34,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -104,6 +107,22 @@ class StubDriver:
 
     def get_device_interface(self) -> Any:
         return torch.cpu
+
+
+class Event:
+    """torch.cuda.Event: when the host recorded it, as nothing runs on the device."""
+
+    def __init__(self, **_: Any) -> None:
+        self.milliseconds = 0.0
+
+    def record(self) -> None:
+        self.milliseconds = time.perf_counter() * 1e3
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "Event") -> float:
+        return later.milliseconds - self.milliseconds
 
 
 def _caller() -> str:
@@ -342,6 +361,16 @@ def _numbered(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return to
 
 
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply, by which modules are moved and cast: with new parameters, as fake ones cannot be exchanged."""
+    for part in module.modules() if recurse else [module]:
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(change(parameter.detach()), parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, change(buffer))
+    return module
+
+
 def _copy_numbers(record: Record, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor, whose own copy to a device is made below Python."""
 
@@ -375,7 +404,11 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         finally:
             current.pop()
 
-    device = SimpleNamespace(multi_processor_count=target.multiprocessors, name=target.name)
+    capability = (9, 4) if target.is_amd else divmod(target.triton.arch, 10)
+    device = SimpleNamespace(
+        name=target.name, multi_processor_count=target.multiprocessors, major=capability[0], minor=capability[1],
+        L2_cache_size=4 << 20, total_memory=1 << 40,
+    )  # fmt: skip
     patches: dict[str, Any] = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
@@ -384,12 +417,16 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.cuda.device": on_device,
         "torch.cuda.get_device_properties": lambda *_: device,
         "torch.cuda.get_device_name": lambda *_: target.name,
+        "torch.cuda.memory_allocated": lambda *_: record.live_bytes,
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
+        "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
+        "torch.cuda.Event": Event,
         "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {_caller()}"),
-        "torch.cuda.get_device_capability": lambda *_: (9, 4) if target.is_amd else divmod(target.triton.arch, 10),
+        "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.version.hip": "6.4" if target.is_amd else None,
         "torch.Tensor.pin_memory": _lock_pages,
         "torch.Tensor.to": _numbered(torch.Tensor.to),
+        "torch.nn.Module._apply": _apply,
         "torch.tensor": _copy_numbers(record, torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
         "torch.nn.functional.linear": autocast.linear,

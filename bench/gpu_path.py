@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_record import Record
@@ -182,16 +182,6 @@ def _cpu(x: Tensor) -> Tensor:
     return torch.ones(x.shape, dtype=x.dtype, device="cpu") if x.is_cuda else x
 
 
-def _double(module: nn.Module) -> nn.Module:
-    """nn.Module.double, which would exchange a fake parameter for another in place."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(parameter.detach().double()))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.double() if buffer.is_floating_point() else buffer)
-    return module
-
-
 def run_report(target_name: str) -> dict[str, Any]:
     """train/run.py: a run of the demo from text to report, and its continuation; then its diagnosis."""
     answers = {torch.ops.aten._local_scalar_dense.default: lambda _: 1.0}
@@ -201,7 +191,6 @@ def run_report(target_name: str) -> dict[str, Any]:
         stack.enter_context(patch("safetensors.torch.save_file", _save_file))
         stack.enter_context(patch("safetensors.torch.load_file", _load_file))
         stack.enter_context(patch("torch.Tensor.cpu", _cpu))
-        stack.enter_context(patch("torch.nn.Module.double", _double))
         text, out = Path(folder, "text.txt"), Path(folder, "run")
         text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
         begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]

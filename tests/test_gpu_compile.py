@@ -1,7 +1,7 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
 
 No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/gpu_compile.py.  By default a sample
-of the configurations; with GPU_CHECK=all in the environment all of them (about half an hour a target).
+of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
 """
 
 import json
