@@ -1,6 +1,6 @@
 """A GPU that is not there: CUDA programs run on fake tensors, their Triton kernels are compiled, and calls recorded.
 
-Inside `FakeGPU(target)` tensors created with device="cuda" have shapes, dtypes and strides but no memory.  The ops of
+Inside `fake_gpu(target)` tensors created with device="cuda" have shapes, dtypes and strides but no memory.  The ops of
 `kernels` run their real CUDA path on them: dispatch, allocations, launch configurations.  A Triton launch is compiled
 for the target, with the specialisation that the real call would have, and not launched.  Everything that would reach
 the device is recorded: kernels, bytes, FLOPs, live memory, and whatever would make the host wait.  The host's own
