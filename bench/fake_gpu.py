@@ -10,10 +10,10 @@ Code that is not this project's runs the same way: its launches by position and,
 host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
 fake implementation: its body may need a library that a machine without a GPU cannot load.
 
-Five things are imitated, because a CPU build of PyTorch has no CUDA behind the device's name:
+What a CPU build of PyTorch lacks is imitated, here and in bench/fake_cuda.py:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
-  the GPU.  Hence autocast, which C++ decides by the device, is applied here to F.linear and to attention.
+  the GPU.  Hence autocast, which C++ decides by the device, is applied to F.linear and to attention in Python.
 - scaled_dot_product_attention is the flash kernel that a CUDA build picks for half precision and head sizes to 256.
   It serves whether or not flash-attn is installed, so that a record does not depend on that.
 - rms_norm is one kernel, and its gradient two, as in a CUDA build.
@@ -22,19 +22,15 @@ Five things are imitated, because a CPU build of PyTorch has no CUDA behind the 
 """
 
 import contextlib
-import time
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -44,7 +40,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, flops, launch_bytes, traffic
+from bench.fake_cuda import Autocast, Event, apply, copy_numbers, lock_pages, numbered
+from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -109,86 +106,6 @@ class StubDriver:
         return torch.cpu
 
 
-class Event:
-    """torch.cuda.Event: when the host recorded it, as nothing runs on the device."""
-
-    def __init__(self, **_: Any) -> None:
-        self.milliseconds = 0.0
-
-    def record(self) -> None:
-        self.milliseconds = time.perf_counter() * 1e3
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, later: "Event") -> float:
-        return later.milliseconds - self.milliseconds
-
-
-def _caller() -> str:
-    """Where in this project the op under way was called."""
-    here = Path(__file__).parents[1]
-    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(here)]
-    own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
-    if not own:
-        return "elsewhere"
-    return f"{own[-1].name} ({Path(own[-1].filename).relative_to(here)}:{own[-1].lineno})"
-
-
-class Autocast:
-    """Autocast and kernel choice of a CUDA build for what Python calls: F.linear, F.rms_norm and attention."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # of leaves, as autocast keeps them
-        self.plain_linear, self.plain_attention = F.linear, F.scaled_dot_product_attention
-
-    def cast(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cuda")
-        if not torch.is_autocast_enabled("cuda") or x.dtype == dtype or not x.is_cuda:
-            return x
-        if not (x.is_leaf and x.requires_grad):
-            return x.to(dtype)
-        if id(x) not in self.casts:
-            self.casts[id(x)] = (x, x.to(dtype))
-        return self.casts[id(x)][1]
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.plain_linear(self.cast(x), self.cast(weight), None if bias is None else self.cast(bias))
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
-        q, k, v = self.cast(q), self.cast(k), self.cast(v)
-        if q.dtype == torch.float32 or q.shape[-1] > 256:
-            return self.plain_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-
-    def rms_norm(self, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        y: Tensor = FusedRMSNorm.apply(x, weight, self.record)  # type: ignore[no-untyped-call]
-        return y
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """The launches of a CUDA build's RMSNorm of the last dimension: y and rstd; dx; dweight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, record: Record) -> Tensor:
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], device=x.device)
-        vectors = [rstd] if weight is None else [rstd, weight]
-        record.calls.append(Call("_fused_rms_norm", bytes_of([x, y, *vectors]), 0))
-        ctx.record = record
-        ctx.save_for_backward(x, *vectors)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
-        x, rstd, *weight = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight[0]) if weight else None
-        ctx.record.calls.append(Call("_fused_rms_norm_backward dx", bytes_of([dy, x, rstd, *weight, dx]), 0))
-        if dweight is not None:
-            ctx.record.calls.append(Call("_fused_rms_norm_backward dweight", bytes_of([dy, x, rstd, dweight]), 0))
-        return dx, dweight, None
-
-
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
 
@@ -225,7 +142,7 @@ class Recorder(TorchDispatchMode):
         """A tensor that C++ made from Python numbers (an index, say): on a GPU, a copy that the host waits for."""
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor) or x.device.type != "meta":
             return x
-        self.record.host_copies.append(f"tensor {tuple(x.shape)} made from numbers, {_caller()}")
+        self.record.host_copies.append(f"tensor {tuple(x.shape)} made from numbers, {caller()}")
         return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
     def free(self, n_bytes: int) -> None:
@@ -246,7 +163,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if func in self.answers:
-            self.record.host_copies.append(f"{func}, {_caller()}")
+            self.record.host_copies.append(f"{func}, {caller()}")
             out = self.answers[func](*args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -258,7 +175,7 @@ class Recorder(TorchDispatchMode):
         placed = [t for t in given if copies or t.dim() > 0 or t.device.type == "cuda"]
         devices = {t.device.type for t in (*placed, *returned)}
         if "cuda" in devices and "cpu" in devices:
-            self.record.host_copies.append(f"{func}, {_caller()}")
+            self.record.host_copies.append(f"{func}, {caller()}")
         known = {id(t.untyped_storage()) for t in given}
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
@@ -284,7 +201,7 @@ class Recorder(TorchDispatchMode):
         source = args[0]
         out = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=kwargs["device"])
         if not (kwargs.get("non_blocking") and getattr(source, "is_page_locked", False)):
-            self.record.host_copies.append(f"{func}, {_caller()}")
+            self.record.host_copies.append(f"{func}, {caller()}")
         self.watch(out)
         self.record.calls.append(Call(str(func), out.nbytes, 0))
         return out
@@ -343,48 +260,6 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
     return run
 
 
-def _lock_pages(tensor: Tensor) -> Tensor:
-    """Tensor.pin_memory, which a build without CUDA refuses."""
-    tensor.is_page_locked = True  # type: ignore[attr-defined]
-    return tensor
-
-
-def _numbered(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Tensor.to, which asks a build without CUDA for the number of the current GPU where none is given."""
-
-    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def number(x: Any) -> Any:
-            return torch.device("cuda", torch.cuda.current_device()) if x in ("cuda", torch.device("cuda")) else x
-
-        return original(tensor, *map(number, args), **{name: number(x) for name, x in kwargs.items()})
-
-    return to
-
-
-def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, by which modules are moved and cast: with new parameters, as fake ones cannot be exchanged."""
-    for part in module.modules() if recurse else [module]:
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(change(parameter.detach()), parameter.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, change(buffer))
-    return module
-
-
-def _copy_numbers(record: Record, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.tensor, whose own copy to a device is made below Python."""
-
-    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
-        made = original(data, **kwargs)
-        if device is None or torch.device(device).type != "cuda":
-            return made
-        record.host_copies.append(f"torch.tensor, {_caller()}")
-        record.calls.append(Call("torch.tensor", made.nbytes, 0))
-        return torch.empty(made.shape, dtype=made.dtype, device=device)
-
-    return tensor
-
-
 @contextlib.contextmanager
 def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]:
     """Tensors on device "cuda" are fake ones on `target` while this lasts; yields the record of what runs there.
@@ -421,13 +296,13 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
         "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
         "torch.cuda.Event": Event,
-        "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {_caller()}"),
+        "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {caller()}"),
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.version.hip": "6.4" if target.is_amd else None,
-        "torch.Tensor.pin_memory": _lock_pages,
-        "torch.Tensor.to": _numbered(torch.Tensor.to),
-        "torch.nn.Module._apply": _apply,
-        "torch.tensor": _copy_numbers(record, torch.tensor),
+        "torch.Tensor.pin_memory": lock_pages,
+        "torch.Tensor.to": numbered(torch.Tensor.to),
+        "torch.nn.Module._apply": apply,
+        "torch.tensor": copy_numbers(record, torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,

@@ -1,7 +1,9 @@
 """What a program did on a GPU that is not there: its calls, with the bytes and FLOPs of each, and its memory."""
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,19 @@ class Record:
         self.calls.clear()
         self.host_copies.clear()
         self.peak_bytes = self.live_bytes
+
+
+STAND_IN = ("fake_gpu", "fake_cuda", "gpu_record")  # modules, which call for the program
+
+
+def caller() -> str:
+    """Where in this project the op under way was called."""
+    here = Path(__file__).parents[1]
+    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(here)]
+    own = [f for f in frames if "site-packages" not in f.filename and Path(f.filename).stem not in STAND_IN]
+    if not own:
+        return "elsewhere"
+    return f"{own[-1].name} ({Path(own[-1].filename).relative_to(here)}:{own[-1].lineno})"
 
 
 def bytes_of(tensors: list[Tensor]) -> int:

@@ -81,8 +81,19 @@ WAITS = {  # what is recorded, or, where a value is read that nobody answers for
     "x[torch.tensor([0, 2])]": "aten.index",
     "torch.tensor([1.0], device='cuda')": "torch.tensor",
     "x.copy_(torch.ones(4))": "aten.copy_",
+    "torch.ones(4).to('cuda')": "_to_copy",
+    "torch.ones(4).to('cuda', non_blocking=True)": "_to_copy",  # of memory that is not pinned
+    "torch.ones(4).pin_memory().to('cuda')": "_to_copy",
+    "torch.cuda.synchronize()": "synchronize",
 }
-NO_WAITS = ("x + 1", "x[:2]", "x * x.sum()", "torch.full((3,), 2.0, device='cuda')")
+NO_WAITS = (
+    "x + 1",
+    "x[:2]",
+    "x * x.sum()",
+    "torch.full((3,), 2.0, device='cuda')",
+    "torch.ones(4).pin_memory().to('cuda', non_blocking=True) + x",
+    "torch.ones(4).sum().item()",
+)
 
 
 @pytest.fixture(scope="module")
