@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.fake_cuda import Autocast, Event, apply, copy_numbers, lock_pages, numbered
+from bench.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
 from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
@@ -302,7 +302,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.Tensor.pin_memory": lock_pages,
         "torch.Tensor.to": numbered(torch.Tensor.to),
         "torch.nn.Module._apply": apply,
-        "torch.tensor": copy_numbers(record, torch.tensor),
+        "torch.tensor": copied(torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,

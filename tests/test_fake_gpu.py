@@ -79,7 +79,7 @@ WAITS = {  # what is recorded, or, where a value is read that nobody answers for
     "x.to('cpu')": "_to_copy",
     "x[[0, 2]]": "made from numbers",
     "x[torch.tensor([0, 2])]": "aten.index",
-    "torch.tensor([1.0], device='cuda')": "torch.tensor",
+    "torch.tensor([1.0], device='cuda')": "_to_copy",
     "x.copy_(torch.ones(4))": "aten.copy_",
     "torch.ones(4).to('cuda')": "_to_copy",
     "torch.ones(4).to('cuda', non_blocking=True)": "_to_copy",  # of memory that is not pinned

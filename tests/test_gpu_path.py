@@ -100,10 +100,13 @@ def test_the_main_job_streams_the_vocabulary_in_evaluation(report):
 
 
 def test_the_main_job_waits_in_logging_saving_and_evaluation_alone(report):
-    """And where a model or a checkpoint is moved to the GPU; not in a step, nor where its batch is moved."""
-    places = {wait.partition(", ")[2].partition(" (")[0] for wait in report["run"]["host_waits"]}
-    expected = {"_row", "save", "evaluate", "_synchronise", "prepare", "_load_file", "_restore_optimizer"}
-    assert places == expected
+    """And where a model or a checkpoint is moved to the GPU; not in a step, nor where its batch is moved.
+
+    One line each: of an evaluation, that is its end.
+    """
+    places = [wait.partition(", ")[2].partition(" (")[0] for wait in report["run"]["host_waits"]]
+    expected = ["_row", "save", "evaluate", "_synchronise", "prepare", "_load_file", "_restore_optimizer"]
+    assert sorted(places) == sorted(expected)
 
 
 def test_memory(report):
