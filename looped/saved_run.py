@@ -1,6 +1,7 @@
 """A finished or stopped run, read back from its directory: the model, and the text that it is measured on."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ class SavedRun:
     config: dict[str, Any]
     model: LoopedDecoder
     validation: Validation
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest of the directories above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError unless ``out`` is, or could become, a directory to write in.
+
+    Tried, not asked: os.access lets root write anywhere.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
+            pass
+    except OSError as error:
+        raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error
 
 
 def load_run(directory: Path) -> SavedRun:

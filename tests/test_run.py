@@ -201,9 +201,9 @@ def test_out_directory(tmp_path, finished, capsys):
     for out, message in (
         (finished, "already holds a run. Continue it with --resume"),
         (tmp_path / "full", "must be empty"),
-        (tmp_path / "file", "not writable"),
-        (tmp_path / "file" / "run", "not writable"),
-        (Path("/proc/run"), "not writable"),
+        (tmp_path / "file", "out must be a directory that can be written"),
+        (tmp_path / "file" / "run", "out must be a directory that can be written"),
+        (Path("/proc/run"), "out must be a directory that can be written"),
     ):
         assert_rejected(arguments(tmp_path, "--out", str(out)), tmp_path, message, capsys)
     cache = tmp_path / "file" / "cache"

@@ -7,7 +7,6 @@ one page, claims.md, with its figures, claims.json, and the diagnosis of one see
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +19,9 @@ import torch
 
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
-from looped.saved_run import load_run
+from looped.saved_run import check_writable, load_run
 from train.claim import Claim, Mark, Outcome, Untestable, judge
 from train.claims_page import N_LOOPS, Sweep, markdown
-from train.config import nearest_existing
 from train.evidence import HORIZON, Evidence, kept_diagnosis, make_diagnosis
 from train.metrics import write_json
 from train.paper_claims import paper_claims
@@ -81,12 +79,7 @@ def check_options(config: ClaimsConfig) -> None:
         raise ValueError(f"jobs must be at least 1. Got jobs={config.jobs}.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
-    out = config.out
-    try:
-        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
-            pass
-    except OSError as error:
-        raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error
+    check_writable(config.out)
 
 
 def collect(config: ClaimsConfig, command: str = "") -> Sweep:

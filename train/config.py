@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +19,7 @@ import torch
 
 from kernels.device import multiplies_faster
 from looped.config import PRESETS, LoopedConfig, Positions, Readout
+from looped.saved_run import check_writable, nearest_existing
 from looped.supervision import Supervision
 
 Schedule = Literal["constant", "warmup-cosine"]
@@ -273,11 +273,6 @@ def comparable(config: TrainConfig, name: str) -> Any:
     return os.path.abspath(value) if name in ("data", "tokenizer") else value
 
 
-def nearest_existing(path: Path) -> Path:
-    """The path, or the closest of the directories above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-
-
 def _check_cache(cache: Path | None) -> None:
     if cache is None:
         return
@@ -292,9 +287,4 @@ def check_out_directory(out: Path) -> None:
         raise ValueError(f"out directory {out} already holds a run. Continue it with --resume {out}, or name another.")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out directory {out} must be empty or not exist yet, and is neither.")
-    try:
-        # Tried, not asked: os.access lets root write anywhere.
-        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
-            pass
-    except OSError as error:
-        raise ValueError(f"out directory {out} is not writable ({error.strerror}).") from error
+    check_writable(out)

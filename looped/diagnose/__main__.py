@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.page import write_diagnosis
-from looped.saved_run import load_run
+from looped.saved_run import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [load_run(directory) for directory in options.runs]
         for name, run in zip(names, runs, strict=True):
             check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
-        _check_writable(out)
+        check_writable(out)
         diagnoses = []
         for name, run in zip(names, runs, strict=True):
             print(f"diagnosing {name}", flush=True)
@@ -67,15 +66,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _check_writable(out: Path) -> None:
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error
 
 
 def _parser() -> argparse.ArgumentParser:
