@@ -116,7 +116,7 @@ class FakeCUDA(FakeTensorMode):
 
 
 # Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
-OPENED = ("kernels", "torch", "liger_kernel", "cut_cross_entropy")
+OPENED = ("looped", "torch", "liger_kernel", "cut_cross_entropy")
 
 Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns, given the op's arguments
 

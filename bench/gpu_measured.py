@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from looped.kernels import rms_norm_penalty
 from torch import Tensor
 
 from bench.fake_gpu import TARGETS
 from bench.gpu_peers import IMPLEMENTATIONS, Implementation, Inputs
 from bench.shapes import ReadoutShape
-from kernels import rms_norm_penalty
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from train.step import training_step

@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
+from looped.kernels import looped_cross_entropy
 from torch import Tensor
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_record import Record
-from kernels import looped_cross_entropy
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from looped.kernels import radial_gradient, readout_statistics, rms_norm_penalty
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_measured import (
@@ -40,7 +41,6 @@ from bench.gpu_roofline import BYTES_SHARE, DEVICES, FLOPS_SHARE, compiled_kerne
 from bench.gpu_tables import page
 from bench.records import environment
 from bench.shapes import ReadoutShape
-from kernels import radial_gradient, readout_statistics, rms_norm_penalty
 from looped.config import PRESETS
 from looped.provenance import package_version
 

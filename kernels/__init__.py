@@ -8,10 +8,10 @@ radial_gradient       how much of a gradient points along its state
 Triton on CUDA and ROCm, the same algorithms in ATen on the CPU; kernels/README.md derives the equations.
 """
 
-from kernels.looped_cross_entropy import LoopedCrossEntropy, LoopedStatistics, looped_cross_entropy
-from kernels.radial import RadialGradient, radial_gradient
-from kernels.rms_norm import RMSNormPenalty, rms_norm_penalty
-from kernels.statistics import ReadoutStatistics, readout_statistics
+from .looped_cross_entropy import LoopedCrossEntropy, LoopedStatistics, looped_cross_entropy
+from .radial import RadialGradient, radial_gradient
+from .rms_norm import RMSNormPenalty, rms_norm_penalty
+from .statistics import ReadoutStatistics, readout_statistics
 
 __all__ = [
     "LoopedCrossEntropy",

@@ -7,8 +7,8 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor
 
-from kernels.device import autocasts, uses_triton
-from kernels.readout import Readout
+from .device import autocasts, uses_triton
+from .readout import Readout
 
 States = Tensor | Sequence[Tensor]
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)

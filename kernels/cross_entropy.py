@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy_cpu import cross_entropy_cpu
-from kernels.device import launch, multiprocessors, uses_triton
-from kernels.row_loss import LossOptions, RowResults
+from .cross_entropy_cpu import cross_entropy_cpu
+from .device import launch, multiprocessors, uses_triton
+from .row_loss import LossOptions, RowResults
 
 HELD_BLOCK = 8192  # columns of a block of a row that a program keeps in registers
 # How many it keeps without spills; one more of plain 16-bit logits, one fewer with statistics or a softcap.

@@ -7,8 +7,8 @@ caches, so that all passes but the first find them there.
 import torch
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks
-from kernels.row_loss import LossOptions, RowResults
+from .device import accumulator, cpu_blocks
+from .row_loss import LossOptions, RowResults
 
 RUN = 128  # columns of which the maximum is taken first
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import (
+from .arguments import (
     as_rows,
     check_options,
     check_range,
@@ -21,17 +21,17 @@ from kernels.arguments import (
     check_weights,
     gathered,
 )
-from kernels.device import accumulator, autocast_dtype, cpu_blocks, product_dtype
-from kernels.readout import Readout, default_chunk_rows, head_accumulator, loops_of, normed_rows, read_out
-from kernels.readout_backward import (
+from .device import accumulator, autocast_dtype, cpu_blocks, product_dtype
+from .readout import Readout, default_chunk_rows, head_accumulator, loops_of, normed_rows, read_out
+from .readout_backward import (
     differentiated_loops,
     needs_dy,
     radial_sums,
     states_and_norm_backward,
 )
-from kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
-from kernels.row_norm import norm_forward
-from kernels.weighted_loss import loop_weights, loss_sums, loss_weights
+from .row_loss import LossOptions, RowResults, cross_entropy_reference
+from .row_norm import norm_forward
+from .weighted_loss import loop_weights, loss_sums, loss_weights
 
 
 class LoopedStatistics(NamedTuple):

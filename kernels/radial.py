@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import check_rows
-from kernels.device import accumulator, cpu_blocks, launch, uses_triton
-from kernels.row_norm import CPU_ROW_TENSORS, norm_blocks, rows_of
+from .arguments import check_rows
+from .device import accumulator, cpu_blocks, launch, uses_triton
+from .row_norm import CPU_ROW_TENSORS, norm_blocks, rows_of
 
 
 class RadialGradient(NamedTuple):

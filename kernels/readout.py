@@ -27,10 +27,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cross_entropy import cross_entropy_
-from kernels.device import accumulator, product_dtype, uses_triton
-from kernels.row_loss import LossOptions, RowResults
-from kernels.row_norm import Norm, norm_forward
+from .cross_entropy import cross_entropy_
+from .device import accumulator, product_dtype, uses_triton
+from .row_loss import LossOptions, RowResults
+from .row_norm import Norm, norm_forward
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 CUDA_CHUNK_ROWS = 4096

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.device import accumulator
-from kernels.readout import loops_of, norm_arguments
-from kernels.row_norm import norm_backward, partial_sums
+from .device import accumulator
+from .readout import loops_of, norm_arguments
+from .row_norm import norm_backward, partial_sums
 
 
 def differentiated_loops(states: list[Tensor], need_states: list[bool], active: list[int], penalty: float) -> list[int]:

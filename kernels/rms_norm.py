@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import check_eps, check_rows, check_vector, gathered
-from kernels.device import accumulator, autocast_dtype
-from kernels.row_norm import norm_backward, norm_forward, partial_sums, rows_of
+from .arguments import check_eps, check_rows, check_vector, gathered
+from .device import accumulator, autocast_dtype
+from .row_norm import norm_backward, norm_forward, partial_sums, rows_of
 
 
 class RMSNormPenalty(NamedTuple):

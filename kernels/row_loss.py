@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.device import accumulator
+from .device import accumulator
 
 
 class LossOptions(NamedTuple):

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import accumulator, cpu_blocks, launch, multiprocessors, uses_triton
+from .device import accumulator, cpu_blocks, launch, multiprocessors, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
 CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import (
+from .arguments import (
     as_rows,
     check_index,
     check_range,
@@ -32,10 +32,10 @@ from kernels.arguments import (
     check_vector,
     gathered,
 )
-from kernels.cross_entropy import finish_logits, fold_moment, fold_softmax, fold_top2
-from kernels.device import accumulator, autocast_dtype, launch, multiprocessors, product_dtype, uses_triton
-from kernels.readout import Readout, default_chunk_rows, loops_of, normed_rows, read_out
-from kernels.row_loss import LossOptions, RowResults
+from .cross_entropy import finish_logits, fold_moment, fold_softmax, fold_top2
+from .device import accumulator, autocast_dtype, launch, multiprocessors, product_dtype, uses_triton
+from .readout import Readout, default_chunk_rows, loops_of, normed_rows, read_out
+from .row_loss import LossOptions, RowResults
 
 
 class ReadoutStatistics(NamedTuple):

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import launch, uses_triton
+from .device import launch, uses_triton
 
 BLOCK_TOKENS = 2048
 NUM_WARPS = 8

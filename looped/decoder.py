@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import rms_norm_penalty
-from kernels.device import product_autocast
 from looped.attention import SelfAttention, rotary_table
 from looped.config import LoopedConfig
 from looped.dropout import dropout
+from looped.kernels import rms_norm_penalty
+from looped.kernels.device import product_autocast
 
 Rotary = tuple[Tensor, Tensor] | None
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LoopedStatistics, looped_cross_entropy, readout_statistics
-from kernels.device import product_autocast
 from looped.decoder import LoopedDecoder
+from looped.kernels import LoopedStatistics, looped_cross_entropy, readout_statistics
+from looped.kernels.device import product_autocast
 
 Supervision = Literal["per-loop", "terminal"]
 IGNORE_INDEX = -100  # targets that count nowhere

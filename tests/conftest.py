@@ -14,10 +14,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+import looped.kernels  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
-
-import kernels  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 

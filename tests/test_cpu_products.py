@@ -1,13 +1,12 @@
 """The readout on the CPU in each dtype its products may take there, and the losses of bfloat16 rows of every kind."""
 
+import looped.kernels.device
 import pytest
 import torch
+from looped.kernels.cross_entropy import cross_entropy_
+from looped.kernels.readout import HEAD_ROWS, _accumulate
+from looped.kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
 from readout_case import Case
-
-import kernels.device
-from kernels.cross_entropy import cross_entropy_
-from kernels.readout import HEAD_ROWS, _accumulate
-from kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 V = 301
@@ -16,7 +15,7 @@ V = 301
 @pytest.fixture(params=[True, False], ids=["low-precision-products", "float32-products"])
 def multiplies_faster(request, monkeypatch) -> bool:
     """This machine's CPU with, and without, fast products of low precision."""
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: request.param)
+    monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: request.param)
     return request.param
 
 
@@ -36,7 +35,7 @@ def test_products_in_several_blocks_of_the_head(multiplies_faster, dtype, vocabu
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_head_gradient_has_the_heads_layout(multiplies_faster, dtype):
-    found, _ = Case((2, 19, 16, 65), dtype=dtype).run(kernels.looped_cross_entropy)
+    found, _ = Case((2, 19, 16, 65), dtype=dtype).run(looped.kernels.looped_cross_entropy)
     assert found["head"].is_contiguous()
 
 

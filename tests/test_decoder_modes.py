@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import looped.kernels.device
 import pytest
 import torch
 from tiny_decoder import LAYERS, LENGTH, assert_same_gradients, gradients, model, reference_states, tokens
 from torch import Tensor
 
-import kernels.device
 from looped import attention
 from looped.decoder import LoopedDecoder
 from looped.dropout import dropout
@@ -42,7 +42,7 @@ def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.Monkey
 def test_autocast_keeps_the_residual_stream_in_fp32(
     fused: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: True)
+    monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: True)
     decoder = model(fused=fused, **changes)
     inputs = tokens(8, LENGTH)
     exact = decoder(inputs)
@@ -62,7 +62,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(
 def test_autocast_forms_fused_products_in_fp32_where_that_is_faster(
     fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: False)
+    monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: False)
     decoder = model(fused=fused)
     exact = decoder(tokens())[-1]
     exact_logits = readout_logits(decoder, exact)

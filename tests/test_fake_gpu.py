@@ -129,7 +129,7 @@ def test_what_stays_on_the_device_is_no_wait(noticed, expression):
 def test_every_kernel_runs_on_the_gpu_of_its_tensors():
     """On the second GPU while the first is the current one; weights and losses, norms, products, statistics."""
     program = """
-from kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 with fake_gpu(TARGETS["sm_90"]) as record:
     def gpu(*shape):
         return torch.empty(shape, device="cuda:1", requires_grad=True)

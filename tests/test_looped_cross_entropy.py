@@ -2,9 +2,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from looped.kernels import looped_cross_entropy
 from readout_case import DTYPES, READOUTS, Case
-
-from kernels import looped_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (4, 33, 64, 257), (2, 129, 96, 1000), (2, 5, 40, 1), (1, 3, 8, 40000)]

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from looped.kernels import radial_gradient
+from looped.kernels.radial import radial_gradient_reference
 from numerics import assert_no_worse_than
-
-from kernels import radial_gradient
-from kernels.radial import radial_gradient_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

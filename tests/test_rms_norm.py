@@ -1,10 +1,9 @@
 import pytest
 import torch
+from looped.kernels import rms_norm_penalty
+from looped.kernels.rms_norm import rms_norm_penalty_reference
+from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
 from numerics import assert_no_worse_than
-
-from kernels import rms_norm_penalty
-from kernels.rms_norm import rms_norm_penalty_reference
-from kernels.row_norm import norm_backward, norm_forward, partial_sums
 
 SHAPES = [(1, 16), (7, 48), (2, 33, 64), (5, 1), (3, 100), (40, 257), (2, 4100)]
 pytestmark = pytest.mark.usefixtures("poisoned")

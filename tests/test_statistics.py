@@ -1,10 +1,9 @@
 import pytest
 import torch
+from looped.kernels import looped_cross_entropy, readout_statistics, statistics
+from looped.kernels.cross_entropy_cpu import _top2
+from looped.kernels.row_loss import LossOptions, cross_entropy_reference
 from numerics import assert_no_worse_than
-
-from kernels import looped_cross_entropy, readout_statistics, statistics
-from kernels.cross_entropy_cpu import _top2
-from kernels.row_loss import LossOptions, cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 130, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]

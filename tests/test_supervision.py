@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import looped.kernels.device
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels.device
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import LoopedLoss, evaluation_losses, looped_loss, readout_logits
@@ -253,7 +253,7 @@ def test_penalty_sees_the_loops_that_terminal_does_not_read(fused: bool) -> None
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("readout", READOUTS)
 def test_autocast_loss_is_close(readout: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.device, "multiplies_faster", lambda dtype: True)
+    monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: True)
     decoder = model(fused=fused, readout=readout)
     exact, exact_gradients = run(decoder)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from kernels.weighted_loss import BLOCK_TOKENS, loop_weights, loss_sums, loss_weights
+from looped.kernels.weighted_loss import BLOCK_TOKENS, loop_weights, loss_sums, loss_weights
 
 LENGTHS = [1, 7, BLOCK_TOKENS, BLOCK_TOKENS + 37]
 

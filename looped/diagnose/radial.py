@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import radial_gradient
-from kernels.radial import radial_gradient_reference
 from looped.diagnose.model import Batch, LoopedModel, wide
+from looped.kernels import radial_gradient
+from looped.kernels.radial import radial_gradient_reference
 
 
 @dataclass(frozen=True)
