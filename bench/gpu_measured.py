@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import rms_norm_penalty
 from torch import Tensor
 
 from bench.fake_gpu import TARGETS
@@ -19,6 +18,7 @@ from bench.gpu_peers import IMPLEMENTATIONS, Implementation, Inputs
 from bench.shapes import ReadoutShape
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
+from looped.kernels import rms_norm_penalty
 from train.step import training_step
 
 Row = dict[str, Any]

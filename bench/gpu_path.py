@@ -20,7 +20,6 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
-from looped.kernels import looped_cross_entropy
 from torch import Tensor
 
 from bench.fake_gpu import TARGETS, fake_gpu
@@ -28,6 +27,7 @@ from bench.gpu_record import Record
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose
+from looped.kernels import looped_cross_entropy
 from looped.supervision import Supervision
 from train import run
 from train.metrics import read_metrics

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import looped_cross_entropy
 from torch import Tensor, nn
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_record import Record
 from bench.shapes import ReadoutShape
+from looped.kernels import looped_cross_entropy
 
 EPS = 1e-6
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from looped.kernels import radial_gradient, readout_statistics, rms_norm_penalty
 
 from bench.fake_gpu import TARGETS, fake_gpu
 from bench.gpu_measured import (
@@ -42,6 +41,7 @@ from bench.gpu_tables import page
 from bench.records import environment
 from bench.shapes import ReadoutShape
 from looped.config import PRESETS
+from looped.kernels import radial_gradient, readout_statistics, rms_norm_penalty
 from looped.provenance import package_version
 
 Row = dict[str, Any]

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import rms_norm_penalty
-from looped.kernels.device import accumulator
-from looped.kernels.rms_norm import rms_norm_penalty_reference
 from torch import Tensor
 
 from bench.implementations import Implementation, by_name, compiled, why_missing
 from bench.shapes import DEVICE, RowsShape
+from looped.kernels import rms_norm_penalty
+from looped.kernels.device import accumulator
+from looped.kernels.rms_norm import rms_norm_penalty_reference
 
 EPS = 1e-6
 

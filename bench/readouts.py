@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import looped_cross_entropy
 from torch import Tensor, nn
 
 from bench.accuracy import Errors, relative_error, truth_dtype
 from bench.implementations import Implementation, by_name, compiled, why_missing, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
+from looped.kernels import looped_cross_entropy
 
 EPS = 1e-6
 

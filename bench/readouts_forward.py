@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import looped_cross_entropy, readout_statistics
 from torch import Tensor
 
 from bench.accuracy import Errors, relative_error, truth_dtype
 from bench.implementations import Implementation, by_name, compiled, with_fresh_compiler
 from bench.readouts import CUT_MISSING, EPS, Inputs, concatenated
 from bench.shapes import DEVICE
+from looped.kernels import looped_cross_entropy, readout_statistics
 
 Statistics = dict[str, Tensor]  # each [K, N]
 

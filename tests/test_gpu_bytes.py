@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accesses import Audit, Launch, View
+
 from looped.kernels import radial_gradient
 from looped.kernels.cross_entropy import cross_entropy_, cross_entropy_blocks
 from looped.kernels.row_loss import LossOptions, RowResults

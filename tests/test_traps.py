@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.multiprocessing
-from looped.kernels import looped_cross_entropy, readout_statistics
-from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from numerics import assert_no_worse_than
 from readout_case import Case
+
+from looped.kernels import looped_cross_entropy, readout_statistics
+from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

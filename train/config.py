@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from looped.kernels.device import multiplies_faster
 
 from looped.config import PRESETS, LoopedConfig, Positions, Readout
+from looped.kernels.device import multiplies_faster
 from looped.saved_run import check_writable, nearest_existing
 from looped.supervision import Supervision
 
