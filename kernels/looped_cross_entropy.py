@@ -102,7 +102,9 @@ def looped_cross_entropy_reference(
     if reduction == "none":
         return weighted, per_loop
     total = weighted.sum() / (n if reduction == "mean" else 1)
-    return total + penalty * torch.stack(squares).mean(), per_loop
+    if isinstance(penalty, Tensor) or penalty != 0:
+        total = total + penalty * torch.stack(squares).mean()
+    return total, per_loop
 
 
 def _weighted(row_weight: Tensor | float, ce: Tensor) -> Tensor:
