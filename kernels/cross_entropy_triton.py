@@ -20,8 +20,8 @@ from .launch import launch
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-BLOCK_VOCAB = 4096  # columns of a step of plain rows
-ELABORATE_BLOCK_VOCAB = 2048  # of a step with a bias, a softcap or statistics, which need more registers a column
+BLOCK_VOCAB = 4096  # columns of a step of plain rows; half of it with bias or softcap, half of that with statistics
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -141,9 +141,13 @@ def cross_entropy_kernel(
         tl.store(top1_ptr + out, best.to(tl.int64))
 
 
-def block_vocab(n_columns: int, elaborate: bool) -> int:
-    """Columns of a step, for rows of `n_columns`; elaborate: with a bias, a softcap or statistics."""
-    return max(128, min(ELABORATE_BLOCK_VOCAB if elaborate else BLOCK_VOCAB, triton.next_power_of_2(n_columns)))
+def block_vocab(n_columns: int, finished: bool, statistics: bool) -> int:
+    """Columns of a step, for rows of `n_columns`; finished: with a bias or a softcap.
+
+    What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident.
+    """
+    block = BLOCK_VOCAB // (2 if finished else 1) // (2 if statistics else 1)
+    return max(128, min(block, triton.next_power_of_2(n_columns)))
 
 
 def cross_entropy(
@@ -152,11 +156,13 @@ def cross_entropy(
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
     statistics = results.statistics
-    block = block_vocab(n_columns, bias is not None or options.softcap is not None or statistics is not None)
+    block = block_vocab(n_columns, bias is not None or options.softcap is not None, statistics is not None)
+    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
+    registers = {"maxnreg": 128} if statistics is not None and logits.is_cuda and not torch.version.hip else {}
     launch(
         cross_entropy_kernel, (n_rows,), logits,
         logits, targets, row_weight, bias, options.z_loss, results.loss, statistics, results.top1,
         n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
         options.label_smoothing or None, options.softcap, gradient, block,
-        num_warps=max(1, min(8, block // 256)),
+        num_warps=max(1, min(NUM_WARPS, block // 128)), **registers,
     )  # fmt: skip
