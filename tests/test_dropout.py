@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from numerics import assert_no_worse_than
 from torch import Tensor
 
 from looped.attention import causal_attention
 from looped.dropout import ROWS_PER_BLOCK, SCORES_PER_BLOCK, _blocks, _keep, dropout
-from numerics import assert_no_worse_than
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
