@@ -27,10 +27,10 @@ PROGRAMS = {
     "decoder": """
         import torch
         import looped
-        config = looped.LoopedConfig(vocab_size=31, d_model=12, n_heads=2, n_layers=1, d_ff=16, max_seq_len=9, n_loops=2)
+        shape = dict(vocab_size=31, d_model=12, n_heads=2, n_layers=1, d_ff=16, max_seq_len=9, n_loops=2)
         tokens = torch.randint(31, (2, 9))
         for fused in (True, False):
-            model = looped.LoopedDecoder(config, fused=fused)
+            model = looped.LoopedDecoder(looped.LoopedConfig(**shape), fused=fused)
             states = model(tokens)
             sum(state.square().mean() for state in states).backward()
             assert model.embedding.weight.grad.any()
@@ -57,7 +57,8 @@ needs_posix = pytest.mark.xfail(strict=True, reason="and the trainer imports fcn
 )
 def test_without_triton_and_posix(subject, tmp_path):
     absent = ("triton", "fcntl", "resource", "pwd", "grp", "termios")
-    start = f"import sys; sys.modules.update(dict.fromkeys({absent}))  # each raises ModuleNotFoundError when imported\n"
+    # None in sys.modules: importing it raises ModuleNotFoundError
+    start = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
     given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", start + given + textwrap.dedent(PROGRAMS[subject])],
