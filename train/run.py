@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = parse(sys.argv[1:] if argv is None else list(argv))
             validate(config)
             run = prepare(config)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             return _fail(error, 2)
         except Interrupted as interrupted:
             return _fail(interrupted, 128 + interrupted.signum)
