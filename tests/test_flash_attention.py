@@ -139,6 +139,7 @@ def test_what_serves(site, gpu, installed, capability, expected):
         (install_2, "2.7.4.post1", {"capability": (10, 0)}, FLASH_2),
         (install_2, "2.8.3", {"capability": (12, 0), "cuda": "12.6"}, SDPA),  # whose compiler knows no 12.0
         (install_2, "1.0.9", {"capability": (8, 0)}, SDPA),
+        (install_2, "3.1.0", {"capability": (9, 0)}, SDPA),  # a generation whose functions nobody has seen
         (install_2, "2.8.3", {"capability": (9, 4), "cuda": None, "hip": "6.4"}, FLASH_2),
         (install_4, "4.0.0b19", {"capability": (9, 4), "cuda": None, "hip": "6.4"}, SDPA),
         (install_4, "0.0.1", {"capability": (9, 0)}, SDPA),  # the name's placeholder
