@@ -88,12 +88,12 @@ def test_our_own_name_needs_no_place_on_the_path(tmp_path):
     assert run(program, stub, ROOT, cwd=tmp_path) == f"{stub / 'kernels' / '__init__.py'}\n"
 
 
+@pytest.mark.skipif(checkout.hugging_face() is not None, reason="Hugging Face's package is installed")
 @pytest.mark.parametrize("first", ["kernels", "looped.kernels"])
 def test_alone_the_shared_name_is_ours(tmp_path, first):
     program = f"""
         import importlib, importlib.util, sys
         from pathlib import Path
-        sys.path = [p for p in sys.path if {str(ROOT)!r} == p or not (Path(p) / "kernels").is_dir()]
         assert importlib.util.find_spec("kernels") is not None
         import {first}
         import kernels, looped.kernels
