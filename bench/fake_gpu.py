@@ -307,7 +307,8 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,
         "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
-        "looped.attention.flash_attention_serves": lambda _: False,
+        "looped.flash_attention.flash_2_serves": lambda _: False,
+        "looped.flash_attention.flash_4_head_dim": lambda _: 0,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:

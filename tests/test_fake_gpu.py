@@ -42,13 +42,16 @@ def run(program: str, path: Path | None = None) -> str:
 @pytest.fixture
 def flash_attention(tmp_path) -> Path:
     (tmp_path / "flash_attn.py").write_text(FLASH_ATTENTION)
+    information = tmp_path / "flash_attn-2.8.3.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
     return tmp_path
 
 
 def test_the_path_does_not_depend_on_an_installed_flash_attn(flash_attention):
     """The decoder's attention is PyTorch's flash kernel, forward and backward, installed or not."""
     program = """
-from looped.attention import causal_attention, flash_attention_serves
+from looped.attention import causal_attention
 with fake_gpu(TARGETS["sm_90"]) as record:
     q, k, v = (torch.empty(2, 128, 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))
     causal_attention(q, k, v).sum().backward()

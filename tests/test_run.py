@@ -71,6 +71,17 @@ def test_last_lines_state_what_was_trained(tmp_path, capsys):
     assert str(tmp_path / "run") in last[8]
 
 
+def test_log_says_which_attention_serves(tmp_path, capsys, monkeypatch):
+    assert main(arguments(tmp_path, "--steps", "1", "--out", str(tmp_path / "run"))) == 0
+    assert "\nattention blocks with dropout, on the CPU\n" in capsys.readouterr().out
+
+    def broken(*_, **__):
+        raise ImportError("flash-attn must be importable where it is installed.")
+
+    monkeypatch.setattr("train.trainer.attention_implementation", broken)
+    assert_rejected(arguments(tmp_path, "--out", str(tmp_path / "other")), tmp_path, "must be importable", capsys)
+
+
 def test_losses_fall_at_every_loop_and_the_paper_tokenizer_has_no_bits(tmp_path):
     options = ["--tokenizer", "paper", "--vocab-size", "100", "--steps", "60", "--warmup-steps", "0"]
     run = tmp_path / "run"

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 # OpenMP's threads wait for each other by spinning, by default for milliseconds. Where another program wants a core too,
@@ -14,6 +15,9 @@ from typing import TypeVar
 # GNU's OpenMP reads this once, when torch loads it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+if not __package__:  # run by its path: with the packages of its own checkout, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = parse(sys.argv[1:] if argv is None else list(argv))
             validate(config)
             run = prepare(config)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             return _fail(error, 2)
         except Interrupted as interrupted:
             return _fail(interrupted, 128 + interrupted.signum)

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, get_args
 
+if not __package__:  # run by its path: with the packages of its own checkout, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
 from train import claims

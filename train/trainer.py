@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from looped.decoder import LoopedDecoder
+from looped.flash_attention import attention_implementation
 from train import checkpoint, report
 from train.batches import Windows, batch_indices, spread
 from train.checkpoint import Progress
@@ -47,6 +48,7 @@ class Run:
     dtype: torch.dtype
     windows: Windows
     steps: int
+    attention: str  # what serves it in training
     step: int = 0
     lock: int | None = None  # a descriptor of the directory, which no other process may train in
 
@@ -88,7 +90,8 @@ def prepare(config: TrainConfig) -> Run:
     steps = config.steps or math.ceil((config.epochs or 0) * len(windows) / config.batch_size)
     assert config.out is not None  # complete
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    run = Run(config, config.out, data, model, optimizer, device, dtype, windows, steps)
+    attention = attention_implementation(device, dtype, shape.head_dim, shape.dropout, compiled=config.compile)
+    run = Run(config, config.out, data, model, optimizer, device, dtype, windows, steps, attention)
     try:
         if config.resume is None:
             _write_directory(run)
@@ -181,7 +184,9 @@ def train(run: Run, interruptions: Interruptions) -> int:
     started = time.perf_counter()
     first = run.step
     print(
-        f"training  {_model_line(run)}\non        {_data_line(run)}\ninto      {run.out}, from step {first}", flush=True
+        f"training  {_model_line(run)}\non        {_data_line(run)}\nattention {run.attention}\n"
+        f"into      {run.out}, from step {first}",
+        flush=True,
     )
     with interruptions.deferred():
         _optimise(run, interruptions)
