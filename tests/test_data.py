@@ -2,6 +2,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from train import corpus as corpus_module
 from train import data as data_module
-from train.corpus import Corpus, load_corpus
+from train.corpus import Corpus, FileState, load_corpus
 from train.data import cache_directory, encode_corpus, load_data, open_entry
 from train.tokenizer import pieces
 
@@ -265,13 +266,23 @@ def test_other_text_of_the_same_size_and_time(tmp_path, monkeypatch, how):
     assert load_data(str(data), cache=tmp_path / "cache", **OPTIONS).fingerprint != first.fingerprint
 
 
-def test_text_that_is_written_at_once_after_it_was_read(tmp_path):
-    """Within the tick of a file system's clock, which the time of the file does not show."""
-    path, fingerprints = tmp_path / "a.txt", []
-    for seed in range(4):
-        write(path, seed)
-        fingerprints.append(load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint)
-    assert len(set(fingerprints)) == 4
+@pytest.mark.parametrize(
+    ("age", "newest", "wait"),
+    [
+        (0.0, 1_700_000_000_123_456_789, 0.02),
+        (0.015, 1_700_000_000_123_456_789, 0.005),
+        (0.5, 1_700_000_000_123_456_789, 0.0),
+        (-60.0, 1_700_000_000_123_456_789, 0.02),  # another machine's clock
+        (0.5, 1_700_000_000_000_000_000, 1.5),  # a file system that keeps whole seconds
+        (0.5, 0, 0.0),
+    ],
+)
+def test_what_is_written_after_reading_has_another_time(monkeypatch, age, newest, wait):
+    waited: list[float] = []
+    now = newest / 1e9 + age if newest else 1.7e9
+    monkeypatch.setattr(data_module, "time", SimpleNamespace(time=lambda: now, sleep=waited.append))
+    data_module._let_the_clock_move_on(FileState("", newest))
+    assert waited == pytest.approx([wait], abs=1e-5)
 
 
 def test_text_that_is_written_while_it_is_read_is_read_again(tmp_path, monkeypatch):

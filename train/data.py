@@ -72,8 +72,7 @@ def load_data(data: str, *, tokenizer: str, vocab_size: int | None, seq_len: int
         _let_the_clock_move_on(state)
         corpus = load_corpus(data)
         entry = encode_corpus(corpus, tokenizer=tokenizer, vocab_size=vocab_size, seq_len=seq_len, cache=cache)
-        if text_state(data) == state:  # else it was written while it was read
-            _remember(state, asked, entry)
+        _remember(state, asked, entry)  # the state from before reading: what was written since is another
     return open_entry(entry, name=tokenizer, seq_len=seq_len)
 
 
