@@ -45,7 +45,8 @@ Result = TypeVar("Result")
 class Tokenizer:
     """A ``tokenizers`` tokenizer, its end-of-document token and the bytes that each token stands for.
 
-    ``lossless``: byte-level, and decoding gave back what was encoded, on the sample that it was made with.
+    ``lossless``: byte-level, and decoding gave back what was encoded: of the sample that it was made with, or, for one
+    from a cache entry, of the whole text.
     ``vocab_size``: one more than the largest id.
     """
 
