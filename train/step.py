@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looped.decoder import LoopedDecoder
-from looped.supervision import Supervision, evaluation_losses, looped_loss, readout_logits
+from looped.supervision import IGNORE_INDEX, Supervision, evaluation_losses, looped_loss, readout_logits
 from train.batches import Windows
 from train.config import Schedule
 
@@ -121,6 +121,8 @@ def evaluate(
 ) -> list[LoopResult]:
     """Evaluate the windows ``indices`` at K = 1..n_loops; one pass gives the losses of all K.
 
+    What a window is filled up with counts nowhere.
+
     ``bytes_per_token``: [V], or None if bits per byte are not defined. Bits per byte charge the end-of-document
     tokens, which stand for no bytes, to the text: all bits over all bytes.
     """
@@ -132,12 +134,15 @@ def evaluate(
     groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
         inputs, targets = windows.gather(group)
-        n_tokens += targets.numel()
-        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[targets.numpy()].sum())
+        filling = targets == IGNORE_INDEX
+        n_tokens += int((~filling).sum())
+        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[targets[~filling].numpy()].sum())
         with autocast(device, dtype):
             states = model(to_device(inputs, device))
             losses += evaluation_losses(model, states, to_device(targets, device)).flatten(1).double().sum(1)
-        norms += state_norms(states).double() * targets.numel()
+        filling = to_device(filling, device)
+        for loop, state in enumerate(states):
+            norms[loop] += torch.linalg.vector_norm(state.float(), dim=-1).double().masked_fill(filling, 0).sum()
     rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype)
     results = []
     for loop, (total, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):

@@ -22,10 +22,9 @@ from tqdm import tqdm
 from looped.decoder import LoopedDecoder
 from looped.flash_attention import attention_implementation
 from train import checkpoint, report
-from train.batches import Windows, batch_indices, spread
+from train.batches import Windows, batch_indices, evaluation_windows
 from train.checkpoint import Progress
 from train.config import TrainConfig, check_out_directory, device_of, model_config
-from train.corpus import load_corpus
 from train.data import TokenData, cache_directory, load_data
 from train.interrupt import Interruptions
 from train.metrics import MetricsLog, read_metrics, write_json
@@ -72,7 +71,7 @@ def prepare(config: TrainConfig) -> Run:
     torch.set_flush_denormal(True)
     device = device_of(config)
     data = load_data(
-        load_corpus(config.data),
+        config.data,
         tokenizer=config.tokenizer,
         vocab_size=config.vocab_size,
         seq_len=config.seq_len,
@@ -354,14 +353,12 @@ def _show(bar: tqdm, row: dict[str, Any], left: str) -> None:
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
-    """Validation windows do not overlap; with fewer tokens to evaluate than there are, they are spread evenly."""
     config = run.config
-    windows = Windows(run.data.validation.tokens, config.seq_len, config.seq_len)
-    limit = len(windows) if config.eval_tokens is None else max(1, config.eval_tokens // config.seq_len)
+    windows, indices = evaluation_windows(run.data.validation.tokens, config.seq_len, config.eval_tokens)
     return evaluate(
         run.model,
         windows,
-        spread(len(windows), limit),
+        indices,
         batch_size=config.batch_size,
         device=run.device,
         dtype=run.dtype,
