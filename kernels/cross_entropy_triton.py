@@ -11,6 +11,7 @@ itself a fused multiply-add, of 0: so no compiler fuses its product, unrounded, 
 Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
