@@ -24,7 +24,7 @@ needs_peers = pytest.mark.skipif(
 SMOKE = """
 import json, sys
 import pytest, torch
-from bench.fake_gpu import TARGETS, fake_gpu
+from bench.offline.fake_gpu import TARGETS, fake_gpu
 
 class Outcomes:
     def __init__(self):

@@ -10,13 +10,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from accesses import Audit, Launch, View
 from looped.kernels import radial_gradient
 from looped.kernels.cross_entropy import cross_entropy_, cross_entropy_blocks
 from looped.kernels.row_loss import LossOptions, RowResults
 from looped.kernels.row_norm import norm_backward, norm_blocks, norm_forward, partial_sums
 from looped.kernels.statistics import _stream_triton, stream_blocks, stream_splits
 from looped.kernels.weighted_loss import BLOCK_TOKENS, Scales, loss_sums, loss_weights
+
+from bench.offline.accesses import Audit, Launch, View
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's accesses")
 DTYPES = (torch.float32, torch.bfloat16)

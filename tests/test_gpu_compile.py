@@ -1,7 +1,7 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
 
-No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/gpu_compile.py.  By default a sample
-of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
+No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/offline/compile_survey.py.  By
+default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_compile import MATRIX_INSTRUCTIONS, amd_field
+from bench.offline.compile_survey import MATRIX_INSTRUCTIONS, amd_field
 
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -82,7 +82,7 @@ def narrow_limit(kernel: dict, target: str) -> int:
 
 
 def survey(target: str, everything: bool) -> list[dict]:
-    command = [sys.executable, "-m", "bench.gpu_compile", target, *([] if everything else ["--sampled"])]
+    command = [sys.executable, "-m", "bench.offline.compile_survey", target, *([] if everything else ["--sampled"])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{target}: {done.stderr[-4000:]}"
@@ -171,8 +171,8 @@ SPILLS = """
 import sys
 import torch, triton, triton.language as tl
 from triton.compiler import ASTSource
-from bench.fake_gpu import TARGETS
-from bench.gpu_compile import amd_field, resources
+from bench.offline.fake_gpu import TARGETS
+from bench.offline.compile_survey import amd_field, resources
 
 @triton.jit
 def greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):

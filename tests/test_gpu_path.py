@@ -1,7 +1,7 @@
 """Every line of the CUDA path runs before a user's GPU sees it: training steps and a whole run on fake CUDA tensors.
 
-bench/gpu_path.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the paper's 129M
-model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
+bench/offline/whole_program.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the
+paper's 129M model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
 report, and looped.diagnose to its page.  Here its record is checked.
 """
 
@@ -37,7 +37,7 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict]:
-    command = [sys.executable, "-m", "bench.gpu_path", "--preset", "paper-129m", "--batch", "32", "--target", "sm_90"]
+    command = [sys.executable, "-m", "bench.offline.whole_program", "--preset", "paper-129m", "--batch", "32"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

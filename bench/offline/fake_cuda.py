@@ -1,4 +1,4 @@
-"""What a CUDA build of PyTorch has and a CPU build has not, imitated for bench/fake_gpu.py, which puts it in place."""
+"""What a CUDA build of PyTorch has and a CPU build has not, imitated for fake_gpu.py, which puts it in place."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu_record import Call, Record, bytes_of
+from bench.offline.record import Call, Record, bytes_of
 
 
 class Autocast:

@@ -1,10 +1,10 @@
 """What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, instructions.
 
-    python -m bench.gpu_compile sm_90 [--sampled] > report.json
+    python -m bench.offline.compile_survey sm_90 [--sampled] > report.json
 
-calls the public functions of `kernels` on fake CUDA tensors (bench/fake_gpu.py) at the shapes and with the options of
-bench/gpu_cases.py, so that every kernel is compiled in every configuration that a launcher chooses there, and writes
-one JSON object a kernel.  No GPU is needed: Triton's compiler, NVIDIA's assembler and disassembler are in its package.
+calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with the
+options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses there.
+It writes one JSON object a kernel.  No GPU is needed: Triton's compiler, NVIDIA's assembler and disassembler are in its package.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any
 
 import triton
 
-from bench.fake_gpu import TARGETS, Target, fake_gpu
-from bench.gpu_cases import cases
+from bench.offline.cases import cases
+from bench.offline.fake_gpu import TARGETS, Target, fake_gpu
 
 # Of a target: the instruction that multiplies matrices.
 MATRIX_INSTRUCTIONS = {

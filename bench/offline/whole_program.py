@@ -1,9 +1,9 @@
 """Training on a GPU that is not there: every line of the CUDA path runs, and what it would launch is counted.
 
-    python -m bench.gpu_path [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
+    python -m bench.offline.whole_program [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
 
-The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (bench/fake_gpu.py); each
-Triton launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
+The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (fake_gpu.py); each Triton
+launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
 Then train/run.py itself, a short run of the demo: checkpoint, evaluation, report, continuation; and its diagnosis.
 """
 
@@ -23,8 +23,8 @@ import torch
 from looped.kernels import looped_cross_entropy
 from torch import Tensor
 
-from bench.fake_gpu import TARGETS, fake_gpu
-from bench.gpu_record import Record
+from bench.offline.fake_gpu import TARGETS, fake_gpu
+from bench.offline.record import Record
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose

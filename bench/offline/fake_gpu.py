@@ -10,7 +10,7 @@ Code that is not this project's runs the same way: its launches by position and,
 host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
 fake implementation: its body may need a library that a machine without a GPU cannot load.
 
-What a CPU build of PyTorch lacks is imitated, here and in bench/fake_cuda.py:
+What a CPU build of PyTorch lacks is imitated, here and in bench/offline/fake_cuda.py:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied to F.linear and to attention in Python.
@@ -24,7 +24,7 @@ What a CPU build of PyTorch lacks is imitated, here and in bench/fake_cuda.py:
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -40,8 +40,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
-from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, caller, flops, launch_bytes, traffic
+from bench.offline.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
+from bench.offline.record import Call, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,7 @@ class Recorder(TorchDispatchMode):
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
             inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
-            sizes = frozenset(size for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) for size in leaf.shape)
-            self.record.calls.append(
-                Call(str(func), traffic(func, inputs, returned), flops(func, args, out), sizes=sizes)
-            )
+            self.record.calls.append(Call(str(func), traffic(func, inputs, returned), flops(func, args, out)))
         return out
 
     def is_of_host(self, args: tuple, kwargs: dict) -> bool:
@@ -212,15 +209,14 @@ class Recorder(TorchDispatchMode):
         given, returned = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
         for tensor in returned:
             self.watch(tensor)
-        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0, op=func._schema.name))
+        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0))
         return out
 
     def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
-        expected, first = tree_leaves(func(*args, **kwargs)), len(self.record.calls)
+        expected = tree_leaves(func(*args, **kwargs))
         with self:
             out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        self.record.calls[first:] = [replace(call, op=func._schema.name) for call in self.record.calls[first:]]
         for actual, fake in zip(tree_leaves(out), expected, strict=True):
             told = [(t.shape, t.dtype, t.device) for t in (actual, fake)]
             assert told[0] == told[1], f"{func}: returns {told[0]}, its fake implementation {told[1]}"
@@ -241,20 +237,9 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         record.kernels.setdefault(
             key, (kernel, tuple(constants.items()), tuple(str(t.dtype) for t in tensors.values()))
         )
-        with_gradient = given.get("HAS_GRADIENT", True) and given.get("HAS_GRADIENTS", True)
-        in_place = IN_PLACE | ADDED_TO if given.get("ADD") else IN_PLACE
-        twice = {n for n in tensors if with_gradient and in_place & {n, f"{kernel_name}.{n}"}}
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
-        record.calls.append(
-            Call(
-                kernel_name,
-                launch_bytes(kernel_name, tensors, twice),
-                PRODUCTS.get(kernel_name, lambda _: 0)(given),
-                tuple(grid(given) if callable(grid) else grid),
-                arguments,
-                key,
-            )
-        )
+        n_bytes, programs = launch_bytes(tensors, given), tuple(grid(given) if callable(grid) else grid)
+        record.calls.append(Call(kernel_name, n_bytes, 0, programs, arguments))
         return kernel
 
     return run
