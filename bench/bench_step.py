@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
-from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
-from bench.measurement import Measurement, Work, cases
+from bench.competitors.decoders import IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
+from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
+from bench.measure.measurement import Measurement, Work, cases
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
 from looped.supervision import Supervision, looped_loss
 from train.step import autocast

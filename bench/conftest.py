@@ -5,11 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.measurement import Measurement
-from bench.measurement import measure as measure_one
-from bench.records import Session, markdown, write
+from bench.measure.measurement import Measurement
+from bench.measure.measurement import measure as measure_one
+from bench.measure.records import Results, Session, write
+from bench.measure.tables import markdown
+from bench.measure.timing import clock
 from bench.shapes import DEVICE
-from bench.timing import clock
 
 SESSION = pytest.StashKey[Session]()
 
@@ -49,7 +50,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session.records = sorted((r for r in session.records if not r["smoke"]), key=lambda r: (r["subject"], r["group"]))
     if not session.records:
         return
-    terminalreporter.write_line(markdown(session.records, session.skipped, []))
+    terminalreporter.write_line(markdown(Results(session.records, session.skipped)))
     if config.getoption("--record"):
-        for path in write(session):
-            terminalreporter.write_line(f"written: {path}")
+        terminalreporter.write_line(f"written: {write(session)}")

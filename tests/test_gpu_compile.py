@@ -1,7 +1,8 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
 
 No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/offline/compile_survey.py.  By
-default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
+default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets
+on two cores).
 """
 
 import json

@@ -1,8 +1,8 @@
 """Every line of the CUDA path runs before a user's GPU sees it: training steps and a whole run on fake CUDA tensors.
 
 bench/offline/whole_program.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the
-paper's 129M model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
-report, and looped.diagnose to its page.  Here its record is checked.
+paper's 129M model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from
+text to report, and looped.diagnose to its page.  Here its record is checked.
 """
 
 import json

@@ -4,7 +4,8 @@
 
 calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with the
 options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses there.
-It writes one JSON object a kernel.  No GPU is needed: Triton's compiler, NVIDIA's assembler and disassembler are in its package.
+It writes one JSON object a kernel.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and
+disassembler.
 """
 
 import argparse

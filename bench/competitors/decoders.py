@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.implementations import Implementation, by_name, is_ours
-from bench.roofs import Roof, projection_roof
+from bench.measure.implementation import Implementation, by_name, is_ours
+from bench.measure.roofs import Roof, projection_roof
+from bench.measure.timing import Prepare
 from bench.shapes import DEVICE, Case, DecoderShape
-from bench.timing import Prepare
 from looped.attention import SelfAttention
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder

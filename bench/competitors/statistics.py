@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from looped.kernels import looped_cross_entropy, readout_statistics
 from torch import Tensor
 
-from bench.accuracy import Errors, relative_error, truth_dtype
-from bench.implementations import Implementation, by_name, compiled, with_fresh_compiler
-from bench.readouts import CUT_MISSING, EPS, Inputs, concatenated
+from bench.competitors.readouts import CUT_MISSING, EPS, Inputs, concatenated
+from bench.measure.accuracy import Errors, relative_error, truth_dtype
+from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
 from bench.shapes import DEVICE
 
 Statistics = dict[str, Tensor]  # each [K, N]

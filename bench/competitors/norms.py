@@ -9,7 +9,7 @@ from looped.kernels.device import accumulator
 from looped.kernels.rms_norm import rms_norm_penalty_reference
 from torch import Tensor
 
-from bench.implementations import Implementation, by_name, compiled, why_missing
+from bench.measure.implementation import Implementation, by_name, compiled, why_missing
 from bench.shapes import DEVICE, RowsShape
 
 EPS = 1e-6

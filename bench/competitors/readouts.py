@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from looped.kernels import looped_cross_entropy
 from torch import Tensor, nn
 
-from bench.accuracy import Errors, relative_error, truth_dtype
-from bench.implementations import Implementation, by_name, compiled, why_missing, with_fresh_compiler
+from bench.measure.accuracy import Errors, relative_error, truth_dtype
+from bench.measure.implementation import Implementation, by_name, compiled, why_missing, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
 
 EPS = 1e-6

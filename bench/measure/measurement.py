@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import pytest
 
-from bench.accuracy import Errors, is_correct
-from bench.implementations import Implementation, cannot_run_here, is_ours
-from bench.memory import peak_memory
-from bench.records import Record, Session, complete, environment
-from bench.roofs import Roof
+from bench.measure.accuracy import Errors, is_correct
+from bench.measure.implementation import Implementation, cannot_run_here, is_ours
+from bench.measure.memory import peak_memory
+from bench.measure.place import Record, environment
+from bench.measure.records import Session, complete
+from bench.measure.roofs import Roof
+from bench.measure.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 from bench.shapes import DEVICE, Case
-from bench.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 
 
 @dataclass(frozen=True)
