@@ -3,8 +3,9 @@
     python -m bench.scaling [--out bench/results] [--rounds 3]
 
 Writes `<date>-<device>-scaling.jsonl`, a line a curve, and `.png`.  The two implementations take turns at every point;
-a point is the median of the rounds after one that warms up.  The record has a least-squares line for every curve of times, and
-`worst_deviation`, the largest distance of a point from it, as a share of the point: how far from linear a curve is.
+a point is the median of the rounds after one that warms up.  The record has a least-squares line for every curve of
+times, and `worst_deviation`, the largest distance of a point from it, as a share of the point: how far from linear a
+curve is.
 """
 
 import argparse

@@ -42,7 +42,7 @@ answers = {
 with fake_gpu(TARGETS["sm_90"], answers) as record:
     chosen = "smoke and not (compiled or chunked or terminal)"
     pytest.main(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", chosen], plugins=[outcomes])
-    from bench.measure.records import environment
+    from bench.measure.place import environment
     from bench.measure.timing import Instant, clock
     told = environment()
 json.dump({"outcomes": outcomes.seen, "environment": told, "events": clock is Instant}, open(sys.argv[1], "w"))
