@@ -41,7 +41,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.offline.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
-from bench.offline.record import Call, Record, bytes_of, caller, flops, launch_bytes, traffic
+from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -232,14 +232,12 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
             assert value.device == here, f"{name} is on {value.device}, and {kernel_name} launched on {here}"
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
         kernel = original(self, grid=grid, warmup=True, **given | pointers)
-        key = (kernel_name, kernel.hash)
         constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        record.kernels.setdefault(
-            key, (kernel, tuple(constants.items()), tuple(str(t.dtype) for t in tensors.values()))
-        )
+        found = Compiled(kernel, constants, tuple(str(t.dtype) for t in tensors.values()))
+        programs = tuple(grid(given) if callable(grid) else grid)
+        record.kernels.setdefault((kernel_name, kernel.hash), found).grids.add(programs)
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
-        n_bytes, programs = launch_bytes(tensors, given), tuple(grid(given) if callable(grid) else grid)
-        record.calls.append(Call(kernel_name, n_bytes, 0, programs, arguments))
+        record.calls.append(Call(kernel_name, launch_bytes(tensors, given), 0, programs, arguments))
         return kernel
 
     return run

@@ -26,13 +26,23 @@ class Call:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A Triton kernel in one specialisation: Triton's own object, its constants, its tensors' dtypes, its grids."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    dtypes: tuple[str, ...]
+    grids: set[tuple[int, ...]] = field(default_factory=set)
+
+
 @dataclass
 class Record:
     """What a program did while it ran on the fake GPU."""
 
     calls: list[Call] = field(default_factory=list)
     host_copies: list[str] = field(default_factory=list)  # each makes the host wait for the device
-    kernels: dict[tuple, Any] = field(default_factory=dict)  # compiled, by name, constants, types and target
+    kernels: dict[tuple[str, str], Compiled] = field(default_factory=dict)  # by name and hash
     live_bytes: int = 0
     peak_bytes: int = 0
 
