@@ -134,26 +134,27 @@ def path() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if ON_GPU else host_only()
 
 
-def microseconds(call: Call) -> float:
-    """Of one call: the median of ROUNDS means over CALLS calls in a row."""
-    for _ in range(WARM_UPS):
+def microseconds(call: Call, rounds: int, calls: int) -> float:
+    """Of one call: the median of so many rounds' means over so many calls in a row."""
+    for _ in range(min(calls, WARM_UPS)):
         call()
     means = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        means.append((time.perf_counter() - start) / CALLS * 1e6)
+        means.append((time.perf_counter() - start) / calls * 1e6)
         if ON_GPU:
             torch.cuda.synchronize()
     return median(means)
 
 
-def measured() -> Iterator[tuple[str, str, float]]:
+def measured(rounds: int = ROUNDS, calls: int = CALLS) -> Iterator[tuple[str, str, float]]:
     """Subject, mode and microseconds, one after the other."""
     for name, mode in cases():
         with path():
-            yield name, mode, microseconds(prepared(subjects()[name], mode))
+            taken = microseconds(prepared(subjects()[name], mode), rounds, calls)
+        yield name, mode, taken
 
 
 @pytest.fixture

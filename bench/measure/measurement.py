@@ -73,8 +73,7 @@ class Checked:
 def skip(session: Session, measurement: Measurement, reason: str) -> None:
     """Skip the test and keep the reason."""
     name = measurement.implementation.name
-    if not measurement.case.smoke:
-        session.skipped.append({"group": measurement.group, "implementation": name, "reason": reason})
+    session.skipped.append({"group": measurement.group, "implementation": name, "reason": reason})
     pytest.skip(f"{name}: {reason}")
 
 
@@ -100,12 +99,13 @@ def checked(session: Session, measurement: Measurement) -> Checked:
 
 
 def timed_peak(prepare: Prepare) -> tuple[float, tuple[int, Any]]:
-    """About how long a call takes, and `peak_memory` of it."""
+    """About how long a call takes, and `peak_memory` of it; a graph says itself what its capture took."""
     call, results = prepare(), []
     seconds = seconds_of(lambda: results.append(peak_memory(call)))
     if seconds < 1:  # the count itself may take longer than the call
         seconds = seconds_of(prepare())
-    return seconds, results[0]
+    peak, result = results[0]
+    return seconds, (getattr(call, "peak_bytes", peak), result)
 
 
 def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:

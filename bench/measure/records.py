@@ -1,8 +1,8 @@
 """What is kept of a session of benchmarks: a dated file of JSON lines under bench/results, one a measurement.
 
-`kind` says what a line is: a `place` (device, versions, commit, date), a `measurement` with the number of its place,
-what was `skipped` and why, or a `session` and how long it took.  What follows from other lines is not written: the
-fastest competitor of a group and the ratio to it.
+`kind` says what a line is: a `place` (device, versions, commit, date); a `measurement` or a `fact` with the number of
+its place; what was `skipped` and why; a `session` and how long it took.  A fact is any other thing found out, by its
+name.  What follows from other lines is not written: the fastest competitor of a group and the ratio to it.
 """
 
 import datetime
@@ -26,7 +26,8 @@ class Session:
 
     records: list[Record] = field(default_factory=list)
     skipped: list[Record] = field(default_factory=list)  # group, implementation, reason
-    start: float = field(default_factory=time.monotonic)
+    facts: list[Record] = field(default_factory=list)  # name, its values, and the place
+    start: float = field(default_factory=time.time)
 
     def reference_seconds(self, group: str) -> float | None:
         """Of a round of the fused implementation, where it has been timed."""
@@ -41,6 +42,7 @@ class Results:
     records: list[Record] = field(default_factory=list)
     skipped: list[Record] = field(default_factory=list)
     sessions: list[Record] = field(default_factory=list)
+    facts: list[Record] = field(default_factory=list)
 
 
 def complete(records: list[Record]) -> None:
@@ -78,21 +80,27 @@ def compare(records: list[Record]) -> None:
 
 
 def write(session: Session, directory: Path = RESULTS) -> Path | None:
-    """Write `<date>-<device>.jsonl`; smoke measurements are left out.  None if there is nothing to write.
+    """Write `<date>-<device>.jsonl`, as often as one likes.  None if there is nothing to write.
 
     Where a file of the same day and device exists, what is measured now replaces the same implementation on the same
-    case in it and all else stays, each record with its own commit.
+    case in it and all else stays, each record with its own commit.  Smoke measurements never enter bench/results.
     """
-    kept = [record for record in session.records if not record.get("smoke")]
-    if not kept:
+    own_place = directory != RESULTS
+    kept = [record for record in session.records if own_place or not record.get("smoke")]
+    skipped = [record for record in session.skipped if own_place or not record["group"].startswith("smoke ")]
+    if not (kept or session.facts):
         return None
-    path = directory / f"{kept[0]['date']}-{slug(kept[0])}.jsonl"
+    place = (kept or session.facts)[0]
+    path = directory / f"{place['date']}-{slug(place)}.jsonl"
     found = read(path) if path.exists() else Results()
-    now = {_key(record) for record in (*kept, *session.skipped)}
+    now = {_key(record) for record in (*kept, *skipped)}
+    names = {fact["name"] for fact in session.facts}
+    found.facts = [fact for fact in found.facts if fact["name"] not in names] + session.facts
     found.records = [record for record in found.records if _key(record) not in now] + kept
-    found.skipped = [record for record in found.skipped if _key(record) not in now] + session.skipped
+    found.skipped = [record for record in found.skipped if _key(record) not in now] + skipped
     found.records.sort(key=lambda record: (record["subject"], record["group"]))  # stable within a group
-    found.sessions.append(_summary(session, len(kept)))
+    own = _summary(session, len(kept))
+    found.sessions = [each for each in found.sessions if each.get("started") != own["started"]] + [own]
     complete(found.records)
     directory.mkdir(parents=True, exist_ok=True)
     write_lines(path, lines_of(found))
@@ -107,13 +115,14 @@ def write_lines(path: Path, lines: Iterable[Record]) -> None:
 def lines_of(found: Results) -> Iterator[Record]:
     """The lines of a file; a place comes before the measurements that were made there."""
     places: list[Record] = []
-    for record in found.records:
-        place = {name: record[name] for name in OF_A_PLACE if name in record}
-        if place not in places:
-            places.append(place)
-            yield {"kind": "place", "place": len(places) - 1, **place}
-        own = {name: value for name, value in record.items() if name not in (*OF_A_PLACE, *DERIVED)}
-        yield {"kind": "measurement", "place": places.index(place), **own}
+    for kind, records in (("measurement", found.records), ("fact", found.facts)):
+        for record in records:
+            place = {name: record[name] for name in OF_A_PLACE if name in record}
+            if place not in places:
+                places.append(place)
+                yield {"kind": "place", "place": len(places) - 1, **place}
+            own = {name: value for name, value in record.items() if name not in (*OF_A_PLACE, *DERIVED)}
+            yield {"kind": kind, "place": places.index(place), **own}
     yield from ({"kind": "skipped", **record} for record in found.skipped)
     yield from ({"kind": "session", **record} for record in found.sessions)
 
@@ -126,8 +135,8 @@ def read(path: Path) -> Results:
         kind = line.pop("kind")
         if kind == "place":
             places[line.pop("place")] = line
-        elif kind == "measurement":
-            found.records.append(line | places[line.pop("place")])
+        elif kind in ("measurement", "fact"):
+            (found.records if kind == "measurement" else found.facts).append(line | places[line.pop("place")])
         else:
             {"skipped": found.skipped, "session": found.sessions}[kind].append(line)
     compare(found.records)
@@ -147,6 +156,9 @@ def _key(record: Record) -> tuple[str, str]:
 
 
 def _summary(session: Session, n_records: int) -> Record:
-    finished = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    wall = time.monotonic() - session.start
-    return {"finished": finished, "wall_seconds": wall, "records": n_records, "skipped": len(session.skipped)}
+    now = time.time()
+    started, finished = (
+        datetime.datetime.fromtimestamp(t).astimezone().isoformat(timespec="milliseconds") for t in (session.start, now)
+    )
+    counts = {"records": n_records, "skipped": len(session.skipped)}
+    return {"started": started, "finished": finished, "wall_seconds": now - session.start, **counts}

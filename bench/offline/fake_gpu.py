@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.offline.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
+from bench.offline.fake_cuda import Autocast, Event, Graph, Stream, apply, capturing, copied, lock_pages, numbered
 from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
@@ -106,12 +106,17 @@ class StubDriver:
         return torch.cpu
 
 
+NO_META = {torch.ops.aten._fused_adamw_.tensor_lr}  # in place, and PyTorch has them for real tensors alone
+
+
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": torch.device("cuda")}
+        if func in NO_META:
+            return None
         return super().dispatch(func, types, args, kwargs or {})
 
 
@@ -279,6 +284,11 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
         "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
         "torch.cuda.Event": Event,
+        "torch.cuda.Stream": Stream,
+        "torch.cuda.stream": contextlib.nullcontext,
+        "torch.cuda.current_stream": lambda *_: Stream(),
+        "torch.cuda.CUDAGraph": Graph,
+        "torch.cuda.graph": capturing(record),
         "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {caller()}"),
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.version.hip": "6.4" if target.is_amd else None,
