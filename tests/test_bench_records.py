@@ -167,9 +167,31 @@ def test_a_file_has_a_line_for_each_measurement_and_each_place(tmp_path):
             assert value == (pytest.approx(measured[name], rel=1e-5) if number else measured[name])
 
 
-def test_write_leaves_smoke_out(tmp_path):
-    assert write(Session([record("fused", 1.0, smoke=True)]), tmp_path / "results") is None
+def test_smoke_never_enters_the_results(tmp_path, monkeypatch):
+    """Elsewhere it does, for those who look whether a record is written."""
+    skip = {"group": "smoke readout K4", "implementation": "liger", "reason": "needs a GPU"}
+    session = Session([record("fused", 1.0, group="smoke readout K4", smoke=True)], [skip])
+    elsewhere = write(session, tmp_path / "elsewhere")
+    assert elsewhere is not None
+    assert [len(read(elsewhere).records), read(elsewhere).skipped] == [1, [skip]]
+    monkeypatch.setattr("bench.measure.records.RESULTS", tmp_path / "results")
+    assert write(session, tmp_path / "results") is None
     assert not (tmp_path / "results").exists()
+
+
+def test_a_session_may_be_written_again_and_again(tmp_path):
+    """As it goes: what it has measured by then, and one line of itself; facts by their names."""
+    place = {name: record("fused", 1.0)[name] for name in ("device", "instructions", "threads", "date")}
+    session = Session([record("fused", 1.0)], facts=[{"name": "tests", "passed": 1, **place}])
+    write(session, tmp_path)
+    session.records.append(record("plain", 2.0))
+    path = write(session, tmp_path)
+    write(Session(facts=[{"name": "tests", "passed": 2, **place}]), tmp_path)
+    assert path is not None
+    found = read(path)
+    assert [r["implementation"] for r in found.records] == ["fused", "plain"]
+    assert [s["records"] for s in found.sessions] == [2, 0]
+    assert [fact["passed"] for fact in found.facts] == [2]
 
 
 def test_slug_tells_machines_apart():

@@ -158,7 +158,7 @@ def _key(record: Record) -> tuple[str, str]:
 def _summary(session: Session, n_records: int) -> Record:
     now = time.time()
     started, finished = (
-        datetime.datetime.fromtimestamp(t).astimezone().isoformat(timespec="milliseconds") for t in (session.start, now)
+        datetime.datetime.fromtimestamp(t).astimezone().isoformat(timespec="microseconds") for t in (session.start, now)
     )
     counts = {"records": n_records, "skipped": len(session.skipped)}
     return {"started": started, "finished": finished, "wall_seconds": now - session.start, **counts}
