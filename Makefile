@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
 
-# measures and writes bench/results/<date>-<device>.{json,md}; under 15 minutes on two cores that do nothing else
+# measures and writes bench/results/<date>-<device>.jsonl; under 15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed
 	$(PY) -m pytest bench/ --benchmark-only --record -rs $(ARGS)
 

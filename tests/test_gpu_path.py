@@ -71,6 +71,8 @@ def test_launches_of_a_fused_step(report):
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
+        "loss_weights_kernel": 1,
+        "loss_sums_kernel": 1,
     }
     assert report["plain"]["triton_launches"] == {}
     assert report["fused"]["launches"] < 0.85 * report["plain"]["launches"]
@@ -126,5 +128,8 @@ def test_readout_makes_four_launches_a_chunk(report, name):
     assert readout["flops"] == readout["expected_flops"]
     assert readout["matrix_products"] == 3 * n_chunks
     launches = readout["triton_launches"]
-    assert launches == {"norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4}
+    assert launches == {
+        "norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4,
+        "loss_weights_kernel": 1, "loss_sums_kernel": 1,
+    }  # fmt: skip
     assert readout["launches"] <= 4 * n_chunks + 2 * 4 + SMALL_LAUNCHES == 49

@@ -64,6 +64,7 @@ def host_only(target: Target = TARGETS["sm_90"]) -> Iterator[None]:
         "current_device": lambda: 0,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (properties.major, properties.minor),
+        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
         "is_current_stream_capturing": lambda: False,
         "_exchange_device": lambda _: 0,  # what torch.cuda.device calls on the way in and out
         "_maybe_exchange_device": lambda _: 0,
