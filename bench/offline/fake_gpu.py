@@ -22,6 +22,7 @@ What a CPU build of PyTorch lacks is imitated, here and in bench/offline/fake_cu
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,16 @@ class FakeCUDA(FakeTensorMode):
         return super().dispatch(func, types, args, kwargs or {})
 
 
+def body_of(func: Any) -> Callable[..., Any] | None:
+    """What a custom op runs on a device; None for PyTorch's own ops.  Ours may be registered without `custom_op`."""
+    registration = sys.modules.get("looped.kernels.registration")
+    ours = {} if registration is None else registration.BODIES
+    name = func._schema.name
+    if name.startswith("looped::") and name.partition("::")[2] in ours:
+        return ours[name.partition("::")[2]]
+    return OPDEFS[name]._init_fn if name in OPDEFS else None
+
+
 # Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
 OPENED = ("looped", "torch", "liger_kernel", "cut_cross_entropy")
 
@@ -155,10 +166,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name in OPDEFS:
-            module = OPDEFS[func._schema.name]._init_fn.__module__
-            run = self.run_op if module.partition(".")[0] in OPENED else self.trust_op
-            return run(func, args, kwargs)
+        if (body := body_of(func)) is not None:
+            is_open = body.__module__.partition(".")[0] in OPENED
+            return self.run_op(func, body, args, kwargs) if is_open else self.trust_op(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
         if self.is_of_host(args, kwargs):
@@ -217,11 +227,11 @@ class Recorder(TorchDispatchMode):
         self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0))
         return out
 
-    def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run_op(self, func: Any, body: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
         expected = tree_leaves(func(*args, **kwargs))
         with self:
-            out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+            out = body(*args, **kwargs)
         for actual, fake in zip(tree_leaves(out), expected, strict=True):
             told = [(t.shape, t.dtype, t.device) for t in (actual, fake)]
             assert told[0] == told[1], f"{func}: returns {told[0]}, its fake implementation {told[1]}"
