@@ -1,9 +1,9 @@
-# make train | test | bench | bench-smoke | gpu-check | lint: each makes .venv first if it is missing or out of date.
+# make train | test | bench | bench-smoke | gpu | gpu-check | lint: each makes .venv first if it is missing or out of date.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: train test bench bench-smoke gpu-check lint clean
+.PHONY: train test bench bench-smoke gpu gpu-check lint clean
 
 train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
@@ -11,13 +11,17 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
 
-# measures and writes bench/results/<date>-<device>.{json,md}; under 15 minutes on two cores that do nothing else
+# measures and writes bench/results/<date>-<device>.jsonl; under 15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed
 	$(PY) -m pytest bench/ --benchmark-only --record -rs $(ARGS)
 
 # every implementation once on tiny shapes; no record
 bench-smoke: $(VENV)/.installed
 	GOMP_SPINCOUNT=2000 $(PY) -m pytest bench/ --benchmark-only --benchmark-columns=median -rs -k smoke $(ARGS)
+
+# on a GPU: all that only a GPU can tell, under eight minutes; with an interpreter that is there: make gpu PY=python3
+gpu: $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
+	$(PY) -m bench.gpu $(ARGS)
 
 # every kernel in every configuration for four GPUs, offline: an hour or more on two cores; `make test` has a sample
 gpu-check: $(VENV)/.installed

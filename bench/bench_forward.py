@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits, relative_error, truth_dtype
-from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, tokens_of
-from bench.measurement import Measurement, Work
+from bench.competitors.decoders import IMPLEMENTATIONS, decoder, decoder_roof, tokens_of
+from bench.measure.accuracy import Errors, limits, relative_error, truth_dtype
+from bench.measure.measurement import Measurement, Work
+from bench.measure.timing import Call, Prepare
 from bench.shapes import FORWARDS, Case, DecoderShape
-from bench.timing import Call, Prepare
 from looped.decoder import LoopedDecoder
 from train.step import autocast
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits, relative_error, truth_dtype
-from bench.measurement import Measurement, Work
-from bench.norms import IMPLEMENTATIONS, NormInputs, fused, plain
-from bench.roofs import copy_roof
+from bench.competitors.norms import IMPLEMENTATIONS, NormInputs, fused, plain
+from bench.measure.accuracy import Errors, limits, relative_error, truth_dtype
+from bench.measure.measurement import Measurement, Work
+from bench.measure.roofs import copy_roof
+from bench.measure.timing import Call, Prepare
 from bench.shapes import ROWS, Case, RowsShape
-from bench.timing import Call, Prepare
 
 
 @lru_cache(maxsize=1)

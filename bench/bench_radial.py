@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits, relative_error
-from bench.implementations import Implementation, by_name, compiled
-from bench.measurement import Measurement, Work
-from bench.roofs import copy_roof
+from bench.measure.accuracy import Errors, limits, relative_error
+from bench.measure.implementation import Implementation, by_name, compiled
+from bench.measure.measurement import Measurement, Work
+from bench.measure.roofs import copy_roof
 from bench.shapes import DEVICE, ROWS
 from looped.kernels import radial_gradient
 from looped.kernels.radial import RadialGradient, radial_gradient_reference

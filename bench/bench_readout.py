@@ -5,11 +5,11 @@ from functools import lru_cache
 import pytest
 from torch import Tensor
 
-from bench.accuracy import Errors, limits_of_float32_loss, limits_with_mean_loss
-from bench.implementations import is_ours
-from bench.measurement import Measurement, Work, cases
-from bench.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
-from bench.roofs import readout_roof
+from bench.competitors.readouts import IMPLEMENTATIONS, Inputs, errors, fused, make_round, plain, truth
+from bench.measure.accuracy import Errors, limits_of_float32_loss, limits_with_mean_loss
+from bench.measure.implementation import is_ours
+from bench.measure.measurement import Measurement, Work, cases
+from bench.measure.roofs import readout_roof
 from bench.shapes import READOUTS
 
 

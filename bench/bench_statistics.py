@@ -5,13 +5,13 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.accuracy import Errors, limits
-from bench.measurement import Measurement, Work, cases
-from bench.readouts import Inputs
-from bench.readouts_forward import SUBJECTS, Statistics, errors, truth
-from bench.roofs import readout_roof
+from bench.competitors.readouts import Inputs
+from bench.competitors.statistics import SUBJECTS, Statistics, errors, truth
+from bench.measure.accuracy import Errors, limits
+from bench.measure.measurement import Measurement, Work, cases
+from bench.measure.roofs import readout_roof
+from bench.measure.timing import Prepare
 from bench.shapes import STATISTICS
-from bench.timing import Prepare
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,8 @@
 """One optimisation step of the decoder: fused, plain PyTorch, either with its blocks compiled, and the eager baseline.
 
-All hold the same weights at first and see the same batch; denormals are flushed for all.  Loss and gradients are
-checked without dropout, whose random numbers differ from one implementation to the next.
+On a GPU each is timed twice: launched kernel by kernel, and as one CUDA graph.  All hold the same weights at first and
+see the same batch; denormals are flushed for all.  Loss and gradients are checked without dropout, whose random numbers
+differ from one implementation to the next.
 """
 
 from functools import lru_cache
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
-from bench.decoders import IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
-from bench.measurement import Measurement, Work, cases
+from bench.competitors.decoders import STEP_IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
+from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
+from bench.measure.measurement import Measurement, Work, cases
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
 from looped.supervision import Supervision, looped_loss
 from train.step import autocast
@@ -51,7 +52,7 @@ def allowed(case: str, supervision: Supervision) -> Errors:
     return limits_with_mean_loss(errors(case, "plain", supervision), STEPS[case].dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", STEP_IMPLEMENTATIONS)
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
 @cases(STEPS)
 def bench_step(measure, case: str, supervision: Supervision, implementation: str) -> None:
@@ -62,7 +63,7 @@ def bench_step(measure, case: str, supervision: Supervision, implementation: str
         and not (STEPS[case].dtype_name == MAIN_DTYPE and STEPS[case].compiles)
     ):
         pytest.skip(f"terminal supervision is timed in {MAIN_DTYPE}, on a CPU without bf16 on the smaller batch")
-    if supervision == "terminal" and IMPLEMENTATIONS[implementation].compiles:
+    if supervision == "terminal" and STEP_IMPLEMENTATIONS[implementation].compiles:
         pytest.skip("compiled blocks are the same with terminal supervision")
     model = decoder(shape, "fused", torch.device("meta"))  # counts FLOPs, holds no weights
     n_readouts = shape.n_loops if supervision == "per-loop" else 1
@@ -71,7 +72,7 @@ def bench_step(measure, case: str, supervision: Supervision, implementation: str
         Measurement(
             subject=f"training step, {supervision} supervision",
             case=STEPS[case],
-            implementation=IMPLEMENTATIONS[implementation],
+            implementation=STEP_IMPLEMENTATIONS[implementation],
             prepare=lambda: stepping(STEPS[case], implementation, supervision)(),
             reference=lambda: stepping(STEPS[case], "fused", supervision)(),
             errors=lambda _: errors(case, implementation, supervision),

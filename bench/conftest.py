@@ -1,21 +1,27 @@
 """The option --record, the clock on a GPU, and the fixture that measures."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.measurement import Measurement
-from bench.measurement import measure as measure_one
-from bench.records import Session, markdown, write
+from bench.measure.measurement import Measurement
+from bench.measure.measurement import measure as measure_one
+from bench.measure.place import RESULTS
+from bench.measure.records import Results, Session, write
+from bench.measure.tables import markdown
+from bench.measure.timing import clock
 from bench.shapes import DEVICE
-from bench.timing import clock
 
 SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write the measurements to bench/results")
+    parser.addoption("--record", action="store_true", help="write the measurements to --results")
+    parser.addoption(
+        "--results", type=Path, default=RESULTS, help="folder of the records; tiny cases never enter bench/results"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +47,17 @@ def measure(request: pytest.FixtureRequest, benchmark) -> Callable[[Measurement]
     """
     torch.set_flush_denormal(True)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return lambda measurement: measure_one(benchmark, request.config.stash[SESSION], measurement)
+    session, options = request.config.stash[SESSION], request.config.option
+
+    def measure_and_write(measurement: Measurement) -> None:
+        """Written at once: a session that is stopped keeps what it has."""
+        try:
+            measure_one(benchmark, session, measurement)
+        finally:
+            if options.record:
+                write(session, options.results)
+
+    return measure_and_write
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -49,7 +65,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session.records = sorted((r for r in session.records if not r["smoke"]), key=lambda r: (r["subject"], r["group"]))
     if not session.records:
         return
-    terminalreporter.write_line(markdown(session.records, session.skipped, []))
-    if config.getoption("--record"):
-        for path in write(session):
-            terminalreporter.write_line(f"written: {path}")
+    terminalreporter.write_line(markdown(Results(session.records, session.skipped)))
+    if config.option.record:
+        terminalreporter.write_line(f"written: {write(session, config.option.results)}")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from bench.frontier_figure import PAPER_PPL, PAPER_RATES, draw, markdown
 from bench.frontier_speed import Rate, architecture, competitors, throughput
-from bench.records import RESULTS, environment, slug
+from bench.measure.place import RESULTS, environment, slug
 from bench.shapes import DEVICE, DTYPES
 from looped.decoder import LoopedDecoder
 from looped.saved_run import SavedRun, load_run

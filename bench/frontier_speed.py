@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.measure.timing import seconds_of
 from bench.shapes import DEVICE
-from bench.timing import seconds_of
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import readout_logits

@@ -2,20 +2,19 @@
 
     python -m bench.scaling [--out bench/results] [--rounds 3]
 
-Writes `<date>-<device>-scaling.json` and `.png`.  The two implementations take turns at every point; a point is the
-median of the rounds after one that warms up.  The record has a least-squares line for every curve of times, and
-`worst_deviation`, the largest distance of a point from it, as a share of the point: how far from linear a curve is.
+Writes `<date>-<device>-scaling.jsonl`, a line a curve, and `.png`.  The two implementations take turns at every point;
+a point is the median of the rounds after one that warms up.  The record has a least-squares line for every curve of
+times, and `worst_deviation`, the largest distance of a point from it, as a share of the point: how far from linear a
+curve is.
 """
 
 import argparse
 import gc
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory count uses PyTorch's profiler, which would chat
 import matplotlib
@@ -27,13 +26,14 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from bench import readouts
-from bench.decoders import stepping
-from bench.memory import peak_memory
-from bench.readouts import Inputs, make_round
-from bench.records import RESULTS, environment, slug
+from bench.competitors import readouts
+from bench.competitors.decoders import stepping
+from bench.competitors.readouts import Inputs, make_round
+from bench.measure.memory import peak_memory
+from bench.measure.place import RESULTS, Record, environment, slug
+from bench.measure.records import write_lines
+from bench.measure.timing import Prepare, seconds_of
 from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
-from bench.timing import Prepare, seconds_of
 from looped.config import PRESETS
 
 VARIANTS = ("fused", "plain")
@@ -164,8 +164,10 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
         plt.close(figure)
 
 
-def record(curves: list[Curve], dtype_name: str, rounds: int) -> dict[str, Any]:
-    return {**environment(), "dtype": dtype_name, "rounds": rounds, "curves": [asdict(curve) for curve in curves]}
+def record(curves: list[Curve], dtype_name: str, rounds: int) -> list[Record]:
+    """The lines of the file: where it was measured, then the curves."""
+    place = {"kind": "place", "place": 0, **environment(), "dtype": dtype_name, "rounds": rounds}
+    return [place, *({"kind": "curve", "place": 0, **asdict(curve)} for curve in curves)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,8 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     curves = [curve for sweep in sweeps for curve in measure(sweep, options.rounds)]
     options.out.mkdir(parents=True, exist_ok=True)
     where = environment()
-    path = options.out / f"{where['date']}-{slug(where)}-scaling.json"
-    path.write_text(json.dumps(record(curves, readout.dtype_name, options.rounds), indent=1) + "\n")
+    path = options.out / f"{where['date']}-{slug(where)}-scaling.jsonl"
+    write_lines(path, record(curves, readout.dtype_name, options.rounds))
     draw(
         path.with_suffix(".png"),
         curves,

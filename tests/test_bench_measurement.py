@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
-from bench import measurement, roofs, timing
-from bench.implementations import Implementation, cannot_run_here
-from bench.measurement import Measurement, Work, cases, measure
-from bench.memory import peak_beyond_results, peak_memory
-from bench.records import Session
-from bench.roofs import Product, Roof
+from bench.measure import measurement, roofs, timing
+from bench.measure.implementation import Implementation, cannot_run_here
+from bench.measure.measurement import Measurement, Work, cases, measure
+from bench.measure.memory import peak_beyond_results, peak_memory
+from bench.measure.records import Session
+from bench.measure.roofs import Product, Roof
+from bench.measure.timing import rounds_of
 from bench.shapes import Case, ReadoutShape, RowsShape
-from bench.timing import rounds_of
 from looped.kernels import rms_norm_penalty
 
 MIB = 2**20

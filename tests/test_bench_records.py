@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench.accuracy import (
+from bench.measure.accuracy import (
     FLOOR,
     closest_to_limit,
     is_correct,
@@ -13,7 +13,9 @@ from bench.accuracy import (
     limits_of_float32_loss,
     limits_with_mean_loss,
 )
-from bench.records import Session, complete, markdown, slug, write
+from bench.measure.place import slug
+from bench.measure.records import Results, Session, complete, read, write
+from bench.measure.tables import markdown
 
 
 def record(implementation: str, ratio: float, *, group: str = "readout K4", correct: bool = True, **fields):
@@ -54,7 +56,7 @@ def test_shares_of_the_roof_follow_from_the_fused_one_and_the_ratio_to_it():
     lone = record("plain", 2.0, group="readout K8", share_of_roof=None)
     complete([*records, lone])
     assert [r["share_of_roof"] for r in (*records, lone)] == [pytest.approx(0.45), 0.9, None]
-    assert "| 150.0 GFLOP/s |  |" in markdown([lone], [], [])
+    assert "| 150.0 GFLOP/s |  |" in markdown(Results([lone]))
 
 
 def test_complete_keeps_groups_apart_and_follows_later_records():
@@ -99,7 +101,7 @@ def test_markdown_has_a_row_for_each_and_marks_what_is_wrong():
     complete(records)
     skipped = [{"group": "readout K4", "implementation": "liger", "reason": "needs a GPU"}]
     sessions = [{"finished": "2026-01-02T03:04:05+00:00", "records": 3, "skipped": 1, "wall_seconds": 61.2}]
-    lines = markdown(records, skipped, sessions).splitlines()
+    lines = markdown(Results(records, skipped, sessions)).splitlines()
     rows = [line for line in lines if line.startswith(("| fused", "| plain", "| bad"))]
     assert [row.split(" | ")[0] for row in rows] == ["| fused", "| bad", "| plain"], "fastest first"
     verdict = "right (loss 1.0e-03, allowed 1.0e-03)"
@@ -122,7 +124,7 @@ def test_markdown_writes_bytes_and_tokens():
     del norm["gflops_per_second"]
     step = record("plain", 2.0, tokens_per_second=150.4)
     complete([norm, step])
-    text = markdown([norm, step], [], [])
+    text = markdown(Results([norm, step]))
     assert "| 20.0 GB/s |" in text
     assert "| 150.0 GFLOP/s, 150 tokens/s |" in text
 
@@ -134,26 +136,62 @@ def test_write_replaces_what_is_measured_again_and_keeps_all_else(tmp_path):
     later = [record("plain", 3.0, commit="later"), record("compiled", 1.5, commit="later")]
     for records, skipped in ((first, [skip, gone]), (later, [])):
         complete(records)
-        paths = write(Session(records, skipped), tmp_path)
-    name = "2026-01-02-some-cpu-2-00ghz-avx2-2-threads"
-    assert [path.name for path in paths] == [f"{name}.json", f"{name}.md"]
-    kept = json.loads(paths[0].read_text())
-    assert {(r["group"], r["implementation"], r["commit"]) for r in kept["records"]} == {
+        path = write(Session(records, skipped), tmp_path)
+    assert path.name == "2026-01-02-some-cpu-2-00ghz-avx2-2-threads.jsonl"
+    kept = read(path)
+    assert {(r["group"], r["implementation"], r["commit"]) for r in kept.records} == {
         ("readout K4", "fused", "0123abc"),
         ("readout K4", "plain", "later"),
         ("readout K4", "compiled", "later"),
         ("readout K8", "fused", "0123abc"),
     }
-    assert kept["records"][0]["ratio_to_fastest"] == pytest.approx(1 / 1.5), "of the whole group"
-    assert kept["skipped"] == [skip]
-    assert [session["records"] for session in kept["sessions"]] == [3, 2]
-    assert all(session["wall_seconds"] >= 0 for session in kept["sessions"])
-    assert paths[1].read_text() == markdown(**kept)
+    assert kept.records[0]["ratio_to_fastest"] == pytest.approx(1 / 1.5), "of the whole group"
+    assert kept.skipped == [skip]
+    assert [session["records"] for session in kept.sessions] == [3, 2]
+    assert all(session["wall_seconds"] >= 0 for session in kept.sessions)
 
 
-def test_write_leaves_smoke_out(tmp_path):
-    assert write(Session([record("fused", 1.0, smoke=True)]), tmp_path / "results") == []
+def test_a_file_has_a_line_for_each_measurement_and_each_place(tmp_path):
+    """And what is read is what was measured, to six digits."""
+    records = [record("fused", 1.0), record("plain", 1 / 3), record("compiled", 1.5, commit="later")]
+    complete(records)
+    path = write(Session(records), tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [line["kind"] for line in lines]
+    assert kinds == ["place", "measurement", "measurement", "place", "measurement", "session"]
+    assert [line["place"] for line in lines[:-1]] == [0, 0, 0, 1, 1]
+    assert not any("device" in line for line in lines if line["kind"] == "measurement")
+    for kept, measured in zip(read(path).records, records, strict=True):
+        for name, value in kept.items():
+            number = isinstance(value, float) or name == "ratio_quartiles"
+            assert value == (pytest.approx(measured[name], rel=1e-5) if number else measured[name])
+
+
+def test_smoke_never_enters_the_results(tmp_path, monkeypatch):
+    """Elsewhere it does, for those who look whether a record is written."""
+    skip = {"group": "smoke readout K4", "implementation": "liger", "reason": "needs a GPU"}
+    session = Session([record("fused", 1.0, group="smoke readout K4", smoke=True)], [skip])
+    elsewhere = write(session, tmp_path / "elsewhere")
+    assert elsewhere is not None
+    assert [len(read(elsewhere).records), read(elsewhere).skipped] == [1, [skip]]
+    monkeypatch.setattr("bench.measure.records.RESULTS", tmp_path / "results")
+    assert write(session, tmp_path / "results") is None
     assert not (tmp_path / "results").exists()
+
+
+def test_a_session_may_be_written_again_and_again(tmp_path):
+    """As it goes: what it has measured by then, and one line of itself; facts by their names."""
+    place = {name: record("fused", 1.0)[name] for name in ("device", "instructions", "threads", "date")}
+    session = Session([record("fused", 1.0)], facts=[{"name": "tests", "passed": 1, **place}])
+    write(session, tmp_path)
+    session.records.append(record("plain", 2.0))
+    path = write(session, tmp_path)
+    write(Session(facts=[{"name": "tests", "passed": 2, **place}]), tmp_path)
+    assert path is not None
+    found = read(path)
+    assert [r["implementation"] for r in found.records] == ["fused", "plain"]
+    assert [s["records"] for s in found.sessions] == [2, 0]
+    assert [fact["passed"] for fact in found.facts] == [2]
 
 
 def test_slug_tells_machines_apart():

@@ -21,11 +21,10 @@ def test_line_and_deviation():
 def test_smoke_writes_record_and_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "SMOKE_LOOPS", (1, 2))
     scaling.main(["--smoke", "--rounds", "1", "--out", str(tmp_path)])
-    (record_path,) = tmp_path.glob("*-scaling.json")
+    (record_path,) = tmp_path.glob("*-scaling.jsonl")
     figure = record_path.with_suffix(".png")
     assert figure.read_bytes().startswith(b"\x89PNG")
-    record = json.loads(record_path.read_text())
-    curves = record["curves"]
+    place, *curves = map(json.loads, record_path.read_text().splitlines())
     assert [(c["x"], c["variant"]) for c in curves] == [
         (x, variant) for x in ("K", "N", "V", "K", "N") for variant in ("fused", "plain")
     ]
@@ -33,7 +32,7 @@ def test_smoke_writes_record_and_figure(tmp_path, monkeypatch):
     assert all(second > 0 for c in curves for second in c["seconds"])
     plain_over_tokens = next(c for c in curves if c["x"] == "N" and c["variant"] == "plain")
     assert plain_over_tokens["peak_bytes"] == sorted(plain_over_tokens["peak_bytes"])
-    assert record["commit"] is not None
+    assert place["commit"] is not None
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,24 @@ from pathlib import Path
 import pytest
 from test_bench_records import record
 
-from bench import tables
-from bench.records import Session, complete, write
+from bench.measure import tables
+from bench.measure.records import Session, complete, write, write_lines
 
 SKIP = {"group": "readout K4", "implementation": "liger", "reason": "needs a GPU"}
 
 
 def test_readme_has_the_tables_of_the_newest_record():
     page = tables.README.read_text()
-    assert tables.insert(page, tables.render(tables.newest())) == page, "run python -m bench.tables"
+    assert tables.insert(page, tables.render(tables.newest())) == page, "run python -m bench.measure.tables"
     for target in re.findall(r"\]\((results/[^)]+)\)", page):
         assert (tables.README.parent / target).exists(), target
 
 
 def written(directory: Path, records: list[dict]) -> Path:
     complete(records)
-    return write(Session(records, [SKIP]), directory)[0]
+    path = write(Session(records, [SKIP]), directory)
+    assert path is not None
+    return path
 
 
 def test_a_row_for_each_case(tmp_path):
@@ -35,16 +37,15 @@ def test_a_row_for_each_case(tmp_path):
     assert "| K8 | - | - | - | 3.00 (2.75-3.25) | 3.00 (2.75-3.25), plain | -, 12 |" in text
     assert "- Wrong (cases): bad (1)." in text
     assert "- Skipped (cases): liger: needs a GPU (1)." in text
-    assert "- 5 measurements took 0 s." in text
+    assert "- 5 measurements took 0 minutes." in text
 
 
 def test_the_newest_record_is_the_one_that_finished_last(tmp_path):
     first = written(tmp_path, [record("fused", 1.0)])
     second = written(tmp_path, [record("fused", 1.0, instructions="amx")])
     for path, finished in ((first, "2026-01-02T10:00:00+00:00"), (second, "2026-01-02T09:00:00+00:00")):
-        found = json.loads(path.read_text())
-        found["sessions"][0]["finished"] = finished
-        path.write_text(json.dumps(found))
+        *lines, session = map(json.loads, path.read_text().splitlines())
+        write_lines(path, [*lines, session | {"finished": finished}])
     assert tables.newest(tmp_path) == first
     with pytest.raises(FileNotFoundError, match="must hold a record"):
         tables.newest(tmp_path / "none")

@@ -33,7 +33,7 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
 def run(program: str, path: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (ROOT, path) if p is not None)
-    command = [sys.executable, "-c", "import torch\nfrom bench.fake_gpu import TARGETS, fake_gpu\n" + program]
+    command = [sys.executable, "-c", "import torch\nfrom bench.offline.fake_gpu import TARGETS, fake_gpu\n" + program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -1,8 +1,9 @@
 """The benchmarks as on a GPU: every tiny case is carried out on stand-in CUDA tensors, which have no values.
 
-That is the path of a user's GPU: CUDA events, cold caches, the caching allocator's peak, the libraries that need a GPU.
-What torch.compile makes is left out, as it would compile for a device that PyTorch does not find; and, for the time
-they take, PyTorch's own chunked op and the steps of terminal supervision.
+That is the path of a user's GPU, and of `make gpu`: CUDA events, graphs, cold caches, the caching allocator's peak, the
+libraries that need a GPU, the record and its table.  What torch.compile makes is left out, as it would compile for a
+device that PyTorch does not find; and, for the time they take, PyTorch's own chunked op and the steps of terminal
+supervision.
 """
 
 import json
@@ -14,17 +15,58 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import PARTS, kernel_tests, main, supervised
+
 ROOT = Path(__file__).parents[1]
 needs_peers = pytest.mark.skipif(
     any(find_spec(peer) is None for peer in ("liger_kernel", "cut_cross_entropy", "pytest_benchmark")),
     reason="the other libraries, of the bench extra, are not installed",
 )
 
+# What quack and Liger's CuTe readout take and give, by plain PyTorch: their own kernels need a GPU and CUTLASS.
+STAND_INS = {
+    "cutlass/__init__.py": "",
+    "quack/__init__.py": "",
+    "quack/rmsnorm.py": """
+import torch.nn.functional as F
+
+def rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, total.shape[-1:], weight, eps)
+    return (y, total) if residual is not None and prenorm else y
+""",
+    "quack/linear_cross_entropy.py": """
+import torch.nn.functional as F
+
+def chunked_linear_cross_entropy(
+    x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True, use_scaled_exp=None
+):
+    return F.cross_entropy(F.linear(x, weight), target, ignore_index=ignore_index, reduction=reduction)
+""",
+    "liger_cute.py": """
+import sys, types
+import torch.nn.functional as F
+
+class LigerFusedScaledCrossEntropySM90Function:
+    @staticmethod
+    def apply(rows, weight, target, temperature=1.0, ignore_index=-100, m_tiles_per_cluster=1):
+        return F.cross_entropy(F.linear(rows, weight), target, ignore_index=ignore_index, reduction="none").float()
+
+package = "liger_kernel.ops.cutedsl.ops"
+for name in (package, f"{package}.fused_scaled_cross_entropy_sm90"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules[name].LigerFusedScaledCrossEntropySM90Function = LigerFusedScaledCrossEntropySM90Function
+""",
+}
+
 # Of numbers that are read, counts are 32, the tokens of a case, and all others, errors of results among them, 0.
 SMOKE = """
 import json, sys
+from pathlib import Path
+from unittest.mock import patch
 import pytest, torch
-from bench.fake_gpu import TARGETS, fake_gpu
+import liger_cute
+from bench.offline.fake_gpu import TARGETS, fake_gpu
 
 class Outcomes:
     def __init__(self):
@@ -33,30 +75,57 @@ class Outcomes:
         if report.when == "call" or not report.passed:
             self.seen[report.nodeid.partition("::")[2]] = [report.outcome, str(report.longrepr or "")[-1000:]]
 
-aten, outcomes = torch.ops.aten, Outcomes()
+class Chosen:
+    def pytest_collection_finish(self, session):
+        self.names = [item.name for item in session.items]
+
+aten, outcomes, chosen = torch.ops.aten, Outcomes(), Chosen()
 answers = {
     aten._local_scalar_dense.default: lambda x: 0.0 if x.is_floating_point() else 32,
     aten.equal.default: lambda *_: True,
     aten.nonzero.default: lambda x: torch.empty(x.numel(), x.dim(), dtype=torch.int64, device="cuda"),
 }
-with fake_gpu(TARGETS["sm_90"], answers) as record:
-    chosen = "smoke and not (compiled or chunked or terminal)"
-    pytest.main(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", chosen], plugins=[outcomes])
-    from bench.records import environment
-    from bench.timing import Instant, clock
-    told = environment()
-json.dump({"outcomes": outcomes.seen, "environment": told, "events": clock is Instant}, open(sys.argv[1], "w"))
+run_pytest, names = pytest.main, {}
+
+def collect(arguments, plugins):
+    return run_pytest([*arguments, "--collect-only"], plugins=[chosen])
+
+results = Path(sys.argv[1]).parent / "results"
+with fake_gpu(TARGETS["sm_90"], answers):
+    from bench import gpu
+    from bench.measure.place import environment
+    from bench.measure.records import read
+    from bench.measure.timing import Instant, clock
+
+    codes = {name: part.run(results, True, [outcomes]) for name, part in gpu.PARTS.items()}
+    others = "smoke and (radial or forward) and not compiled"
+    run_pytest(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", others], plugins=[outcomes])
+    with patch("pytest.main", collect):
+        for name in gpu.PARTS.keys() - {"tests", "host"}:
+            gpu.PARTS[name].run(results, False, [])
+            names[name] = chosen.names
+    record = gpu.record_of_today(results)
+    found = {
+        "outcomes": outcomes.seen, "environment": environment(), "events": clock is Instant, "codes": codes,
+        "chosen": names, "record": record.read_text(), "table": gpu.table(read(record)),
+    }
+json.dump(found, open(sys.argv[1], "w"))
 """
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("smoke") / "report.json"
+    for name, text in STAND_INS.items():
+        path = out.parent / "packages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(out.parent / "packages")])
     done = subprocess.run(
         [sys.executable, "-c", SMOKE, str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert out.exists(), done.stderr[-4000:]
+    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(out.read_text())
 
 
@@ -70,7 +139,10 @@ def test_every_benchmark_runs_on_a_gpu(smoke):
     assert all("cut-cross-entropy" in name for name in skipped), skipped
     for subject in ("norm", "radial", "readout", "statistics", "forward", "step"):
         assert any(name.startswith(f"bench_{subject}[") and "-fused]" in name for name in passed), subject
-    assert any("-liger-concatenated-fp32-dW]" in name for name in passed)
+    for implementation in ("liger-concatenated-fp32-dW", "liger-cute-concatenated", "quack-concatenated"):
+        assert any(name.endswith(f"-{implementation}]") for name in passed), implementation
+    for variant in ("fused-graphed", "plain-graphed"):
+        assert any(name.startswith("bench_step[") and name.endswith(f"-{variant}]") for name in passed), variant
 
 
 @needs_peers
@@ -78,3 +150,51 @@ def test_a_gpu_is_timed_by_its_events_and_named_in_the_record(smoke):
     assert smoke["events"]
     assert smoke["environment"]["device"] == "H100"
     assert smoke["environment"]["instructions"] == "sm-90"
+
+
+@needs_peers
+def test_every_part_of_the_command_runs_and_writes(smoke):
+    assert set(smoke["codes"].values()) == {0}, smoke["codes"]
+    kinds = {json.loads(line)["kind"] for line in smoke["record"].splitlines()}
+    assert kinds == {"place", "measurement", "fact", "skipped", "session"}
+    for name in ("fused-graphed", "quack-concatenated", "quack + penalty", "rms_norm_penalty, residual"):
+        assert f"\n| {name} | " in smoke["table"]
+    for unit in (" GB/s", " MiB", " tokens/s, MFU "):
+        assert unit in smoke["table"]
+
+
+@needs_peers
+def test_the_command_chooses_cases_that_are_there(smoke):
+    """Ten steps; twelve readouts of two shapes; six norms each way, with and without an add, of two widths."""
+    counts = {name: len(names) for name, names in smoke["chosen"].items()}
+    assert counts == {"step": 10, "readout": 24, "forward only": 7, "norms": 48}
+    assert not any("smoke" in name for names in smoke["chosen"].values() for name in names)
+
+
+def test_the_parts_end_in_time():
+    assert sum(part.seconds for part in PARTS.values()) < 8 * 60
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome", "fine"),
+    [
+        ("print('all', 'well')", "done in 0 s", True),
+        ("print('oh', 'no'); raise SystemExit(3)", "failed, exit code 3", False),
+        ("import time; print('slow', flush=True); time.sleep(60)", "stopped after 2 s", False),
+    ],
+)
+def test_a_part_is_stopped_and_its_end_is_shown(program, outcome, fine):
+    became, went_well, end = supervised([sys.executable, "-S", "-c", program], 2)
+    assert (became, went_well) == (outcome, fine)
+    assert end.strip() in ("all well", "oh no", "slow")
+
+
+def test_the_kernels_tests_are_found():
+    assert {"test_rms_norm.py", "test_looped_cross_entropy.py"} <= {path.name for path in kernel_tests()}
+
+
+def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a GPU must be there. Got torch" in capsys.readouterr().err

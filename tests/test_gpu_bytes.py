@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from accesses import Audit, Launch, View
 
+from bench.offline.accesses import Audit, Launch, View
 from looped.kernels import radial_gradient
 from looped.kernels.cross_entropy import cross_entropy_, cross_entropy_blocks
 from looped.kernels.row_loss import LossOptions, RowResults

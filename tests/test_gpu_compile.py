@@ -1,7 +1,8 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
 
-No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/gpu_compile.py.  By default a sample
-of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
+No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/offline/compile_survey.py.  By
+default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets
+on two cores).
 """
 
 import json
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_compile import MATRIX_INSTRUCTIONS, amd_field
+from bench.offline.compile_survey import MATRIX_INSTRUCTIONS, MULTIPROCESSORS, amd_field, counted_on
+from bench.offline.fake_gpu import TARGETS
 
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -82,7 +84,7 @@ def narrow_limit(kernel: dict, target: str) -> int:
 
 
 def survey(target: str, everything: bool) -> list[dict]:
-    command = [sys.executable, "-m", "bench.gpu_compile", target, *([] if everything else ["--sampled"])]
+    command = [sys.executable, "-m", "bench.offline.compile_survey", target, *([] if everything else ["--sampled"])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{target}: {done.stderr[-4000:]}"
@@ -126,6 +128,28 @@ def test_shared_memory_within_limit(compiled, target):
     assert not offenders(compiled, lambda kernel: kernel["shared_bytes"] <= SHARED_BYTES[target])
 
 
+def test_as_many_programs_are_resident_as_the_launcher_counts_on(compiled):
+    """Where a grid is so many programs on each multiprocessor, so many fit: no second wave of the grid."""
+    assert not offenders(compiled, lambda kernel: kernel["resident"] >= kernel["counted_on"])
+
+
+def in_flight(kernel: dict) -> int:
+    """Programs on a multiprocessor at a time, in a large launch."""
+    return min(kernel["resident"], kernel["counted_on"] or kernel["resident"])
+
+
+def test_a_pass_bound_by_memory_keeps_two_programs_and_16_warps_resident(compiled, target):
+    """Else nothing loads while a program computes.  16 warps are those of 32 threads; AMD's have 64.
+
+    A pass: what multiplies no matrices, with a program a multiprocessor at least.
+    """
+    of_a_warp = MULTIPROCESSORS[target].threads_of_a_warp
+    passes = [k for k in compiled if not k["products"] and k["programs"] >= TARGETS[target].multiprocessors]
+    assert passes
+    assert not offenders(passes, lambda kernel: in_flight(kernel) >= 2)
+    assert not offenders(passes, lambda kernel: in_flight(kernel) * kernel["warps"] * of_a_warp >= 16 * 32)
+
+
 def test_products_use_matrix_units(compiled, target):
     """Each GPU's own instruction; except float32 products of full precision on NVIDIA, whose matrix units have none."""
     products = [kernel for kernel in compiled if kernel["kernel"] == "stream_kernel"]
@@ -155,6 +179,31 @@ def test_wide_accesses(compiled, target):
     assert not offenders(matrices, lambda kernel: any(access.endswith(" 16") for access in kernel["accesses"]))
 
 
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "num_warps", "name", "expected"),
+    [
+        (32, 0, 8, "sm_90", 8),  # 64 warps
+        (64, 0, 4, "sm_90", 8),  # 65,536 registers in programs of 64 x 128
+        (57, 0, 4, "sm_90", 8),  # given out in eights: 64 a thread
+        (138, 0, 4, "sm_90", 3),  # a norm's backward pass as it was measured
+        (124, 0, 4, "sm_90", 4),
+        (255, 0, 8, "sm_80", 1),
+        (16, 0, 1, "sm_100", 32),  # 32 programs at most
+        (32, 100 * 1024, 4, "sm_90", 2),  # 228 KiB in programs of 101
+        (32, 228 * 1024, 4, "sm_90", 0),
+        (128, 0, 4, "gfx942", 4),  # 512 vector registers a lane and SIMD: 4 waves each
+        (32, 40 * 1024, 4, "gfx942", 1),
+    ],
+)
+def test_resident_programs(registers, shared_bytes, num_warps, name, expected):
+    assert MULTIPROCESSORS[name].resident(registers, shared_bytes, num_warps) == expected
+
+
+def test_what_a_launcher_counts_on_is_seen_in_its_grids():
+    assert counted_on([(1024,), (132, 3), (264,)], 132) == 3
+    assert counted_on([(1024,), (131,), (1,)], 132) == 0
+
+
 def test_the_limits_of_narrow_accesses_follow_the_flags():
     flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_WEIGHT", "HAS_BIAS", "HAS_MEAN_SQUARE"), False)
     flags |= {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024, "num_warps": 4}
@@ -171,8 +220,9 @@ SPILLS = """
 import sys
 import torch, triton, triton.language as tl
 from triton.compiler import ASTSource
-from bench.fake_gpu import TARGETS
-from bench.gpu_compile import amd_field, resources
+from bench.offline.fake_gpu import TARGETS
+from bench.offline.compile_survey import amd_field, resources
+from bench.offline.record import Compiled
 
 @triton.jit
 def greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
@@ -189,7 +239,7 @@ def greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 target = TARGETS[sys.argv[1]]
 source = ASTSource(greedy_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 8192})
 compiled = triton.compile(source, target=target.triton, options={"num_warps": 4})
-found = resources(compiled, target, kernel="greedy_kernel", constants={}, dtypes=(), case="")
+found = resources(Compiled(compiled, {}, ()), target, kernel="greedy_kernel", case="")
 print(found.stack_bytes > 0, found.spilled_registers > 0)
 """
 

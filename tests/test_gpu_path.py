@@ -1,8 +1,8 @@
 """Every line of the CUDA path runs before a user's GPU sees it: training steps and a whole run on fake CUDA tensors.
 
-bench/gpu_path.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the paper's 129M
-model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to
-report, and looped.diagnose to its page.  Here its record is checked.
+bench/offline/whole_program.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the
+paper's 129M model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from
+text to report, and looped.diagnose to its page.  Here its record is checked.
 """
 
 import json
@@ -37,7 +37,7 @@ STEPS = (
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict]:
-    command = [sys.executable, "-m", "bench.gpu_path", "--preset", "paper-129m", "--batch", "32", "--target", "sm_90"]
+    command = [sys.executable, "-m", "bench.offline.whole_program", "--preset", "paper-129m", "--batch", "32"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -71,6 +71,8 @@ def test_launches_of_a_fused_step(report):
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
+        "loss_weights_kernel": 1,
+        "loss_sums_kernel": 1,
     }
     assert report["plain"]["triton_launches"] == {}
     assert report["fused"]["launches"] < 0.85 * report["plain"]["launches"]
@@ -126,5 +128,8 @@ def test_readout_makes_four_launches_a_chunk(report, name):
     assert readout["flops"] == readout["expected_flops"]
     assert readout["matrix_products"] == 3 * n_chunks
     launches = readout["triton_launches"]
-    assert launches == {"norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4}
+    assert launches == {
+        "norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4,
+        "loss_weights_kernel": 1, "loss_sums_kernel": 1,
+    }  # fmt: skip
     assert readout["launches"] <= 4 * n_chunks + 2 * 4 + SMALL_LAUNCHES == 49

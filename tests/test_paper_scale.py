@@ -1,22 +1,18 @@
-import json
-from pathlib import Path
-
 import pytest
 
 from train.config import complete, preset_config
 from train.paper_scale import GPUS, MFU, PAPER_PRESETS, RUNS, paper_scale, predict
 from train.sweep_plan import CONDITIONS
 
-COUNTED = Path(__file__).parents[1] / "bench" / "results" / "gpu_static.json"
+# One step of paper-129m in the fused trainer, counted call by call on stand-in tensors.
+COUNTED_PEAK_MIB, COUNTED_TERAFLOPS = 17_664, 25.748865810432
 
 
 def test_a_step_as_it_was_counted_call_by_call():
-    """On stand-in tensors, with every live buffer, for one GPU step of the fused trainer."""
-    step = next(one for one in json.loads(COUNTED.read_text())["steps"] if one["fused"] and one["gpu"] == "H100")
     config, one = complete(preset_config("paper-129m")), predict("paper-129m")
-    assert one.bytes / 2**20 == pytest.approx(step["peak_MiB"], rel=0.1)
+    assert one.bytes / 2**20 == pytest.approx(COUNTED_PEAK_MIB, rel=0.1)
     assert one.flops * config.batch_size * config.seq_len / one.tokens == pytest.approx(
-        step["model_teraflops"] * 1e12, rel=1e-6
+        COUNTED_TERAFLOPS * 1e12, rel=1e-6
     )
 
 
@@ -39,16 +35,6 @@ def test_terminal_supervision_reads_out_once():
 def test_runs_are_those_of_the_sweep():
     placed = [values["supervision"] for values in CONDITIONS.values()]
     assert {kind: 3 * placed.count(kind) for kind in RUNS} == RUNS
-
-
-def test_the_range_is_what_was_predicted_for_gpus():
-    steps = json.loads(COUNTED.read_text())["steps"]
-    for gpu, (low, high) in MFU.items():
-        plain, fused = (
-            next(one["predicted_mfu"] for one in steps if one["gpu"] == gpu and one["fused"] is kind)
-            for kind in (False, True)
-        )
-        assert (low, high) == pytest.approx((plain, fused), abs=0.02)
 
 
 def test_only_lengths_in_epochs():

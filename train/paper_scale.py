@@ -4,7 +4,7 @@ Nothing here was measured. Memory is 16 bytes a parameter (fp32 weight, gradient
 token and application of a block, `21 d + 8 d_ff` bytes that the backward pass keeps: two fp32 residual sums (8 d), two
 bf16 norm outputs (4 d), q, k, v and the attention's output in bf16 (8 d), a dropout mask (d), and gate, up, SiLU and
 product in bf16 (8 d_ff). Time is the model's FLOPs over a share of the GPU's dense bf16 rate (MFU), for which there are
-two predictions: of a step of paper-129m in plain PyTorch, and with the fused kernels (bench/results/gpu_static.md).
+two predictions: of a step of paper-129m in plain PyTorch, and with the fused kernels.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PAPER_PRESETS = ("paper-44m", "paper-129m")
 # The 103,227,021 words of WikiText-103's training split and, since whitespace is a token too, as many gaps.
 CORPUS_TOKENS = 2 * 103_227_021
 GPUS = {"A100": 312e12, "H100": 989e12}  # dense bf16 FLOP/s, from the data sheets
-# Model FLOPs over time and peak rate, predicted by bench/gpu_static.py: plain PyTorch, fused.
+# Model FLOPs over time and peak rate, predicted by a roofline: plain PyTorch, fused.
 MFU = {"A100": (0.42, 0.50), "H100": (0.29, 0.36)}
 RUNS: dict[Supervision, int] = {"per-loop": 18, "terminal": 9}  # six conditions and three, three seeds
 

@@ -1,14 +1,15 @@
-"""What a CUDA build of PyTorch has and a CPU build has not, imitated for bench/fake_gpu.py, which puts it in place."""
+"""What a CUDA build of PyTorch has and a CPU build has not, imitated for fake_gpu.py, which puts it in place."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu_record import Call, Record, bytes_of
+from bench.offline.record import Call, Record, bytes_of
 
 
 class Autocast:
@@ -79,6 +80,38 @@ class Event:
 
     def elapsed_time(self, later: "Event") -> float:
         return later.milliseconds - self.milliseconds
+
+
+class Stream:
+    """torch.cuda.Stream: all work is in one queue, in which nothing waits."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: the calls that were made while it was captured, made again by a replay."""
+
+    def __init__(self) -> None:
+        self.record = Record()
+        self.calls: list[Call] = []
+
+    def replay(self) -> None:
+        self.record.calls.extend(self.calls)
+
+
+def capturing(record: Record) -> Callable[..., Any]:
+    """torch.cuda.graph: fails, as on a GPU, where the host would wait for the device."""
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        first, waits = len(record.calls), len(record.host_copies)
+        yield
+        if record.host_copies[waits:]:
+            raise RuntimeError(f"a capture must not wait for the device. Got {record.host_copies[waits:]}")
+        graph.record, graph.calls = record, record.calls[first:]
+
+    return capture
 
 
 def lock_pages(tensor: Tensor) -> Tensor:

@@ -1,27 +1,31 @@
 """What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, instructions.
 
-    python -m bench.gpu_compile sm_90 [--sampled] > report.json
+    python -m bench.offline.compile_survey sm_90 [--sampled] > report.json
 
-calls the public functions of `kernels` on fake CUDA tensors (bench/fake_gpu.py) at the shapes and with the options of
-bench/gpu_cases.py, so that every kernel is compiled in every configuration that a launcher chooses there, and writes
-one JSON object a kernel.  No GPU is needed: Triton's compiler, NVIDIA's assembler and disassembler are in its package.
+calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with the
+options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses there.
+It writes one JSON object a kernel.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and
+disassembler.
 """
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from bench.fake_gpu import TARGETS, Target, fake_gpu
-from bench.gpu_cases import cases
+from bench.offline.cases import cases
+from bench.offline.fake_gpu import TARGETS, Target, fake_gpu
+from bench.offline.record import Compiled
 
 # Of a target: the instruction that multiplies matrices.
 MATRIX_INSTRUCTIONS = {
@@ -33,8 +37,48 @@ MATRIX_INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs on one multiprocessor share: warps, programs, registers of all threads, shared memory.
+
+    A warp's registers are given out in units of `register_unit`; a program takes `shared_reserved` bytes beyond its
+    own.  From NVIDIA's tuning guides for Ampere, Hopper and Blackwell, and AMD's CDNA 3 instruction set.
+    """
+
+    warps: int
+    shared_bytes: int
+    threads_of_a_warp: int = 32
+    programs: int = 32
+    registers: int = 65_536
+    register_unit: int = 256
+    shared_reserved: int = 1024
+
+    def resident(self, registers: int, shared_bytes: int, num_warps: int) -> int:
+        """How many programs are on it at a time; 0 where not even one fits."""
+        of_warp = math.ceil(max(1, registers) * self.threads_of_a_warp / self.register_unit) * self.register_unit
+        limits = [self.programs, self.warps // num_warps, self.registers // (of_warp * num_warps)]
+        if shared_bytes + self.shared_reserved:
+            limits.append(self.shared_bytes // (shared_bytes + self.shared_reserved))
+        return min(limits)
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(warps=64, shared_bytes=164 * 1024),
+    "sm_90": Multiprocessor(warps=64, shared_bytes=228 * 1024),
+    "sm_100": Multiprocessor(warps=64, shared_bytes=228 * 1024),
+    "gfx942": Multiprocessor(
+        warps=32, shared_bytes=64 * 1024, threads_of_a_warp=64, programs=16, registers=4 * 512 * 64,
+        register_unit=8 * 64, shared_reserved=0,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Resources:
     """One compiled kernel.  Bytes: of one program (shared) or one thread (stack).
+
+    warps: of a program; resident: programs that a multiprocessor holds at a time; programs: of its largest launch;
+    counted_on: programs a multiprocessor that its launcher counts on, where the grid is so many on each, else 0;
+    products: whether the source multiplies matrices (`tl.dot`).
 
     spilled_registers: on NVIDIA the instructions that access local memory, on AMD the vector registers kept there.
     accesses: instructions by width in bytes a thread, e.g. {"load 16": 8}; `matrix`: instructions of the matrix units;
@@ -51,6 +95,11 @@ class Resources:
     shared_bytes: int
     matrix: int
     accesses: dict[str, int]
+    warps: int
+    resident: int
+    programs: int
+    counted_on: int
+    products: bool
     tensor_memory: int = 0
 
 
@@ -120,11 +169,27 @@ def _amd(kernel: Any, matrix_instruction: str) -> dict[str, Any]:
     }
 
 
-def resources(compiled: Any, target: Target, **known: Any) -> Resources:
-    """The report of a compiled kernel; known: `kernel` (its name), `constants`, `dtypes`, `case`."""
+def counted_on(grids: Iterable[tuple[int, ...]], multiprocessors: int) -> int:
+    """Programs a multiprocessor that a launcher counts on: the most of the grids that are so many on each, 0 if none.
+
+    The sizes of the cases have no multiprocessor's odd factors, so that no other grid is such a multiple.
+    """
+    sizes = [math.prod(grid) for grid in grids]
+    return max((size // multiprocessors for size in sizes if size % multiprocessors == 0), default=0)
+
+
+def resources(compiled: Compiled, target: Target, **known: Any) -> Resources:
+    """The report of a compiled kernel; known: `kernel` (its name) and `case`."""
     name = next(name for name, known_target in TARGETS.items() if known_target is target)
-    measured = (_amd if target.is_amd else _nvidia)(compiled, MATRIX_INSTRUCTIONS[name])
-    return Resources(**known, shared_bytes=compiled.metadata.shared, **measured)
+    kernel = compiled.kernel
+    measured = (_amd if target.is_amd else _nvidia)(kernel, MATRIX_INSTRUCTIONS[name])
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    return Resources(
+        **known, **measured, constants=compiled.constants, dtypes=compiled.dtypes, shared_bytes=shared, warps=warps,
+        resident=MULTIPROCESSORS[name].resident(measured["registers"], shared, warps),
+        programs=max(map(math.prod, compiled.grids), default=0),
+        counted_on=counted_on(compiled.grids, target.multiprocessors), products="tt.dot" in kernel.asm["ttir"],
+    )  # fmt: skip
 
 
 # The survey ---------------------------------------------------------------------------------------------------------
@@ -132,16 +197,13 @@ def resources(compiled: Any, target: Target, **known: Any) -> Resources:
 
 def survey(target_name: str, sampled: bool = False) -> list[Resources]:
     """Every kernel that the cases launch, compiled for the target."""
-    target = TARGETS[target_name]
-    found: dict[tuple, Resources] = {}
+    target, first_case = TARGETS[target_name], {}
     with fake_gpu(target) as record:
         for case, call in cases(sampled):
             call()
-            for key, (compiled, constants, dtypes) in record.kernels.items():
-                if key not in found:
-                    known = {"kernel": key[0], "constants": dict(constants), "dtypes": dtypes, "case": case}
-                    found[key] = resources(compiled, target, **known)
-    return list(found.values())
+            first_case |= {key: case for key in record.kernels if key not in first_case}
+    kernels = record.kernels.items()
+    return [resources(compiled, target, kernel=key[0], case=first_case[key]) for key, compiled in kernels]
 
 
 def main() -> None:

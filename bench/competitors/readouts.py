@@ -9,14 +9,31 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.accuracy import Errors, relative_error, truth_dtype
-from bench.implementations import Implementation, by_name, compiled, why_missing, with_fresh_compiler
+from bench.competitors.libraries import (
+    CUT_MISSING,
+    LIGER_CUTE_MISSING,
+    LIGER_MISSING,
+    QUACK_MISSING,
+    TORCH_CHUNKED_MISSING,
+    cut_cross_entropy,
+    liger_cross_entropy,
+    liger_cute_cross_entropy,
+    liger_norm,
+    quack_cross_entropy,
+    quack_norm,
+    torch_chunked,
+)
+from bench.competitors.norms import torch_norm
+from bench.measure.accuracy import Errors, relative_error, truth_dtype
+from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
 from looped.kernels import looped_cross_entropy
 
 EPS = 1e-6
+Norm = Callable[[Tensor, Tensor, float], Tensor]  # rows [N, d], weight [d], eps
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, d], head [V, d], targets [N]
 
 
 @dataclass
@@ -54,8 +71,8 @@ class Inputs:
             tensor.requires_grad_()
         return converted
 
-    def normed(self) -> list[Tensor]:
-        return [F.rms_norm(state, state.shape[-1:], self.weight, EPS) for state in self.states]
+    def normed(self, norm: Norm = torch_norm) -> list[Tensor]:
+        return [norm(state, self.weight, EPS) for state in self.states]
 
     def forget_gradients(self) -> None:
         for tensor in self.differentiated:
@@ -76,9 +93,9 @@ def plain(inputs: Inputs) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def concatenated(inputs: Inputs, norm: Norm = torch_norm) -> tuple[Tensor, Tensor]:
     """The normed rows [K N, d] of all loops, which share the head, and their targets."""
-    return torch.cat(inputs.normed()), inputs.targets.repeat(len(inputs.states))
+    return torch.cat(inputs.normed(norm)), inputs.targets.repeat(len(inputs.states))
 
 
 def plain_concatenated(inputs: Inputs) -> Tensor:
@@ -86,66 +103,46 @@ def plain_concatenated(inputs: Inputs) -> Tensor:
     return F.cross_entropy(F.linear(rows, inputs.head), targets)
 
 
-def torch_chunked(inputs: Inputs) -> Tensor:
-    options = nn.LinearCrossEntropyOptions()
-    losses = [F.linear_cross_entropy(y, inputs.head, inputs.targets, options=options) for y in inputs.normed()]
-    return torch.stack(losses).mean()
+def per_loop(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> Loss:
+    """The mean over loops of one call a loop, by a library's norm and cross-entropy."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        return torch.stack([cross_entropy(y, inputs.head, inputs.targets) for y in inputs.normed(norm)]).mean()
+
+    return loss
 
 
-def torch_chunked_concatenated(inputs: Inputs) -> Tensor:
-    rows, targets = concatenated(inputs)
-    return F.linear_cross_entropy(rows, inputs.head, targets, options=nn.LinearCrossEntropyOptions())
+def of_all_loops(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> Loss:
+    """One call for the rows of all loops."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        rows, targets = concatenated(inputs, norm)
+        return cross_entropy(rows, inputs.head, targets)
+
+    return loss
 
 
-def cut_cross_entropy(inputs: Inputs) -> Tensor:
-    """Without its filter, which drops gradients below 2.4e-4: more than a uniform probability at V = 20,000."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    options = {"impl": "torch_compile"} if DEVICE.type == "cpu" else {"filter_eps": None}
-    rows, targets = concatenated(inputs)
-    return linear_cross_entropy(rows, inputs.head, targets, **options)
+def cut_unfiltered() -> Loss:
+    return with_fresh_compiler(of_all_loops(partial(cut_cross_entropy, filter_eps=None)))
 
 
-def liger_normed(inputs: Inputs) -> list[Tensor]:
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return [liger_rms_norm(state, inputs.weight, EPS, in_place=False) for state in inputs.states]
-
-
-def liger(inputs: Inputs) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    losses = [liger_fused_linear_cross_entropy(y, inputs.head, inputs.targets) for y in liger_normed(inputs)]
-    return torch.stack(losses).mean()
-
-
-def liger_concatenated(inputs: Inputs, accumulator: torch.dtype | None = None) -> Tensor:
-    """accumulator: of dW's sum over its chunks; None: the head's dtype."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    rows, targets = torch.cat(liger_normed(inputs)), inputs.targets.repeat(len(inputs.states))
-    return liger_fused_linear_cross_entropy(rows, inputs.head, targets, accum_dtype=accumulator)
-
-
-TORCH_MISSING = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
-LIGER_MISSING = why_missing("liger_kernel", needs_gpu=True)
-CUT_MISSING = why_missing("cut_cross_entropy")
+liger_float32 = partial(liger_cross_entropy, accumulator=torch.float32)
 IMPLEMENTATIONS = by_name(
     [
         Implementation("fused", lambda: fused),
         Implementation("plain", lambda: plain),
         compiled("compiled", plain),
         compiled("compiled-concatenated", plain_concatenated),
-        Implementation("torch-chunked", lambda: torch_chunked, TORCH_MISSING),
-        Implementation("torch-chunked-concatenated", lambda: torch_chunked_concatenated, TORCH_MISSING),
+        Implementation("torch-chunked", lambda: per_loop(torch_chunked), TORCH_CHUNKED_MISSING),
+        Implementation("torch-chunked-concatenated", lambda: of_all_loops(torch_chunked), TORCH_CHUNKED_MISSING),
+        Implementation("cut-cross-entropy-unfiltered", cut_unfiltered, CUT_MISSING, compiles=True),
+        Implementation("liger", lambda: per_loop(liger_cross_entropy, liger_norm), LIGER_MISSING),
+        Implementation("liger-concatenated", lambda: of_all_loops(liger_cross_entropy, liger_norm), LIGER_MISSING),
+        Implementation("liger-concatenated-fp32-dW", lambda: of_all_loops(liger_float32, liger_norm), LIGER_MISSING),
         Implementation(
-            "cut-cross-entropy-unfiltered", lambda: with_fresh_compiler(cut_cross_entropy), CUT_MISSING, compiles=True
+            "liger-cute-concatenated", lambda: of_all_loops(liger_cute_cross_entropy, liger_norm), LIGER_CUTE_MISSING
         ),
-        Implementation("liger", lambda: liger, LIGER_MISSING),
-        Implementation("liger-concatenated", lambda: liger_concatenated, LIGER_MISSING),
-        Implementation(
-            "liger-concatenated-fp32-dW", lambda: partial(liger_concatenated, accumulator=torch.float32), LIGER_MISSING
-        ),
+        Implementation("quack-concatenated", lambda: of_all_loops(quack_cross_entropy, quack_norm), QUACK_MISSING),
     ]
 )
 

@@ -1,4 +1,4 @@
-"""The calls of `kernels` whose launches bench/gpu_compile.py compiles: every option that changes a launch.
+"""The calls of `kernels` whose launches bench/offline/compile_survey.py compiles: every option that changes a launch.
 
 Options are crossed with itertools.product; where a launch does not depend on the vocabulary (norms), that is small.
 """

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.accuracy import Errors, relative_error, truth_dtype
-from bench.implementations import Implementation, by_name, compiled, with_fresh_compiler
-from bench.readouts import CUT_MISSING, EPS, Inputs, concatenated
-from bench.shapes import DEVICE
+from bench.competitors.libraries import CUT_MISSING, cut_cross_entropy
+from bench.competitors.readouts import EPS, Inputs, concatenated
+from bench.measure.accuracy import Errors, relative_error, truth_dtype
+from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
 from looped.kernels import looped_cross_entropy, readout_statistics
 
 Statistics = dict[str, Tensor]  # each [K, N]
@@ -56,11 +56,8 @@ def plain_loss(inputs: Inputs) -> Statistics:
 
 
 def cut_cross_entropy_loss(inputs: Inputs) -> Statistics:
-    from cut_cross_entropy import linear_cross_entropy
-
-    options = {"impl": "torch_compile"} if DEVICE.type == "cpu" else {}
     rows, targets = concatenated(inputs)
-    losses = linear_cross_entropy(rows, inputs.head, targets, reduction="none", **options)
+    losses = cut_cross_entropy(rows, inputs.head, targets, reduction="none")
     return {"loss": losses.view(len(inputs.states), -1)}
 
 

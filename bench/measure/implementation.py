@@ -12,7 +12,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from bench.shapes import DEVICE
 
-THIRD_PARTIES = {"cut_cross_entropy", "liger_kernel"}
+THIRD_PARTIES = {"cut_cross_entropy", "liger_kernel", "quack", "cutlass"}
 
 
 def is_ours(name: str) -> bool:
@@ -67,5 +67,7 @@ def cannot_run_here(error: Exception) -> bool:
     that is missing or gives up, or for want of memory.  Any other is a fault of ours."""
     if isinstance(error, (BackendCompilerFailed, InvalidCxxCompiler, torch.OutOfMemoryError)):
         return True
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in THIRD_PARTIES:
+        return True  # a version without what is asked of it
     frames = traceback.extract_tb(error.__traceback__)
     return any(THIRD_PARTIES.intersection(Path(frame.filename).parts) for frame in frames)

@@ -1,9 +1,9 @@
 """Training on a GPU that is not there: every line of the CUDA path runs, and what it would launch is counted.
 
-    python -m bench.gpu_path [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
+    python -m bench.offline.whole_program [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
 
-The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (bench/fake_gpu.py); each
-Triton launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
+The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (fake_gpu.py); each Triton
+launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
 Then train/run.py itself, a short run of the demo: checkpoint, evaluation, report, continuation; and its diagnosis.
 """
 
@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bench.fake_gpu import TARGETS, fake_gpu
-from bench.gpu_record import Record
+from bench.offline.fake_gpu import TARGETS, fake_gpu
+from bench.offline.record import Record
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose
@@ -32,8 +32,6 @@ from looped.supervision import Supervision
 from train import run
 from train.metrics import read_metrics
 from train.step import training_step
-
-TRITON_KERNELS = ("norm_", "radial_", "cross_entropy_", "stream_", "combine_")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ class StepReport:
 
 
 def _triton(record: Record) -> dict[str, int]:
-    return dict(Counter(call.name for call in record.calls if call.name.startswith(TRITON_KERNELS)))
+    """Launches of every Triton kernel, by its name; other calls have no grid."""
+    return dict(Counter(call.name for call in record.calls if call.grid))
 
 
 class StepRecord(NamedTuple):

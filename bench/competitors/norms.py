@@ -1,12 +1,21 @@
 """Implementations of norm + penalty: residual add, RMSNorm and the mean square of the sum."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.implementations import Implementation, by_name, compiled, why_missing
+from bench.competitors.libraries import (
+    LIGER_MISSING,
+    QUACK_MISSING,
+    liger_add_norm,
+    liger_norm,
+    quack_add_norm,
+    quack_norm,
+)
+from bench.measure.implementation import Implementation, by_name, compiled
 from bench.shapes import DEVICE, RowsShape
 from looped.kernels import rms_norm_penalty
 from looped.kernels.device import accumulator
@@ -70,22 +79,28 @@ def plain(inputs: NormInputs) -> list[Tensor]:
     return [tensor for tensor in result if tensor is not None]
 
 
-def module(inputs: NormInputs) -> list[Tensor]:
-    """What nn.RMSNorm calls, and the mean square in a pass of its own."""
-    total = inputs.x if inputs.residual is None else inputs.x + inputs.residual
-    y = F.rms_norm(total, total.shape[-1:], inputs.weight, EPS)
-    return [y, total.float().square().mean(-1)] + ([] if inputs.residual is None else [total])
+def with_mean_square(norm: Callable[..., Tensor], add_norm: Callable[..., tuple[Tensor, Tensor]] | None = None):
+    """Norm and penalty by a library's norm, and the mean square in a pass of its own.
+
+    add_norm: the library's norm with the residual added in; None: the sum is a pass of its own too.
+    """
+
+    def with_penalty(inputs: NormInputs) -> list[Tensor]:
+        if inputs.residual is None:
+            return [norm(inputs.x, inputs.weight, EPS), inputs.x.float().square().mean(-1)]
+        if add_norm is None:
+            total = inputs.x + inputs.residual
+            y = norm(total, inputs.weight, EPS)
+        else:
+            y, total = add_norm(inputs.x, inputs.residual, inputs.weight, EPS)
+        return [y, total.float().square().mean(-1), total]
+
+    return with_penalty
 
 
-def liger(inputs: NormInputs) -> list[Tensor]:
-    """Liger's norm, or its fused add and norm, and the mean square in a pass of its own."""
-    from liger_kernel.transformers.functional import liger_fused_add_rms_norm, liger_rms_norm
-
-    if inputs.residual is None:
-        y = liger_rms_norm(inputs.x, inputs.weight, EPS, in_place=False)
-        return [y, inputs.x.float().square().mean(-1)]
-    y, total = liger_fused_add_rms_norm(inputs.x, inputs.residual, inputs.weight, EPS, in_place=False)
-    return [y, total.float().square().mean(-1), total]
+def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What nn.RMSNorm calls."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 IMPLEMENTATIONS = by_name(
@@ -93,7 +108,8 @@ IMPLEMENTATIONS = by_name(
         Implementation("fused", lambda: fused),
         Implementation("plain", lambda: plain),
         compiled("compiled", plain),
-        Implementation("nn.RMSNorm + penalty", lambda: module),
-        Implementation("liger + penalty", lambda: liger, why_missing("liger_kernel", needs_gpu=True)),
+        Implementation("nn.RMSNorm + penalty", lambda: with_mean_square(torch_norm)),
+        Implementation("liger + penalty", lambda: with_mean_square(liger_norm, liger_add_norm), LIGER_MISSING),
+        Implementation("quack + penalty", lambda: with_mean_square(quack_norm, quack_add_norm), QUACK_MISSING),
     ]
 )

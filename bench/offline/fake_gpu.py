@@ -10,7 +10,7 @@ Code that is not this project's runs the same way: its launches by position and,
 host then waits), answers that the caller gives.  A custom op that another package registers is asked only for its
 fake implementation: its body may need a library that a machine without a GPU cannot load.
 
-What a CPU build of PyTorch lacks is imitated, here and in bench/fake_cuda.py:
+What a CPU build of PyTorch lacks is imitated, here and in bench/offline/fake_cuda.py:
 
 - C++ is told that the tensors are meta tensors (it has no device guards or streams for CUDA), Python that they are on
   the GPU.  Hence autocast, which C++ decides by the device, is applied to F.linear and to attention in Python.
@@ -22,9 +22,10 @@ What a CPU build of PyTorch lacks is imitated, here and in bench/fake_cuda.py:
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -40,8 +41,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.fake_cuda import Autocast, Event, apply, copied, lock_pages, numbered
-from bench.gpu_record import ADDED_TO, IN_PLACE, PRODUCTS, Call, Record, bytes_of, caller, flops, launch_bytes, traffic
+from bench.offline.fake_cuda import Autocast, Event, Graph, Stream, apply, capturing, copied, lock_pages, numbered
+from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,28 @@ class StubDriver:
         return torch.cpu
 
 
+NO_META = {torch.ops.aten._fused_adamw_.tensor_lr}  # in place, and PyTorch has them for real tensors alone
+
+
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": torch.device("cuda")}
+        if func in NO_META:
+            return None
         return super().dispatch(func, types, args, kwargs or {})
+
+
+def body_of(func: Any) -> Callable[..., Any] | None:
+    """What a custom op runs on a device; None for PyTorch's own ops.  Ours may be registered without `custom_op`."""
+    registration = sys.modules.get("looped.kernels.registration")
+    ours = {} if registration is None else registration.BODIES
+    name = func._schema.name
+    if name.startswith("looped::") and name.partition("::")[2] in ours:
+        return ours[name.partition("::")[2]]
+    return OPDEFS[name]._init_fn if name in OPDEFS else None
 
 
 # Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
@@ -150,10 +166,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name in OPDEFS:
-            module = OPDEFS[func._schema.name]._init_fn.__module__
-            run = self.run_op if module.partition(".")[0] in OPENED else self.trust_op
-            return run(func, args, kwargs)
+        if (body := body_of(func)) is not None:
+            is_open = body.__module__.partition(".")[0] in OPENED
+            return self.run_op(func, body, args, kwargs) if is_open else self.trust_op(func, args, kwargs)
         if func.namespace != "aten":  # questions to a tensor
             return func(*args, **kwargs)
         if self.is_of_host(args, kwargs):
@@ -180,10 +195,7 @@ class Recorder(TorchDispatchMode):
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
             inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
-            sizes = frozenset(size for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) for size in leaf.shape)
-            self.record.calls.append(
-                Call(str(func), traffic(func, inputs, returned), flops(func, args, out), sizes=sizes)
-            )
+            self.record.calls.append(Call(str(func), traffic(func, inputs, returned), flops(func, args, out)))
         return out
 
     def is_of_host(self, args: tuple, kwargs: dict) -> bool:
@@ -212,15 +224,14 @@ class Recorder(TorchDispatchMode):
         given, returned = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
         for tensor in returned:
             self.watch(tensor)
-        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0, op=func._schema.name))
+        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0))
         return out
 
-    def run_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run_op(self, func: Any, body: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
-        expected, first = tree_leaves(func(*args, **kwargs)), len(self.record.calls)
+        expected = tree_leaves(func(*args, **kwargs))
         with self:
-            out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        self.record.calls[first:] = [replace(call, op=func._schema.name) for call in self.record.calls[first:]]
+            out = body(*args, **kwargs)
         for actual, fake in zip(tree_leaves(out), expected, strict=True):
             told = [(t.shape, t.dtype, t.device) for t in (actual, fake)]
             assert told[0] == told[1], f"{func}: returns {told[0]}, its fake implementation {told[1]}"
@@ -236,25 +247,12 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
             assert value.device == here, f"{name} is on {value.device}, and {kernel_name} launched on {here}"
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
         kernel = original(self, grid=grid, warmup=True, **given | pointers)
-        key = (kernel_name, kernel.hash)
         constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        record.kernels.setdefault(
-            key, (kernel, tuple(constants.items()), tuple(str(t.dtype) for t in tensors.values()))
-        )
-        with_gradient = given.get("HAS_GRADIENT", True) and given.get("HAS_GRADIENTS", True)
-        in_place = IN_PLACE | ADDED_TO if given.get("ADD") else IN_PLACE
-        twice = {n for n in tensors if with_gradient and in_place & {n, f"{kernel_name}.{n}"}}
+        found = Compiled(kernel, constants, tuple(str(t.dtype) for t in tensors.values()))
+        programs = tuple(grid(given) if callable(grid) else grid)
+        record.kernels.setdefault((kernel_name, kernel.hash), found).grids.add(programs)
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
-        record.calls.append(
-            Call(
-                kernel_name,
-                launch_bytes(kernel_name, tensors, twice),
-                PRODUCTS.get(kernel_name, lambda _: 0)(given),
-                tuple(grid(given) if callable(grid) else grid),
-                arguments,
-                key,
-            )
-        )
+        record.calls.append(Call(kernel_name, launch_bytes(tensors, given), 0, programs, arguments))
         return kernel
 
     return run
@@ -296,6 +294,11 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
         "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
         "torch.cuda.Event": Event,
+        "torch.cuda.Stream": Stream,
+        "torch.cuda.stream": contextlib.nullcontext,
+        "torch.cuda.current_stream": lambda *_: Stream(),
+        "torch.cuda.CUDAGraph": Graph,
+        "torch.cuda.graph": capturing(record),
         "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {caller()}"),
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.version.hip": "6.4" if target.is_amd else None,

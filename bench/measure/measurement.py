@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import pytest
 
-from bench.accuracy import Errors, is_correct
-from bench.implementations import Implementation, cannot_run_here, is_ours
-from bench.memory import peak_memory
-from bench.records import Record, Session, complete, environment
-from bench.roofs import Roof
+from bench.measure.accuracy import Errors, is_correct
+from bench.measure.implementation import Implementation, cannot_run_here, is_ours
+from bench.measure.memory import peak_memory
+from bench.measure.place import Record, environment
+from bench.measure.records import Session, complete
+from bench.measure.roofs import Roof
+from bench.measure.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 from bench.shapes import DEVICE, Case
-from bench.timing import Paired, Prepare, rounds_of, seconds_of, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Checked:
 def skip(session: Session, measurement: Measurement, reason: str) -> None:
     """Skip the test and keep the reason."""
     name = measurement.implementation.name
-    if not measurement.case.smoke:
-        session.skipped.append({"group": measurement.group, "implementation": name, "reason": reason})
+    session.skipped.append({"group": measurement.group, "implementation": name, "reason": reason})
     pytest.skip(f"{name}: {reason}")
 
 
@@ -99,12 +99,13 @@ def checked(session: Session, measurement: Measurement) -> Checked:
 
 
 def timed_peak(prepare: Prepare) -> tuple[float, tuple[int, Any]]:
-    """About how long a call takes, and `peak_memory` of it."""
+    """About how long a call takes, and `peak_memory` of it; a graph says itself what its capture took."""
     call, results = prepare(), []
     seconds = seconds_of(lambda: results.append(peak_memory(call)))
     if seconds < 1:  # the count itself may take longer than the call
         seconds = seconds_of(prepare())
-    return seconds, results[0]
+    peak, result = results[0]
+    return seconds, (getattr(call, "peak_bytes", peak), result)
 
 
 def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:

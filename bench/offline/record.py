@@ -1,7 +1,6 @@
 """What a program did on a GPU that is not there: its calls, with the bytes and FLOPs of each, and its memory."""
 
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from torch.utils.flop_counter import flop_registry
 class Call:
     """One kernel that the device would run.
 
-    read_write_bytes: of the tensors it reads and of those it writes, each once.  Of a Triton kernel also: `arguments`
-    by name (of a tensor its bytes) and `key`, under which the record holds the compiled kernel.  `op`: the custom op
-    that made the launch; `sizes`: the dimensions of what an ATen op reads.
+    read_write_bytes: of the tensors it reads and of those it writes, each once.
+    Of a Triton kernel also its grid and its arguments by name (of a tensor its bytes).
     """
 
     name: str
@@ -26,9 +24,16 @@ class Call:
     flops: int
     grid: tuple[int, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
-    key: tuple[str, str] | None = None
-    op: str = ""
-    sizes: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A Triton kernel in one specialisation: Triton's own object, its constants, its tensors' dtypes, its grids."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    dtypes: tuple[str, ...]
+    grids: set[tuple[int, ...]] = field(default_factory=set)
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Record:
 
     calls: list[Call] = field(default_factory=list)
     host_copies: list[str] = field(default_factory=list)  # each makes the host wait for the device
-    kernels: dict[tuple, Any] = field(default_factory=dict)  # compiled, by name, constants, types and target
+    kernels: dict[tuple[str, str], Compiled] = field(default_factory=dict)  # by name and hash
     live_bytes: int = 0
     peak_bytes: int = 0
 
@@ -51,17 +56,18 @@ class Record:
         self.peak_bytes = self.live_bytes
 
 
-STAND_IN = ("fake_gpu", "fake_cuda", "gpu_record")  # modules, which call for the program
+STAND_IN = ("fake_gpu", "fake_cuda", "record")  # modules of this folder, which call for the program
 
 
 def caller() -> str:
     """Where in this project the op under way was called."""
-    here = Path(__file__).parents[1]
-    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(here)]
-    own = [f for f in frames if "site-packages" not in f.filename and Path(f.filename).stem not in STAND_IN]
-    if not own:
-        return "elsewhere"
-    return f"{own[-1].name} ({Path(own[-1].filename).relative_to(here)}:{own[-1].lineno})"
+    folder = Path(__file__).parent
+    project, stand_in = folder.parents[1], {folder / f"{name}.py" for name in STAND_IN}
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(project) and "site-packages" not in path.parts and path not in stand_in:
+            return f"{frame.name} ({path.relative_to(project)}:{frame.lineno})"
+    return "elsewhere"
 
 
 def bytes_of(tensors: list[Tensor]) -> int:
@@ -91,38 +97,14 @@ def traffic(func: Any, args: Any, returned: list[Tensor]) -> int:
     return bytes_of(read) + bytes_of(returned)
 
 
-def launch_bytes(kernel: str, tensors: dict[str, Tensor], twice: set[str]) -> int:
-    """Bytes that a Triton launch reads or writes, those of `twice` both; of what it gathers from, the rows."""
-    gathered = {name: GATHERED_FOR[at] for name in tensors if (at := f"{kernel}.{name}") in GATHERED_FOR}
-    whole = [tensor for name, tensor in tensors.items() if name not in gathered]
-    rows = sum(tensors[name][0].nbytes * len(tensors[like]) for name, like in gathered.items())
-    return bytes_of(whole) + bytes_of([tensors[name] for name in twice]) + rows
+def launch_bytes(tensors: dict[str, Tensor], launch: dict[str, Any]) -> int:
+    """Bytes of the tensors that a Triton launch is given; those that it reads and writes count twice."""
+    twice = {"logits_ptr"} if launch.get("HAS_GRADIENT", True) else set()
+    twice |= {"dweight_ptr", "dbias_ptr"} if launch.get("ADD") else set()
+    return bytes_of(list(tensors.values())) + bytes_of([tensors[name] for name in twice & tensors.keys()])
 
 
 def flops(func: Any, args: tuple, out: Any) -> int:
     in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # which the registry does not know
     formula = flop_registry.get(in_place.get(func._overloadpacket, func._overloadpacket))
     return 0 if formula is None else formula(*(arg for arg in args if isinstance(arg, Tensor)), out_val=out)
-
-
-# Arguments that a kernel reads and writes: by name, or by kernel and name.
-IN_PLACE = {
-    "logits_ptr",
-    "liger_cross_entropy_kernel.X_ptr",
-    "element_mul_kernel.X_ptr",
-    "_rms_norm_backward_kernel.dY_ptr",
-    "_cce_backward_kernel.dE",
-    "_cce_backward_kernel.dC",
-}
-
-ADDED_TO = {"dweight_ptr", "dbias_ptr"}  # read and written where the launch says ADD
-
-# Arguments of which a kernel reads one row for each row of another argument: by kernel and name.
-GATHERED_FOR = {"_indexed_neg_dot_forward_kernel.C": "E"}
-
-# FLOPs of the matrix products of a Triton kernel, from its arguments.
-PRODUCTS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "stream_kernel": lambda a: 2 * a["n_rows"] * a["n_columns"] * a["d"],
-    "_cce_lse_forward_kernel": lambda a: 2 * a["B"] * a["V"] * a["D"],
-    "_cce_backward_kernel": lambda a: 6 * a["B"] * a["V"] * a["D"],  # the logits again, and two gradients
-}

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.implementations import Implementation, by_name, is_ours
-from bench.roofs import Roof, projection_roof
+from bench.competitors.graphs import Replay
+from bench.measure.implementation import Implementation, by_name, is_ours
+from bench.measure.roofs import Roof, projection_roof
+from bench.measure.timing import Prepare
 from bench.shapes import DEVICE, Case, DecoderShape
-from bench.timing import Prepare
 from looped.attention import SelfAttention
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
@@ -40,14 +41,19 @@ class EagerAttention(nn.Module):
         return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model))
 
 
-IMPLEMENTATIONS = by_name(
-    Implementation(name, lambda: None, compiles="compiled" in name)
-    for name in ("fused", "fused-blocks-compiled", "plain", "plain-blocks-compiled", "eager")
+VARIANTS = ("fused", "fused-blocks-compiled", "plain", "plain-blocks-compiled", "eager")
+IMPLEMENTATIONS = by_name(Implementation(name, lambda: None, compiles="compiled" in name) for name in VARIANTS)
+
+GRAPHED = "-graphed"  # behind a variant: its training step as one CUDA graph
+NEEDS_GPU = None if DEVICE.type == "cuda" else "needs a GPU"
+STEP_IMPLEMENTATIONS = IMPLEMENTATIONS | by_name(
+    IMPLEMENTATIONS[name]._replace(name=f"{name}{GRAPHED}", missing=NEEDS_GPU) for name in VARIANTS
 )
 
 
 def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedDecoder:
     """A decoder of the preset, of K loops, with RMSNorm readout; the same weights in every variant."""
+    variant = variant.removesuffix(GRAPHED)
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops)
     with device:
@@ -69,10 +75,12 @@ def tokens_of(shape: DecoderShape, vocab_size: int) -> Tensor:
 @lru_cache(maxsize=2)  # the fused model, with which the others take turns, and one other
 def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -> Prepare:
     """A model in training and its optimiser, with a function that takes a step."""
-    if IMPLEMENTATIONS[variant].compiles:
+    graphed = variant.endswith(GRAPHED)
+    if "compiled" in variant:
         torch.compiler.reset()  # a block may have only so many graphs
     model = decoder(case.shape, variant).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+    rate = torch.tensor(1e-5, device=DEVICE) if graphed else 1e-5  # a number would be written into the graph
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True, capturable=graphed)
     tokens = tokens_of(case.shape, model.config.vocab_size)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -80,7 +88,8 @@ def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -
         return training_step(model, optimizer, inputs, targets, supervision=supervision, penalty=0.0, dtype=case.dtype)
 
     step()  # creates the optimiser's state
-    return lambda: step
+    call = Replay(step) if graphed else step
+    return lambda: call
 
 
 def decoder_roof(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> Roof:

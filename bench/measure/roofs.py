@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.measure.timing import Call, seconds_of
 from bench.shapes import BF16_IS_EMULATED, DEVICE, ReadoutShape
-from bench.timing import Call, seconds_of
 from looped.kernels.device import product_dtype
 
 CHUNK_ROWS = (512, 2048, 8192) if DEVICE.type == "cuda" else (512, 2048)

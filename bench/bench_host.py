@@ -1,0 +1,187 @@
+"""The host's time for one call, in microseconds: what Python, PyTorch and Triton do before the GPU has its work.
+
+    python -m bench.bench_host                                 # a table
+    python -m pytest bench/bench_host.py --benchmark-only      # the same by pytest-benchmark
+
+It needs no GPU; where one is there, it is used.  Three columns: the forward pass without gradients, the forward pass
+that records its graph, and the backward pass alone (`torch.autograd.grad`, the graph kept).
+
+**Included**, with and without a GPU: the public function with its checks, torch.library's dispatch, autograd, the
+allocation of results, every launcher, and Triton's own path of a launch with its binder and cache.
+
+**Without a GPU** (bench/offline/host_only.py) tensors live on the CPU and are taken down the path of CUDA tensors.
+Left out are Triton's compiled launcher and the CUDA driver's launch, the caching allocator in place of which the CPU's
+allocates, the thread in which autograd runs a GPU's backward pass, and waits.  ATen's operations, products among them,
+run on the CPU on tensors so small that they take about what their launch would.  `F.rms_norm` is one kernel on a GPU
+and several operations on a CPU: there `F.layer_norm`, one operation on both, is the better yardstick.
+
+Time is the thread's own, so that other programs on the machine are not counted, though they may slow it down.
+
+**With a GPU** all of it is included, by the wall clock.  The shapes are so small that the GPU waits for the host, never
+the host for the GPU.
+
+Compare rows of one run only: hosts differ in speed.  One with an H200 took 2.1 to 2.4 times as long as a CPU without
+a GPU for every row that was measured on both (a bare launch, `rms_norm_penalty` in its three modes): the proportions
+are those of a GPU's host.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bench.offline.host_only import host_only
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+
+ON_GPU = torch.cuda.is_available()
+ROWS, D, VOCABULARY, LOOPS, CHUNKS = 64, 64, 128, 4, 8
+ROUNDS, CALLS, WARM_UPS = 15, 30, 10
+CLOCK = time.perf_counter if ON_GPU else time.thread_time  # without a GPU all is in one thread, which never waits
+Call = Callable[[], Any]
+MODES = ("no gradient", "forward", "backward")
+
+
+class Subject(NamedTuple):
+    """A call that gives tensors, and the tensors that may need a gradient; none where there is no backward pass."""
+
+    call: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    differentiable: bool = True
+
+
+class Bare(torch.autograd.Function):
+    """Nothing but an allocation each way: what autograd costs whoever is written in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty_like(dy)
+
+
+@triton.jit
+def bare_kernel(out_ptr, n, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, index.to(tl.float32), mask=index < n)
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device="cuda" if ON_GPU else "cpu").to(dtype)
+
+
+@cache
+def subjects() -> dict[str, Subject]:
+    """By name, the yardsticks first."""
+    x, residual, weight = _random(ROWS, D, dtype=torch.bfloat16), _random(ROWS, D), torch.ones_like(_random(D))
+    states, head = [_random(ROWS, D) for _ in range(LOOPS)], _random(VOCABULARY, D)
+    targets = (_random(ROWS).abs() * 10).long() % VOCABULARY
+
+    def read_out(*tensors: Tensor, **options: Any) -> Tensor:
+        *loops, w, norm_weight = tensors
+        return looped_cross_entropy(loops, w, targets, norm_weight=norm_weight, penalty=0.01, **options).loss
+
+    def read_out_in_chunks(*tensors: Tensor) -> Tensor:
+        return read_out(*tensors, chunk_rows=LOOPS * ROWS // CHUNKS)
+
+    return {
+        "F.rms_norm": Subject(lambda h, w: F.rms_norm(h, (D,), w, 1e-6), (residual, weight)),
+        "F.layer_norm": Subject(lambda h, w: F.layer_norm(h, (D,), w), (residual, weight)),
+        "bare autograd.Function": Subject(Bare.apply, (residual,)),
+        "bare Triton launch": Subject(lambda h: bare_kernel[(1,)](h, D, BLOCK=64), (residual,), False),
+        "rms_norm_penalty": Subject(lambda h, w: rms_norm_penalty(h, w), (residual, weight)),
+        "rms_norm_penalty, residual": Subject(
+            lambda h, w, r: rms_norm_penalty(h, w, residual=r), (x, weight, residual)
+        ),
+        "radial_gradient": Subject(radial_gradient, (residual, _random(ROWS, D))),
+        "looped_cross_entropy, 1 chunk": Subject(read_out, (*states, head, weight)),
+        f"looped_cross_entropy, {CHUNKS} chunks": Subject(read_out_in_chunks, (*states, head, weight)),
+        "readout_statistics": Subject(
+            lambda *loops: readout_statistics(loops, head, targets, norm_weight=weight), tuple(states), False
+        ),
+    }
+
+
+def prepared(subject: Subject, mode: str) -> Call:
+    """A call of the subject in one of MODES, whose first runs compile."""
+    inputs = tuple(tensor.detach().requires_grad_(mode != "no gradient") for tensor in subject.inputs)
+    if mode == "no gradient":
+        return torch.no_grad()(lambda: subject.call(*inputs))
+    if mode == "forward":
+        return lambda: subject.call(*inputs)
+    results = subject.call(*inputs)
+    results = [results] if isinstance(results, Tensor) else [each for each in results if isinstance(each, Tensor)]
+    gradients = [torch.ones_like(result) for result in results]
+    return lambda: torch.autograd.grad(results, inputs, gradients, retain_graph=True)
+
+
+def cases() -> list[tuple[str, str]]:
+    return [
+        (name, mode) for name in subjects() for mode in MODES if mode == MODES[0] or subjects()[name].differentiable
+    ]
+
+
+def path() -> contextlib.AbstractContextManager[None]:
+    """The GPU that is there, or the host's part alone, in which products of whatever memory held must not be slow."""
+    torch.set_flush_denormal(True)
+    return contextlib.nullcontext() if ON_GPU else host_only()
+
+
+def microseconds(call: Call, rounds: int, calls: int) -> float:
+    """Of one call: its mean over so many calls in a row, in the quickest of so many rounds: others run here too."""
+    for _ in range(min(calls, WARM_UPS)):
+        call()
+    means = []
+    for _ in range(rounds):
+        start = CLOCK()
+        for _ in range(calls):
+            call()
+        means.append((CLOCK() - start) / calls * 1e6)
+        if ON_GPU:
+            torch.cuda.synchronize()
+    return min(means)
+
+
+def measured(rounds: int = ROUNDS, calls: int = CALLS) -> Iterator[tuple[str, str, float]]:
+    """Subject, mode and microseconds, one after the other."""
+    for name, mode in cases():
+        with path():
+            taken = microseconds(prepared(subjects()[name], mode), rounds, calls)
+        yield name, mode, taken
+
+
+@pytest.fixture
+def as_on_a_gpu() -> Iterator[None]:
+    with path():
+        yield
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(("name", "mode"), cases())
+def bench_host(benchmark, as_on_a_gpu, name: str, mode: str) -> None:
+    benchmark.group = f"host, {mode}"
+    call = prepared(subjects()[name], mode)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=CALLS, warmup_rounds=1)
+
+
+def main() -> None:
+    found: dict[str, dict[str, float]] = {}
+    for name, mode, value in measured():
+        found.setdefault(name, {})[mode] = value
+    print(f"| host, microseconds a call{'' if ON_GPU else ' (no GPU: its part alone)'} | {' | '.join(MODES)} |")
+    print("|---|---|---|---|")
+    for name, times in found.items():
+        print(f"| {name} | {' | '.join(f'{times[mode]:.1f}' if mode in times else '' for mode in MODES)} |")
+
+
+if __name__ == "__main__":
+    main()

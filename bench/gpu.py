@@ -1,0 +1,177 @@
+"""All that only a GPU can tell, in one command of less than eight minutes.
+
+    make gpu                                  # with an interpreter that is there, and nothing installed: PY=python3
+    python -m bench.gpu [PART ...]            # some of its parts
+    python -m bench.gpu --table RECORD.jsonl  # the short table of a record
+
+The parts: the kernels' tests; the host's time a call; the training step, launched kernel by kernel and as one CUDA
+graph, fused and plain, compiled or not; the readout, forward only and with gradients; the norms.  Each is a process
+of its own with a time limit, and what it finds is written at once: a part that is stopped loses only its rest.
+Competitors that are not installed are named.  The record is a file of bench/results.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench.measure.pivot import table
+from bench.measure.place import RESULTS, environment, place_of, slug
+from bench.measure.records import Session, read, write
+
+ROOT = Path(__file__).parents[1]
+SHOWN_LINES = 25  # of a part that failed
+
+
+def note(results: Path, name: str, **values: Any) -> None:
+    """Write a fact into the record."""
+    write(Session(facts=[{"name": name, **values, **environment()}]), results)
+
+
+# The parts: each runs in a process of its own, and returns its exit code ---------------------------------------------
+
+
+def kernel_tests() -> list[Path]:
+    """The files with tests that run once on the CPU's implementation and once on the Triton kernels."""
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return [
+        path for path in paths if re.search(r"^def test_\w+\(.*\b(backend|device)\b", path.read_text(), re.MULTILINE)
+    ]
+
+
+def run_kernel_tests(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
+    """Natively, the files beside each other; those on the CPU run everywhere else."""
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton", *(["--collect-only"] if smoke else [])]
+
+    def run(path: Path) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
+        outcomes = list(pool.map(run, kernel_tests()[: 1 if smoke else None]))
+    output = "\n".join(text for code, text in outcomes if code not in (0, 5))  # 5: the file has none
+    print(output)
+    counts = {
+        word: sum(int(n) for _, text in outcomes for n in re.findall(rf"(\d+) {word}", text))
+        for word in ("passed", "failed", "error")
+    }
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    note(results, "the kernels' tests", **counts, names=failed)
+    return int(any(code not in (0, 5) for code, _ in outcomes))
+
+
+def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
+    from bench import bench_host
+
+    for name, mode, value in bench_host.measured(1, 1) if smoke else bench_host.measured():
+        note(results, f"host, {name}, {mode}", subject=name, mode=mode, microseconds=value)
+    return 0
+
+
+def benchmarks(file: str, chosen: str, tiny: str) -> Callable[[Path, bool, Sequence[object]], int]:
+    """A part that runs the benchmarks of a file that pytest's -k chooses, or tiny ones."""
+
+    def run(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
+        options = ["--benchmark-only", "--benchmark-columns=median", "-q", "-rfE", "--tb=short", "-pno:cacheprovider"]
+        where = [str(ROOT / "bench" / file), "--rootdir", str(ROOT), "--record", f"--results={results}"]
+        return int(pytest.main([*where, *options, "-k", tiny if smoke else chosen], plugins=list(plugins)))
+
+    return run
+
+
+class Part(NamedTuple):
+    """`run(results, smoke, plugins)` gives an exit code; seconds: after which it is stopped."""
+
+    seconds: int
+    run: Callable[[Path, bool, Sequence[object]], int]
+
+
+TINY = "smoke and not (compiled or chunked or terminal)"
+PARTS = {
+    "tests": Part(90, run_kernel_tests),
+    "host": Part(25, run_host),
+    "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop", TINY)),
+    "readout": Part(
+        125,
+        benchmarks("bench_readout.py", "K4-N8192-d768-V20000-bf16 or K4-N8192-d2048-V128256-bf16", TINY),
+    ),
+    "forward only": Part(40, benchmarks("bench_statistics.py", "K4-N8192-d768-V20000-bf16", TINY)),
+    "norms": Part(65, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
+}
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def supervised(command: Sequence[str], seconds: float) -> tuple[str, bool, str]:
+    """Run a command at most so long: what became of it, whether all went well, and the end of its output."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+            outcome = f"done in {time.monotonic() - start:.0f} s" if code == 0 else f"failed, exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, outcome = None, f"stopped after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return outcome, code == 0, "".join(output.readlines()[-SHOWN_LINES:])
+
+
+def run_all(names: Sequence[str], results: Path) -> bool:
+    """Every part in turn; whether all went well."""
+    fine = True
+    for name in names:
+        print(f"{name}: at most {PARTS[name].seconds} s", flush=True)
+        command = [sys.executable, "-m", "bench.gpu", "--part", name, "--results", str(results)]
+        outcome, went_well, end = supervised(command, PARTS[name].seconds)
+        print(f"{name}: {outcome}" + ("" if went_well else f"\n{end}"), flush=True)
+        note(results, f"part {name}", outcome=outcome)
+        fine &= went_well
+    return fine
+
+
+def record_of_today(results: Path) -> Path:
+    return results / f"{environment()['date']}-{slug(environment())}.jsonl"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
+    parser.add_argument("--part", choices=PARTS, help="run one part in this process")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the record is written")
+    parser.add_argument("--table", type=Path, help="print the short table of a record")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"PART must be one of {', '.join(PARTS)}. Got {', '.join(sorted(unknown))}.")
+    if options.table:
+        print(table(read(options.table)))
+        return 0
+    if not torch.cuda.is_available():
+        parser.error(f"a GPU must be there. Got torch {torch.__version__}, for which there is none.")
+    if options.part:
+        return PARTS[options.part].run(options.results, False, ())
+    fine = run_all(options.parts or list(PARTS), options.results)
+    path = record_of_today(options.results)
+    print(f"\n{table(read(path))}\n\n{place_of(environment())}\nwritten: {path}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""A record as one short table a subject: a row an implementation, a column a case."""
+
+from itertools import groupby
+
+from bench.measure.place import Record
+from bench.measure.records import Results
+
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "MI300X": 1307}  # dense bf16, from data sheets
+
+
+def table(found: Results) -> str:
+    """What was measured, the host's times, what became of every part, and what is missing."""
+    lines: list[str] = []
+    for subject, rows in groupby(found.records, key=lambda record: record["subject"]):
+        lines += [*_subject(subject, list(rows)), ""]
+    lines += _host([fact for fact in found.facts if "microseconds" in fact])
+    tests = [fact for fact in found.facts if "passed" in fact]
+    lines += [
+        f"{t['name']}: {t['passed']} passed, {t['failed'] + t['error']} failed {' '.join(t['names'])}" for t in tests
+    ]
+    lines += [f"{fact['name']}: {fact['outcome']}" for fact in found.facts if "outcome" in fact]
+    reasons = {(skip["implementation"], skip["reason"]): None for skip in found.skipped}
+    return "\n".join([*lines, *(f"missing: {name}: {reason}" for name, reason in reasons)])
+
+
+def _subject(subject: str, records: list[Record]) -> list[str]:
+    cases = list(dict.fromkeys(record["group"] for record in records))
+    titles = [group.replace(subject, "").strip() for group in cases]
+    cells = {(record["implementation"], record["group"]): _cell(record) for record in records}
+    lines = [f"| {subject} | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        lines.append(f"| {name} | {' | '.join(cells.get((name, group), '') for group in cases)} |")
+    return lines
+
+
+def _cell(record: Record) -> str:
+    """Time and memory, or, where bytes are moved, bytes per second; of a step its tokens and its share of the peak."""
+    wrong = "" if record["correct"] else ", **wrong**"
+    if "gigabytes_per_second" in record:
+        return f"{record['gigabytes_per_second']:,.0f} GB/s{wrong}"
+    cell = f"{record['milliseconds']:.4g} ms, {record['peak_memory_mib']:,.0f} MiB{wrong}"
+    if "tokens_per_second" not in record:
+        return cell
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in record["device"]), None)
+    share = "" if peak is None else f", MFU {record['gflops_per_second'] / peak / 10:.1f}%"
+    return f"{cell}, {record['tokens_per_second']:,.0f} tokens/s{share}"
+
+
+def _host(facts: list[Record]) -> list[str]:
+    if not facts:
+        return []
+    modes = list(dict.fromkeys(fact["mode"] for fact in facts))
+    times = {(fact["subject"], fact["mode"]): f"{fact['microseconds']:.1f}" for fact in facts}
+    lines = [f"| host, microseconds a call | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
+    for name in dict.fromkeys(fact["subject"] for fact in facts):
+        lines.append(f"| {name} | {' | '.join(times.get((name, mode), '') for mode in modes)} |")
+    return [*lines, ""]

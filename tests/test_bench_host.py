@@ -1,0 +1,60 @@
+"""The host's benchmark: without a GPU every call must take the path of CUDA tensors, down to Triton's launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without a GPU")
+
+# Kernels are launched as in the benchmark; the launcher that does nothing counts.
+LAUNCHES = """
+import json, sys
+import torch
+from bench import bench_host
+from bench.offline import host_only
+
+launches = []
+host_only._no_launch = lambda *arguments: launches.append(arguments[0])
+found = {}
+for name, mode in bench_host.cases():
+    with bench_host.path():
+        call = bench_host.prepared(bench_host.subjects()[name], mode)
+        launches.clear()
+        call()
+        found[f"{name}, {mode}"] = len(launches)
+x = torch.zeros(1)
+json.dump({"launches": found, "after": [x.is_cuda, x.device.type, torch.cuda.is_available()]}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_our_operations_launch_and_pytorchs_do_not(report):
+    for case, count in report["launches"].items():
+        theirs = case.startswith(("F.", "bare autograd"))
+        assert (count == 0) == theirs, case
+    assert report["launches"]["bare Triton launch, no gradient"] == 1
+    for mode in ("no gradient", "forward", "backward"):
+        assert report["launches"][f"rms_norm_penalty, residual, {mode}"] == 1
+
+
+def test_a_chunk_more_is_a_launch_more(report):
+    one, eight = (report["launches"][f"looped_cross_entropy, {n}, forward"] for n in ("1 chunk", "8 chunks"))
+    assert eight - one == 7
+
+
+def test_nothing_of_it_stays(report):
+    assert report["after"] == [False, "cpu", False]
