@@ -99,8 +99,8 @@ One command trains, measures and judges; one GPU, or several with `--jobs` set t
 is continued when the command is given again.
 
 ```
-python train/sweep.py --preset paper-44m --out runs/sweep-44m --claims runs/sweep-44m/claims
-python train/sweep.py --preset paper-129m --out runs/sweep-129m --claims runs/sweep-129m/claims
+python -m train.paper sweep --preset paper-44m --out runs/sweep-44m --claims runs/sweep-44m/claims
+python -m train.paper sweep --preset paper-129m --out runs/sweep-129m --claims runs/sweep-129m/claims
 ```
 
 Both take WikiText-103 from the Hugging Face hub; `--data` names other text. `--conditions` and `--seeds` choose fewer
