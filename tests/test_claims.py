@@ -15,18 +15,16 @@ from looped.diagnose.interventions import ALPHAS, AlphaSweep
 from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
-from train.claim import Claim, Mark, Untestable, judge
-from train.claims import write_claims
-from train.claims_page import Sweep
-from train.evidence import Evidence, read_diagnoses
-from train.paper_claims import paper_claims
-from train.quality_claims import RATES
-from train.seed_tables import TABLES
-from train.sweep_plan import CONDITIONS
-from train.sweep_report import RunResult
+from train.paper.claim import Claim, Mark, Untestable, judge, judge_values
+from train.paper.claims import CLAIMS
+from train.paper.claims_page import markdown
+from train.paper.conditions import CONDITIONS, PAPER_RATES, SEEDS
+from train.paper.evidence import Evidence, read_diagnoses
+from train.paper.judging import Sweep, record_of, write_claims
+from train.paper.runs import RunResult
+from train.paper.seed_tables import TABLES
 
-CLAIMS = paper_claims("demo")
-SEEDS = (42, 101, 202)
+COMMITTED = Path(__file__).parents[1] / "bench/results/paper-demo/claims.json"
 VISIBLE = RadialFractions(*[[0.02] * 4] * 5)
 # Condition: cross-entropy at K = 1..4, norm of the last state, and what differs from a blind model's measurements.
 AS_IN_THE_PAPER = {
@@ -72,7 +70,7 @@ def evidence(
     ce: list[float] | None = None,
     as_trained: list[float] | None = None,
     norm: float | None = None,
-    rates: tuple[float, ...] = RATES,
+    rates: tuple[float, ...] = PAPER_RATES,
     **changes,
 ):
     """A run as the paper describes it; ``changes`` replace measurements."""
@@ -189,24 +187,39 @@ READINGS = [  # number of the claim, what final-only is: as trained it agrees, a
 
 
 @pytest.mark.parametrize(("number", "change", "mark", "otherwise"), READINGS)
-def test_both_readings_of_final_only_are_told_and_one_decides(number, change, mark, otherwise, tmp_path):
+def test_both_readings_of_final_only_are_told_and_one_decides(number, change, mark, otherwise):
     runs = {42: paper_seed() | {"per-loop-final-only": evidence("per-loop-final-only", **change)}}
     outcome = judge(CLAIMS[number - 1], runs)
     assert (outcome.mark, len(outcome.held_otherwise)) == (mark, otherwise)
-    write_claims(sweep_of(runs), tmp_path)
-    section = (tmp_path / "claims.md").read_text().partition(f"### {number}. ")[2].partition("\n#")[0]
+    record = record_of(sweep_of(runs))
+    section = markdown(record).partition(f"### {number}. ")[2].partition("\n#")[0]
     would = "reproduced" if otherwise else "not reproduced"
     other = f"with every loop read as the last: the rule holds for {otherwise} of 1 seeds, which would be *{would}*."
     assert other in section
     assert "final-only is read as it was trained" in section
-    record = json.loads((tmp_path / "claims.json").read_text())["claims"][number - 1]
-    assert record["alternative"]["seeds_that_hold"] == [42] * otherwise
+    assert record["claims"][number - 1]["alternative"]["seeds_that_hold"] == [42] * otherwise
 
 
 def test_all_that_is_said_of_a_preset_is_of_that_preset():
-    (ouro,) = (claim for claim in paper_claims("paper-129m") if isinstance(claim, Untestable))
-    assert "preset paper-129m" in ouro.why
-    assert not re.search("small|minutes|demo", " ".join([ouro.why, ouro.title, ouro.paper]))
+    sweep = sweep_of({42: paper_seed()})
+    record = record_of(dataclasses.replace(sweep, settings=sweep.settings | {"preset": "paper-129m"}))
+    (ouro,) = (judged for judged in record["claims"] if "why" in judged)
+    assert "preset paper-129m" in ouro["why"]
+    assert not re.search("small|minutes|demo|{", " ".join([ouro["why"], ouro["title"], ouro["paper"]]))
+
+
+def test_the_committed_page_is_that_of_its_record():
+    """Both the judgements and the words, from the numbers of 27 runs."""
+    record = json.loads(COMMITTED.read_text())
+    assert markdown(record) == COMMITTED.with_suffix(".md").read_text()
+    for claim, judged in zip(CLAIMS, record["claims"], strict=True):
+        assert (claim.title, claim.paper) == (judged["title"], judged["paper"])
+        if isinstance(claim, Claim):
+            outcome = judge_values(claim, {int(seed): row for seed, row in judged["values_by_seed"].items()})
+            assert (outcome.mark, outcome.held) == (judged["mark"], judged["seeds_that_hold"])
+            assert outcome.held_otherwise == judged.get("alternative", {}).get("seeds_that_hold", [])
+            assert [quantity.label for quantity in claim.quantities] == judged["quantities"]
+            assert (claim.rule, list(claim.conditions)) == (judged["rule"], judged["conditions"])
 
 
 def test_what_is_missing_is_not_judged():
@@ -236,7 +249,9 @@ def settings() -> dict[str, object]:
 
 def sweep_of(runs: dict[int, dict[str, Evidence]]) -> Sweep:
     results = [one.result for seed in runs.values() for one in seed.values()]
-    return Sweep(results, settings(), runs, SEEDS, ["python train/sweep.py --preset demo", "python -m train.claims"])
+    return Sweep(
+        results, settings(), runs, SEEDS, ["python -m train.paper sweep --preset demo", "python -m train.paper claims"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -265,13 +280,13 @@ def test_page_has_every_claim(page):
         assert claim.paper in section
         if isinstance(claim, Untestable):
             assert one["mark"] == "not testable at this scale"
-            assert claim.why in section
+            assert claim.why.format(preset="demo") in section
         else:
             assert claim.rule in section
             assert all(f"| {quantity.label} | " in section for quantity in claim.quantities)
     for said in (
         "--preset paper-129m",
-        "\npython train/sweep.py --preset demo\npython -m train.claims\n",
+        "\npython -m train.paper sweep --preset demo\npython -m train.paper claims\n",
         "Commit: abc",
         "cpu: synthetic",
         record["made"]["date"],

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from train.config import complete, preset_config
-from train.paper_scale import GPUS, MFU, PAPER_PRESETS, RUNS, paper_scale, predict
-from train.sweep_plan import CONDITIONS
+from train.paper.conditions import CONDITIONS
+from train.paper.paper_scale import GPUS, MFU, PAPER_PRESETS, RUNS, paper_scale, predict
 
 COUNTED = Path(__file__).parents[1] / "bench" / "results" / "gpu_static.json"
 
@@ -59,7 +59,7 @@ def test_only_lengths_in_epochs():
 def test_section():
     text = paper_scale()
     for preset in PAPER_PRESETS:
-        assert f"train/sweep.py --preset {preset} " in text
+        assert f"train.paper sweep --preset {preset} " in text
         for supervision in RUNS:
             assert f"| {preset} | {supervision} | {predict(preset).parameters:,} |" in text
         assert f"| {preset} | all 27 runs |" in text

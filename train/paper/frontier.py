@@ -32,7 +32,7 @@ from looped.saved_run import SavedRun, load_run
 from looped.supervision import evaluation_losses
 from train.batches import Windows, spread
 from train.interrupt import Interruptions
-from train.metrics import finite, write_json
+from train.metrics import finite
 from train.paper import sweep
 from train.paper.conditions import BLIND, FINAL_ONLY, PAPER_PPL, PAPER_RATES, PENALISED, RAW, SEEDS, TERMINAL, Condition
 from train.paper.frontier_estimates import DRAWS, REFERENCE, Documents, points
@@ -40,6 +40,7 @@ from train.paper.frontier_figure import draw
 from train.paper.frontier_page import markdown
 from train.paper.frontier_speed import DEVICE, architecture, competitors, throughput
 from train.paper.options import check_distinct, check_positive, split_words
+from train.paper.record import write_record
 from train.paper.runs import RunResult, find_runs, read_run
 from train.report import environment
 from train.run import command_line
@@ -90,7 +91,7 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     machine = f"{record['device']} {record['instructions']} {record['threads']} threads".lower()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine)).strip("-")
     path = options.out / f"{record['date']}-{slug}-frontier.json"
-    write_json(path, record)
+    write_record(path, record)
     draw(path.with_suffix(".png"), record)
     path.with_suffix(".md").write_text(markdown(record, path.stem), encoding="utf-8")
     print(f"written: {path.with_suffix('.md')}, the same as .json, and the figure as .png")
@@ -180,7 +181,7 @@ def load_complete(directory: Path, conditions: Sequence[Condition]) -> tuple[lis
             check_comparable(runs[0], runs[-1])
     if not runs:
         raise ValueError(
-            "--runs must be a sweep with a complete run, DIR/<condition>/seed-<seed>/, of the conditions "
+            "runs must be a sweep with a complete run, DIR/<condition>/seed-<seed>/, of the conditions "
             f"{', '.join(conditions)}. {directory} has none."
         )
     return results, runs

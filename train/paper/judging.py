@@ -19,7 +19,7 @@ import torch
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.saved_run import check_writable, load_run
-from train.metrics import finite, write_json
+from train.metrics import finite
 from train.paper.claim import Claim, Mark, Seed, Untestable, judge
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
@@ -28,6 +28,7 @@ from train.paper.evidence import HORIZON, Evidence, kept_diagnosis, make_diagnos
 from train.paper.exit_gap import COLOURS, draw_exit_gap
 from train.paper.options import check_distinct, check_positive
 from train.paper.plan import check_runs, sweep_command
+from train.paper.record import write_record
 from train.paper.runs import FoundRun, RunResult, complete_runs, find_runs, read_run, sweep_settings
 from train.paper.seed_tables import measurements
 from train.paper.tables import distinct
@@ -168,7 +169,7 @@ def write_claims(sweep: Sweep, out: Path) -> list[Mark]:
     shown = sweep.seeds[record["diagnosed"]["shown"]]
     write_diagnosis([evidence.diagnosis for evidence in shown.values()], out, COLOURS)
     draw_exit_gap(out / "exit_gap.png", complete_runs(sweep.results))
-    write_json(out / "claims.json", record)
+    write_record(out / "claims.json", record)
     (out / "claims.md").write_text(markdown(record), encoding="utf-8")
     return [judged["mark"] for judged in record["claims"]]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from train.metrics import write_json
 from train.paper.conditions import PAPER_TABLE
 from train.paper.exit_gap import draw_exit_gap
 from train.paper.paper_scale import paper_scale
+from train.paper.record import write_record
 from train.paper.runs import RunResult, by_condition, complete_runs, find_runs, read_run, sweep_settings
 from train.paper.tables import code_block, condition_table, cost, depth_table, known_values, page, settings_line
 
@@ -31,7 +31,7 @@ def write_report(out: Path, command: Sequence[str] | None = None) -> list[RunRes
         "runs": [dataclasses.asdict(result) for result in results],
         "conditions": [statistics(name, group) for name, group in by_condition(results).items()],
     }
-    write_json(out / "sweep.json", record)
+    write_record(out / "sweep.json", record)
     draw_exit_gap(out / "exit_gap.png", complete_runs(results))
     (out / "sweep.md").write_text(markdown(results, settings, command), encoding="utf-8")
     return results
