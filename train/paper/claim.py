@@ -1,80 +1,120 @@
-"""What a claim of the paper is here: numbers taken from runs, and a rule that they obey or not.
+"""What a claim of the paper is here: numbers taken from runs, some of which have to obey rules.
 
-Thresholds come from the paper's numbers, not from any of ours. A claim is *reproduced* if its rule holds for every seed
-that has all the runs it needs, and *not reproduced* if it fails for one; with no such seed it is *not measured*.
+Thresholds come from the paper's numbers, not from any of ours. A claim is *reproduced* if its rules hold for every seed
+that has all the runs it needs, and *not reproduced* if one fails for one seed; with no such seed it is *not measured*.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from looped.diagnose.verdict import Measurements
 from train.paper.evidence import Evidence
-from train.paper.runs import RunResult
 
 Seed = Mapping[str, Evidence]  # the complete runs of one seed, by condition
 Mark = Literal["reproduced", "not reproduced", "not measured", "not testable at this scale"]
-Rule = Callable[..., bool]  # of the quantities of one seed, in order
+Reading = Literal["both", "decisive", "other"]
+Numbers = Mapping[str, float]  # the quantities of one seed, by label
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A number of one complete run. label: may have a place for the condition. form: how the number is printed."""
+class Rule:
+    """What a quantity must be: in English, and of its value and all the quantities of the seed. reading: in which of
+    two readings of the same runs it has to be so, where a claim has two."""
 
-    label: str
-    value: Callable[[Evidence], float]
-    form: str = "{:.4g}"
-
-    def of(self, condition: str) -> "Quantity":
-        return Quantity(self.label.format(f"`{condition}`"), self.value, self.form, (condition,))
-
-
-def evaluated(label: str, value: Callable[[RunResult], float], form: str = "{:.4g}") -> Measure:
-    """Of the evaluation that training left, in which every loop is read as the last."""
-    return Measure(label, lambda run: value(run.result), form)
-
-
-def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{:.4g}") -> Measure:
-    """Of the diagnosis of the run."""
-    return Measure(label, lambda run: value(run.measured), form)
+    text: str
+    holds: Callable[[float, Numbers], bool]
+    reading: Reading = "both"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of one seed. value: of the runs of these conditions, in order. form: how it is printed."""
+    """A number of complete runs of one seed. value: of a run of each condition. form: how the number is printed."""
 
     label: str
     value: Callable[..., float]
-    form: str
-    conditions: tuple[str, ...]
+    form: str = "{:.4g}"
+    conditions: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    def of(self, condition: str) -> "Quantity":
+        """The number of one condition, which the label names if it has a place for it."""
+        return replace(self, label=self.label.format(f"`{condition}`"), conditions=(condition,))
+
+    def must_be(self, *rules: Rule, reading: Reading = "both") -> "Quantity":
+        return replace(self, rules=tuple(replace(rule, reading=reading) for rule in rules))
 
 
-@dataclass(frozen=True)
-class OtherReading:
-    """Another reading of the same runs, under which the rule is tried as well. It does not decide."""
+Limit = float | Quantity  # a quantity: of the same claim and seed
 
-    title: str
-    holds: Rule
+
+def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{:.4g}") -> Quantity:
+    """A number of the diagnosis of a run."""
+    return Quantity(label, lambda run: value(run.measured), form)
+
+
+def below(limit: Limit, unit: str = "") -> Rule:
+    return Rule(f"below {_named(limit, unit)}", lambda value, numbers: value < _number(limit, numbers))
+
+
+def above(limit: Limit, unit: str = "") -> Rule:
+    return Rule(f"above {_named(limit, unit)}", lambda value, numbers: value > _number(limit, numbers))
+
+
+def at_most(limit: float) -> Rule:
+    return Rule(f"at most {limit:g}", lambda value, numbers: value <= limit)
+
+
+def at_least(limit: Limit, unit: str = "", times: float = 1) -> Rule:
+    text = f"at least {'' if times == 1 else f'{times:g} times '}{_named(limit, unit)}"
+    return Rule(text, lambda value, numbers: value >= times * _number(limit, numbers))
+
+
+def near_zero(distance: float, unit: str) -> Rule:
+    return Rule(f"within {distance:g} {unit} of 0", lambda value, numbers: abs(value) <= distance)
+
+
+def near(target: float, tolerance: float) -> Rule:
+    return Rule(f"within {tolerance:.0%} of {target:.3f}", lambda value, numbers: abs(value / target - 1) <= tolerance)
+
+
+def _named(limit: Limit, unit: str) -> str:
+    if isinstance(limit, Quantity):
+        return limit.label
+    return f"{limit:.0%}" if unit == "%" else f"{limit:g} {unit}".strip()
+
+
+def _number(limit: Limit, numbers: Numbers) -> float:
+    return numbers[limit.label] if isinstance(limit, Quantity) else limit
 
 
 @dataclass(frozen=True)
 class Claim:
-    """title: the paper's statement. paper: its numbers. rule, holds: the same thing, in English and as code. figure: a
-    file, beside the page."""
+    """title: the paper's statement. paper: its numbers. figure: a file beside the page. note: on how it is measured.
+    other_reading: of the same runs, which does not decide."""
 
     title: str
     paper: str
     quantities: tuple[Quantity, ...]
-    rule: str
-    holds: Rule
     figure: str
-    other_reading: OtherReading | None = None
+    note: str = ""
+    other_reading: str = ""
 
     @property
-    def conditions(self) -> tuple[str, ...]:
+    def conditions(self) -> list[str]:
         """Those whose runs are needed."""
-        return tuple(dict.fromkeys(name for quantity in self.quantities for name in quantity.conditions))
+        return list(dict.fromkeys(name for quantity in self.quantities for name in quantity.conditions))
+
+    def holds(self, row: list[float], reading: Reading) -> bool:
+        """Whether the numbers of a seed obey the rules of a reading. One that is not finite confirms nothing."""
+        numbers = {quantity.label: value for quantity, value in zip(self.quantities, row, strict=True)}
+        return all(map(math.isfinite, row)) and all(
+            rule.holds(numbers[quantity.label], numbers)
+            for quantity in self.quantities
+            for rule in quantity.rules
+            if rule.reading in ("both", reading)
+        )
 
 
 @dataclass(frozen=True)
@@ -86,21 +126,8 @@ class Untestable:
     why: str
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """values: [quantities] of every seed that has the runs. held: the seeds for which the rule holds. held_otherwise:
-    those for which it does under the other reading."""
-
-    mark: Mark
-    values: dict[int, list[float]]
-    held: list[int]
-    held_otherwise: list[int] = field(default_factory=list)
-
-
-def judge(claim: Claim | Untestable, seeds: Mapping[int, Seed]) -> Outcome:
-    """The mark of a claim, from the runs of every seed."""
-    if isinstance(claim, Untestable):
-        return Outcome("not testable at this scale", {}, [])
+def judge(claim: Claim, seeds: Mapping[int, Seed]) -> dict[str, Any]:
+    """The claim as it stands in claims.json, from the runs of every seed."""
     values = {
         number: [quantity.value(*(runs[name] for name in quantity.conditions)) for quantity in claim.quantities]
         for number, runs in seeds.items()
@@ -109,19 +136,33 @@ def judge(claim: Claim | Untestable, seeds: Mapping[int, Seed]) -> Outcome:
     return judge_values(claim, values)
 
 
-def judge_values(claim: Claim, values: dict[int, list[float]]) -> Outcome:
-    """The mark of a claim, from the numbers of every seed alone. One that is not finite confirms nothing."""
+def judge_values(claim: Claim, values: Mapping[int, list[float]]) -> dict[str, Any]:
+    """The same, from the numbers of every seed alone."""
+    held = [seed for seed, row in values.items() if claim.holds(row, "decisive")]
+    judged = {
+        "title": claim.title,
+        "paper": claim.paper,
+        "mark": mark_of(len(held), len(values)),
+        "conditions": claim.conditions,
+        "quantities": [quantity.label for quantity in claim.quantities],
+        "rules": [rules_of(quantity) for quantity in claim.quantities],
+        "values_by_seed": values,
+        "seeds_that_hold": held,
+    }
+    if claim.other_reading:
+        held = [seed for seed, row in values.items() if claim.holds(row, "other")]
+        judged["alternative"] = {"reading": claim.other_reading, "seeds_that_hold": held}
+    return judged
 
-    def seeds_that_obey(rule: Rule) -> list[int]:
-        return [number for number, row in values.items() if all(map(math.isfinite, row)) and rule(*row)]
 
-    held = seeds_that_obey(claim.holds)
-    otherwise = seeds_that_obey(claim.other_reading.holds) if claim.other_reading else []
-    if not values:
-        return Outcome("not measured", values, held, otherwise)
-    return Outcome(mark_of(len(held), len(values)), values, held, otherwise)
+def rules_of(quantity: Quantity) -> str:
+    """What a quantity must be, in English; empty if it is only given."""
+    text = " and ".join(rule.text for rule in quantity.rules)
+    return f"in the other reading {text}" if any(rule.reading == "other" for rule in quantity.rules) else text
 
 
 def mark_of(n_held: int, n_seeds: int) -> Mark:
-    """Of a claim that was measured with ``n_seeds`` seeds."""
+    """Of rules that hold for ``n_held`` of the seeds that have the runs."""
+    if n_seeds == 0:
+        return "not measured"
     return "reproduced" if n_held == n_seeds else "not reproduced"

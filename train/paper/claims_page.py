@@ -40,9 +40,9 @@ def markdown(record: Record) -> str:
         + settings_line(runs, record["settings"]),
         code_block(record["commands"]),
         f"**{', '.join(f'{count} {mark}' for mark, count in counts.items() if count)}.** A claim is *reproduced* if "
-        "its rule holds for every seed that has all the runs it needs, *not reproduced* if it fails for one of them, "
-        "and *not measured* if there is no such seed. The program applies the rules; nobody marks by hand. Each rule "
-        "and its thresholds stand with the claim. Where final-only stops before its last loop there are two ways to "
+        "its rules hold for every seed that has all the runs it needs, *not reproduced* if one fails for one of them, "
+        "and *not measured* if there is no such seed. The program applies the rules; nobody marks by hand. They stand "
+        "beside the numbers of the claim. Where final-only stops before its last loop there are two ways to "
         "read it, and both are given: *as trained*, without the norm, as training read that loop; *as last*, through "
         "the norm of the last loop. The evaluation that training leaves, and so every table of perplexity at K = 1..4 "
         "below, reads as last; a claim that depends on it says which reading decides, and what the other one gives.",
@@ -65,9 +65,9 @@ def markdown(record: Record) -> str:
 def _seeds_held(judged: Record, asked: Sequence[int]) -> str:
     if "why" in judged:
         return "-"
-    measured, missing = len(judged["values_by_seed"]), len(judged["seeds_missing"])
+    measured = len(judged["values_by_seed"])
     held = f"{len(judged['seeds_that_hold'])} of {measured} seeds" if measured else "no seed"
-    return held + (f" ({missing} of {len(asked)} missing)" if missing else "")
+    return held + (f" ({len(asked) - measured} of {len(asked)} missing)" if measured < len(asked) else "")
 
 
 def _missing(runs: Sequence[RunResult], asked: Sequence[int]) -> str:
@@ -93,33 +93,37 @@ def _sections(record: Record) -> Iterator[str]:
         if isinstance(claim, Untestable):
             yield f"{heading}. The paper: {judged['paper']}. {judged['why']}"
         else:
-            yield f"{heading}: {_seeds_held(judged, record['seeds'])}.\n\n{_numbers(claim, judged)}"
+            yield f"{heading}: {_seeds_held(judged, record['seeds'])}.\n\n{_numbers(claim, judged, record['seeds'])}"
 
 
-def _numbers(claim: Claim, judged: Record) -> str:
-    """The rule of a claim, the seeds, and its quantities over them."""
-    values, held = judged["values_by_seed"], judged["seeds_that_hold"]
-    missing = ", ".join(map(str, judged["seeds_missing"]))
+def _numbers(claim: Claim, judged: Record, asked: Sequence[int]) -> str:
+    """The seeds of a claim, and its quantities over them beside their rules."""
+    values = {int(seed): numbers for seed, numbers in judged["values_by_seed"].items()}
+    missing = ", ".join(str(seed) for seed in asked if seed not in values)
     seeds = f"Seeds: {', '.join(map(str, values)) or 'none'}" + (f"; {missing} missing." if missing else ".")
-    failed = [str(seed) for seed in values if int(seed) not in held]
-    lines = [
-        f"- The paper: {judged['paper']}.",
-        f"- Rule: {judged['rule']}.",
-        f"- {seeds}" + (f" The rule fails for {', '.join(failed)}." if failed else ""),
-    ]
+    failed = [str(seed) for seed in values if seed not in judged["seeds_that_hold"]]
+    lines = [f"- The paper: {judged['paper']}.", f"- {seeds}"]
+    if failed:
+        lines[-1] += f" The rules fail for {', '.join(failed)}."
+    if claim.note:
+        lines.append(f"- {claim.note}.")
     if "alternative" in judged and values:
         other, count = judged["alternative"], len(judged["alternative"]["seeds_that_hold"])
         lines.append(
-            f"- The other reading, {other['reading']}: the rule holds for {count} of {len(values)} seeds, which would "
+            f"- The other reading, {other['reading']}: the rules hold for {count} of {len(values)} seeds, which would "
             f"be *{mark_of(count, len(values))}*."
         )
     lines.append(f"- Figure: [{claim.figure}]({claim.figure}).")
     columns = list(zip(*values.values(), strict=True)) or [()] * len(claim.quantities)
     rows = [
-        [quantity.label, spread([float("nan") if value is None else value for value in column], quantity.form)]
-        for quantity, column in zip(claim.quantities, columns, strict=True)
+        [label, spread([float("nan") if value is None else value for value in column], quantity.form), rule]
+        for label, rule, quantity, column in zip(
+            judged["quantities"], judged["rules"], claim.quantities, columns, strict=True
+        )
     ]
-    return "\n".join(lines) + "\n\n" + table(["quantity", "ours: mean over seeds (smallest to largest)"], rows)
+    return (
+        "\n".join(lines) + "\n\n" + table(["quantity", "ours: mean over seeds (smallest to largest)", "must be"], rows)
+    )
 
 
 def _figures(shown: int) -> str:

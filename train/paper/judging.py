@@ -176,7 +176,6 @@ def write_claims(sweep: Sweep, out: Path) -> list[Mark]:
 
 def record_of(sweep: Sweep) -> dict[str, Any]:
     """claims.json: every claim as judged, and every number of the page."""
-    preset = sweep.settings["preset"]
     diagnoses = [evidence.diagnosis for runs in sweep.seeds.values() for evidence in runs.values()]
     return finite(
         {
@@ -190,26 +189,15 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
                 "commit": distinct(diagnosis.origin.get("commit") for diagnosis in diagnoses),
                 "shown": max(sweep.seeds, key=lambda seed: (len(sweep.seeds[seed]), -sweep.asked.index(seed))),
             },
-            "claims": [_judged(claim, sweep, preset) for claim in CLAIMS],
+            "claims": [_judged(claim, sweep) for claim in CLAIMS],
             "measurements": measurements(sweep.seeds),
             "runs": [asdict(result) for result in sweep.results],
         }
     )
 
 
-def _judged(claim: Claim | Untestable, sweep: Sweep, preset: str) -> dict[str, Any]:
-    outcome = judge(claim, sweep.seeds)
-    record: dict[str, Any] = {"title": claim.title, "paper": claim.paper, "mark": outcome.mark}
-    if isinstance(claim, Untestable):
-        return record | {"why": claim.why.format(preset=preset)}
-    record |= {
-        "rule": claim.rule,
-        "conditions": claim.conditions,
-        "quantities": [quantity.label for quantity in claim.quantities],
-        "values_by_seed": outcome.values,
-        "seeds_that_hold": outcome.held,
-        "seeds_missing": [seed for seed in sweep.asked if seed not in outcome.values],
-    }
-    if claim.other_reading is not None:
-        record["alternative"] = {"reading": claim.other_reading.title, "seeds_that_hold": outcome.held_otherwise}
-    return record
+def _judged(claim: Claim | Untestable, sweep: Sweep) -> dict[str, Any]:
+    if isinstance(claim, Claim):
+        return judge(claim, sweep.seeds)
+    why = claim.why.format(preset=sweep.settings["preset"])
+    return {"title": claim.title, "paper": claim.paper, "mark": "not testable at this scale", "why": why}

@@ -6,7 +6,7 @@ from typing import Any
 
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.verdict import Measurements
-from train.paper.claim import Measure, Seed, diagnosed
+from train.paper.claim import Quantity, Seed, diagnosed
 from train.paper.conditions import N_LOOPS, NAMES
 from train.paper.tables import spread, table
 
@@ -25,7 +25,7 @@ def second_order_error(run: Measurements) -> float:
 
 def _by_loop(
     label: str, values: Callable[[Measurements], Sequence[float]], form: str, loops: Iterable[int] = TRAINED
-) -> tuple[Measure, ...]:
+) -> tuple[Quantity, ...]:
     """A column for each loop (from 1); ``label`` has a place for its number."""
 
     def after(loop: int) -> Callable[[Measurements], float]:
@@ -44,7 +44,7 @@ def _penalised(run: Measurements) -> Sequence[float]:
 
 
 # By title: what is measured, and its columns.
-TABLES: dict[str, tuple[Measure, ...]] = {
+TABLES: dict[str, tuple[Quantity, ...]] = {
     "Norm of the state: mean over tokens, spread over tokens, and what one loop makes of the norm it begins with": (
         diagnosed("\\|\\|H_0\\|\\|", lambda run: run.norms.entered[0]),
         diagnosed("\\|\\|H_1\\|\\|", lambda run: run.norms.mean[0]),
@@ -103,7 +103,7 @@ def measurements(seeds: Mapping[int, Seed]) -> list[dict[str, Any]]:
     """Every number of the tables: of each its title, the names of its columns, and these by condition and seed."""
     present = [condition for condition in NAMES if any(condition in runs for runs in seeds.values())]
 
-    def values(columns: Sequence[Measure], condition: str) -> dict[int, list[float]]:
+    def values(columns: Sequence[Quantity], condition: str) -> dict[int, list[float]]:
         return {
             seed: [column.value(runs[condition]) for column in columns]
             for seed, runs in seeds.items()
