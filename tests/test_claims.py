@@ -60,7 +60,9 @@ def updates(**changes) -> Updates:
 
 
 def norms(mean: list[float]) -> Norms:
-    return Norms(mean, [[value] * 9 for value in mean], mean, mean, [1.0] * len(mean))
+    """Percentiles of ||H_k|| are 1, 2, ... 9 times its mean."""
+    percentiles = [[place * value for place in range(1, 10)] for value in mean]
+    return Norms(mean, percentiles, mean, mean, [1.0] * len(mean))
 
 
 def evidence(
@@ -125,8 +127,10 @@ CONTRADICTIONS = [
     ("per-loop-raw", {"ce": [1.56, 1.52, 1.51, 1.45]}, {11}),
     ("per-loop-rmsnorm", {"radial": VISIBLE}, {12, 24}),
     ("per-loop-raw", {"radial": measurements().radial}, {12}),
+    ("per-loop-raw", {"radial": dataclasses.replace(VISIBLE, immediate=[0.02, 1e-8, 0.02, 0.02])}, {12}),
     ("per-loop-rmsnorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.0] * 13, [5.02, *[5.0] * 12]] * 2)}, {13}),
     ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {13}),
+    ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[6.0, *[5.0] * 12]] * 3 + [[5.0] * 13])}, {13}),
     ("per-loop-layernorm", {"radial": VISIBLE}, {14}),
     ("per-loop-layernorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {14}),
     ("per-loop-rmsnorm-loop-norm", {"response": [0.0, 0.5, 0.0]}, {15}),
@@ -306,7 +310,7 @@ def test_every_measurement_is_given_over_seeds_and_by_seed(page):
         assert set(one["values_by_seed"]["per-loop-raw"]) == {"42"}
         assert all(len(row) == len(one["columns"]) for row in one["values_by_seed"]["per-loop-raw"].values())
     norms = tables[0]
-    assert norms["values_by_seed"]["per-loop-rmsnorm"]["42"][:3] == [10.0, 10.0, 40.0]
+    assert norms["values_by_seed"]["per-loop-rmsnorm"]["42"][:4] == [10.0, 10.0, 40.0, 4.0]
 
 
 def test_page_says_what_is_missing(page):

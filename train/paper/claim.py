@@ -5,6 +5,7 @@ that has all the runs it needs, and *not reproduced* if one fails for one seed; 
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,17 +16,14 @@ from train.paper.evidence import Evidence
 Seed = Mapping[str, Evidence]  # the complete runs of one seed, by condition
 Mark = Literal["reproduced", "not reproduced", "not measured", "not testable at this scale"]
 Reading = Literal["both", "decisive", "other"]
-Numbers = Mapping[str, float]  # the quantities of one seed, by label
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a quantity must be: in English, and of its value and all the quantities of the seed. reading: in which of
-    two readings of the same runs it has to be so, where a claim has two."""
-
-    text: str
-    holds: Callable[[float, Numbers], bool]
-    reading: Reading = "both"
+Relation = Literal["below", "above", "at most", "at least", "within"]  # within: of 0
+RELATIONS: dict[Relation, Callable[[float, float], bool]] = {
+    "below": operator.lt,
+    "above": operator.gt,
+    "at most": operator.le,
+    "at least": operator.ge,
+    "within": lambda value, limit: abs(value) <= limit,
+}
 
 
 @dataclass(frozen=True)
@@ -36,57 +34,52 @@ class Quantity:
     value: Callable[..., float]
     form: str = "{:.4g}"
     conditions: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    rules: tuple["Rule", ...] = ()
 
     def of(self, condition: str) -> "Quantity":
         """The number of one condition, which the label names if it has a place for it."""
         return replace(self, label=self.label.format(f"`{condition}`"), conditions=(condition,))
 
-    def must_be(self, *rules: Rule, reading: Reading = "both") -> "Quantity":
-        return replace(self, rules=tuple(replace(rule, reading=reading) for rule in rules))
+    def must_be(
+        self,
+        relation: Relation,
+        limit: "float | Quantity",
+        unit: str = "",
+        *,
+        times: float = 1,
+        reading: Reading = "both",
+    ) -> "Quantity":
+        """With one rule more."""
+        return replace(self, rules=(*self.rules, Rule(relation, limit, unit, times, reading)))
 
 
-Limit = float | Quantity  # a quantity: of the same claim and seed
+@dataclass(frozen=True)
+class Rule:
+    """What a quantity must be. limit: a number of this unit, or so many times another quantity
+    of the claim. reading: in which of two readings of the same runs it has to be so, where a claim has two."""
+
+    relation: Relation
+    limit: float | Quantity
+    unit: str
+    times: float
+    reading: Reading
+
+    def holds(self, value: float, numbers: Mapping[str, float]) -> bool:
+        """Of a value, and all the quantities of the seed by label."""
+        limit = numbers[self.limit.label] if isinstance(self.limit, Quantity) else self.limit
+        return RELATIONS[self.relation](value, self.times * limit)
+
+    def __str__(self) -> str:
+        if isinstance(self.limit, Quantity):
+            limit = f"{self.times:g} times {self.limit.label}" if self.times != 1 else self.limit.label
+        else:
+            limit = f"{self.limit:.0%}" if self.unit == "%" else f"{self.limit:g} {self.unit}".strip()
+        return f"{self.relation} {limit}{' of 0' if self.relation == 'within' else ''}"
 
 
 def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{:.4g}") -> Quantity:
     """A number of the diagnosis of a run."""
     return Quantity(label, lambda run: value(run.measured), form)
-
-
-def below(limit: Limit, unit: str = "") -> Rule:
-    return Rule(f"below {_named(limit, unit)}", lambda value, numbers: value < _number(limit, numbers))
-
-
-def above(limit: Limit, unit: str = "") -> Rule:
-    return Rule(f"above {_named(limit, unit)}", lambda value, numbers: value > _number(limit, numbers))
-
-
-def at_most(limit: float) -> Rule:
-    return Rule(f"at most {limit:g}", lambda value, numbers: value <= limit)
-
-
-def at_least(limit: Limit, unit: str = "", times: float = 1) -> Rule:
-    text = f"at least {'' if times == 1 else f'{times:g} times '}{_named(limit, unit)}"
-    return Rule(text, lambda value, numbers: value >= times * _number(limit, numbers))
-
-
-def near_zero(distance: float, unit: str) -> Rule:
-    return Rule(f"within {distance:g} {unit} of 0", lambda value, numbers: abs(value) <= distance)
-
-
-def near(target: float, tolerance: float) -> Rule:
-    return Rule(f"within {tolerance:.0%} of {target:.3f}", lambda value, numbers: abs(value / target - 1) <= tolerance)
-
-
-def _named(limit: Limit, unit: str) -> str:
-    if isinstance(limit, Quantity):
-        return limit.label
-    return f"{limit:.0%}" if unit == "%" else f"{limit:g} {unit}".strip()
-
-
-def _number(limit: Limit, numbers: Numbers) -> float:
-    return numbers[limit.label] if isinstance(limit, Quantity) else limit
 
 
 @dataclass(frozen=True)
@@ -157,8 +150,8 @@ def judge_values(claim: Claim, values: Mapping[int, list[float]]) -> dict[str, A
 
 def rules_of(quantity: Quantity) -> str:
     """What a quantity must be, in English; empty if it is only given."""
-    text = " and ".join(rule.text for rule in quantity.rules)
-    return f"in the other reading {text}" if any(rule.reading == "other" for rule in quantity.rules) else text
+    text = " and ".join(map(str, quantity.rules))
+    return f"in the other reading: {text}" if any(rule.reading == "other" for rule in quantity.rules) else text
 
 
 def mark_of(n_held: int, n_seeds: int) -> Mark:
