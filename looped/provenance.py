@@ -5,6 +5,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 
 def project_commit() -> str | None:
     """The commit of the checkout, `-dirty` behind it if files differ from it; None outside a checkout."""
@@ -30,3 +32,10 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The processor's widest instructions for matrix products: two processors of one name may differ in them."""
+    widest_first = {"amx_bf16": "amx", "avx512_bf16": "avx512-bf16", "avx512_f": "avx512", "avx2": "avx2"}
+    has = torch.cpu.get_capabilities()
+    return next((name for flag, name in widest_first.items() if has.get(flag, False)), platform.machine())

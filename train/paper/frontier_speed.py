@@ -5,6 +5,8 @@ gradients.  Conditions that differ in training alone have one architecture and s
 """
 
 import copy
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure.timing import seconds_of
-from bench.shapes import DEVICE
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import readout_logits
 from train.step import autocast
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NORMS = {"raw": "no norm", "layernorm": "LayerNorm"}  # before the head; otherwise RMSNorm, at the last loop at least
 
 
@@ -43,6 +44,20 @@ def competitors(model: LoopedDecoder) -> dict[str, LoopedDecoder]:
     for block in compiled.blocks:
         block.compile(dynamic=False)
     return {"plain PyTorch": plain, "plain PyTorch, blocks compiled": compiled}
+
+
+def seconds_of(call: Callable[[], None]) -> float:
+    """Time of one call, until the device has done its work."""
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()

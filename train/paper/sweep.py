@@ -1,4 +1,4 @@
-"""The paper's conditions, each trained with several seeds: ``python train/sweep.py``.
+"""The paper's conditions, each trained with several seeds: ``python -m train.paper sweep``.
 
 Every run is a process of ``train/run.py`` with a directory and a log of its own, ``OUT/<condition>/seed-<seed>[.log]``.
 Given again, the command skips what is complete, continues what has a checkpoint and begins the rest. The tables are
@@ -7,7 +7,6 @@ made by sweep_report.py. What follows `` -- `` on the command line goes to every
 
 import fcntl
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,32 +16,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, get_args
+from typing import IO
 
 if not __package__:  # run by its path: with the packages of its own checkout, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from train import claims
 from train.config import TrainConfig
 from train.data import cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
+from train.paper import judging
+from train.paper.conditions import N_LOOPS
+from train.paper.options import split_words
+from train.paper.plan import EXECUTION, SWEEP, SweepConfig, Task, check_runs, check_same, options_of, plan
+from train.paper.runs import FoundRun, RunResult, read_run, status
+from train.paper.sweep_report import write_report
 from train.run import command_line
-from train.sweep_plan import (
-    EXECUTION,
-    Condition,
-    SweepConfig,
-    Task,
-    check_runs,
-    check_same,
-    options_of,
-    plan,
-)
-from train.sweep_report import RunResult, read_run, status, write_report
 
 UNFINISHED_FILES = {"config.json", "tokenizer.json", "metrics.jsonl", "validation.safetensors", "checkpoint.new"}
-PROGRAM = Path(__file__).with_name("run.py")
 POLL_SECONDS = 0.2
 
 
@@ -54,62 +46,53 @@ class Child:
     process: subprocess.Popen[bytes]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's).
+def run(words: Sequence[str], interruptions: Interruptions) -> int:
+    """Train what ``words`` ask for, and judge the paper's claims by it if they ask for that.
 
-    Returns the exit code: 0, also if runs diverged; 1 if a run failed; 2 after one line on stderr if the input is bad;
-    128 + n if signal n stopped the sweep.
+    Returns the exit code: 0, also if runs diverged; 1 if a run failed. Raises ValueError for bad input, before anything
+    is trained, and Interrupted after a signal.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    own, extra = (words, []) if "--" not in words else (words[: words.index("--")], words[words.index("--") + 1 :])
-    with Interruptions().installed() as interruptions:
-        try:
-            config = command_line(own, SweepConfig(), "train/sweep.py")
-            if config.report_only:
-                return _report_only(config) or _judge(config)
-            tasks = plan(config, extra)
-            check_same(config.out, tasks[0].config)
-            _check_claims(config, tasks[0].config)
-            _make_cache(tasks)
-            with _locked(config.out) as lock:
-                _check_removable(tasks)
-                code = _sweep(config, tasks, lock, interruptions, ["python", "train/sweep.py", *words])
-            return code or _judge(config)
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except Interrupted as interrupted:
-            print(f"\nstopped. To continue:\n  {shlex.join([sys.executable, os.path.relpath(__file__), *words])}")
-            return 128 + interrupted.signum
+    own, extra = split_words(words)
+    config = command_line(own, SweepConfig(), " ".join(SWEEP))
+    if config.report_only:
+        _report_only(config)
+        return _judge(config)
+    tasks = plan(config, extra)
+    check_same(config.out, tasks[0].config)
+    _check_claims(config, tasks[0].config)
+    _make_cache(tasks)
+    with _locked(config.out) as lock:
+        _check_removable(tasks)
+        code = _sweep(config, tasks, lock, interruptions, [*SWEEP, *words])
+    return code or _judge(config)
 
 
 def _judge(config: SweepConfig) -> int:
     """The claims, if they are asked for. Returns the exit code."""
-    return 0 if config.claims is None else claims.main(_claims_words(config))
+    return 0 if config.claims is None else judging.run(_claims_words(config))
 
 
 def _claims_words(config: SweepConfig) -> list[str]:
-    """The command line of train/claims.py."""
+    """The options with which the claims are judged."""
     seeds = map(str, config.seeds)
     return ["--runs", str(config.out), "--out", str(config.claims), "--jobs", str(config.jobs), "--seeds", *seeds]
 
 
-def _check_claims(config: SweepConfig, run: TrainConfig) -> None:
+def _check_claims(config: SweepConfig, trained: TrainConfig) -> None:
     """What would have the claims fail once everything is trained. Raises ValueError."""
     if config.claims is None:
         return
-    claims.check_options(command_line(_claims_words(config), claims.ClaimsConfig(), "python -m train.claims"))
-    if run.n_loops != claims.N_LOOPS:
-        raise ValueError(f"n_loops must be {claims.N_LOOPS}, the paper's, for --claims. Got n_loops={run.n_loops}.")
+    judging.parse(_claims_words(config))
+    if trained.n_loops != N_LOOPS:
+        raise ValueError(f"n_loops must be {N_LOOPS}, the paper's, for --claims. Got n_loops={trained.n_loops}.")
 
 
-def _report_only(config: SweepConfig) -> int:
+def _report_only(config: SweepConfig) -> None:
     check_runs(config.out)
-    results = write_report(config.out, get_args(Condition))
+    results = write_report(config.out)
     if not results:
         raise ValueError(f"out must hold the runs of a sweep. {config.out} has no <condition>/seed-<seed>/.")
     print(f"{sum(result.status == 'complete' for result in results)} complete runs: {config.out / 'sweep.md'}")
-    return 0
 
 
 @contextmanager
@@ -139,14 +122,14 @@ def _sweep(
         left = len(waiting) - ended
         minutes = (time.monotonic() - started) / ended * left / 60
         done = f"{len(tasks) - left} of {len(tasks)} done" + (f", about {_duration(minutes)} left" if left else "")
-        result = read_run(child.task.condition, child.task.seed, child.task.directory)
+        result = read_run(FoundRun(child.task.condition, child.task.seed, child.task.directory))
         failed += result.status not in ("complete", "diverged")
         print(f"{child.task.name} {_outcome(result, child)}  {done}", flush=True)
-        write_report(config.out, get_args(Condition), command)
+        write_report(config.out, command)
 
     with interruptions.deferred():
         _train_all(waiting, config.jobs, lock, interruptions, on_end)
-    write_report(config.out, get_args(Condition), command)
+    write_report(config.out, command)
     if interruptions.pending is not None:
         raise Interrupted(interruptions.pending)
     print(f"tables and figure: {config.out / 'sweep.md'}")
@@ -206,7 +189,7 @@ def _start(task: Task, slot: int, jobs: int, lock: IO[bytes]) -> Child:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *options],
+            [sys.executable, "-m", "train.run", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -268,7 +251,7 @@ def _terminate(children: list[Child]) -> None:
 
 def _outcome(result: RunResult, child: Child) -> str:
     if result.status == "complete":
-        last = result.evaluation[-1]["n_loops"]
+        last = len(result.evaluation)
         return f"PPL {result.ppl:<8.4g} ||H_{last}|| {result.state_norm:<9,.4g} {result.minutes:5.1f} min"
     if result.status == "diverged":
         return f"diverged at step {result.steps} {result.minutes:5.1f} min"
@@ -282,7 +265,3 @@ def _last_line(log: Path) -> str:
 
 def _duration(minutes: float) -> str:
     return f"{round(minutes) // 60} h {round(minutes) % 60:02d} min" if minutes >= 60 else f"{minutes:.0f} min"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

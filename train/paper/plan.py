@@ -5,41 +5,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from train.config import RESUMABLE, TrainConfig, comparable, complete, preset_config, read_config, validate
+from train.paper.conditions import CONDITIONS, NAMES, SEEDS, Condition
+from train.paper.options import check_distinct, check_positive
+from train.paper.runs import FoundRun, find_runs
+from train.paper.sweep_report import stored_command
 from train.run import parse
-from train.sweep_report import find_runs, stored_command
-
-Condition = Literal[
-    "terminal-rmsnorm", "terminal-raw", "per-loop-rmsnorm", "per-loop-raw", "per-loop-final-only",
-    "terminal-rmsnorm-penalty", "per-loop-rmsnorm-penalty", "per-loop-layernorm", "per-loop-rmsnorm-loop-norm",
-]  # fmt: skip
-PENALTY = 0.01  # lambda of the norm penalty in Sharma & Vu (arXiv 2606.24898)
-
-
-def _condition(supervision: str, readout: str, penalty: float = 0.0, inter_loop_norm: bool = False) -> dict[str, Any]:
-    return dict(supervision=supervision, readout=readout, penalty=penalty, inter_loop_norm=inter_loop_norm)
-
-
-# The fields of TrainConfig in which the conditions differ: the paper's two loss placements by two readouts, its
-# remedies, and two controls, a second readout that is blind to scale and a recurrence that removes it.
-CONDITIONS: dict[Condition, dict[str, Any]] = {
-    "terminal-rmsnorm": _condition("terminal", "rmsnorm"),
-    "terminal-raw": _condition("terminal", "raw"),
-    "per-loop-rmsnorm": _condition("per-loop", "rmsnorm"),
-    "per-loop-raw": _condition("per-loop", "raw"),
-    "per-loop-final-only": _condition("per-loop", "final-only"),
-    "terminal-rmsnorm-penalty": _condition("terminal", "rmsnorm", penalty=PENALTY),
-    "per-loop-rmsnorm-penalty": _condition("per-loop", "rmsnorm", penalty=PENALTY),
-    "per-loop-layernorm": _condition("per-loop", "layernorm"),
-    "per-loop-rmsnorm-loop-norm": _condition("per-loop", "rmsnorm", inter_loop_norm=True),
-}
 
 # What the sweep itself sets in every run, and what two runs of one sweep may differ in: how they are carried out.
 OWN_OPTIONS = {"preset", "data", "steps", "epochs", "supervision", "readout", "penalty", "inter-loop-norm", "seed",
                "out", "resume"}  # fmt: skip
 EXECUTION = set(RESUMABLE) - {"steps", "epochs", "eval_tokens"}
+SWEEP = ["python", "-m", "train.paper", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +29,9 @@ class SweepConfig:
     """Directory of the sweep."""
     preset: Literal["demo", "paper-44m", "paper-129m"] = "demo"
     """Model and training; demo trains on two CPU cores."""
-    conditions: tuple[Condition, ...] = get_args(Condition)
+    conditions: tuple[Condition, ...] = NAMES
     """Which conditions to train."""
-    seeds: tuple[int, ...] = (42, 101, 202)
+    seeds: tuple[int, ...] = SEEDS
     """Which seeds; every condition is trained with the first one before any is with the second."""
     steps: int | None = None
     """Optimisation steps of a run. None: the preset's length."""
@@ -92,12 +71,8 @@ def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
 
     ``extra``: further options of train/run.py. Raises ValueError naming the option, the rule and the value.
     """
-    for name in ("conditions", "seeds"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be at least one, and each only once. Got {' '.join(map(str, values))}.")
-    if config.jobs < 1:
-        raise ValueError(f"jobs must be at least 1. Got jobs={config.jobs}.")
+    check_distinct(config, "conditions", "seeds")
+    check_positive(config, "jobs")
     for word in extra:
         name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
         if word.startswith("--") and name in OWN_OPTIONS:
@@ -136,17 +111,15 @@ def check_same(out: Path, asked: TrainConfig) -> None:
 
     Raises ValueError naming the first run and option that differ.
     """
-    for condition, seed, directory in find_runs(out, get_args(Condition)):
-        if not (directory / "config.json").exists():
-            continue
-        stored = stored_config(directory)
-        expected = dataclasses.replace(asked, seed=seed, **CONDITIONS[condition])  # type: ignore[index]
+    for run in configured_runs(out):
+        stored = stored_config(run.directory)
+        expected = dataclasses.replace(asked, seed=run.seed, **CONDITIONS[run.condition])
         for field in dataclasses.fields(TrainConfig):
             before, now = comparable(stored, field.name), comparable(expected, field.name)
             if field.name not in EXECUTION | {"out"} and before != now:
                 raise ValueError(
                     f"{field.name} must be that of the runs in {out}, or out another directory. "
-                    f"Got {field.name}={now}; {directory} has {before}."
+                    f"Got {field.name}={now}; {run.directory} has {before}."
                 )
 
 
@@ -163,12 +136,11 @@ def check_runs(out: Path) -> None:
     """Check that the runs in ``out`` are what their directories say and were trained alike. Raises as `check_same`."""
     configured = configured_runs(out)
     if configured:
-        check_same(out, stored_config(configured[0]))
+        check_same(out, stored_config(configured[0].directory))
 
 
-def configured_runs(out: Path) -> list[Path]:
-    runs = [run for _, _, run in find_runs(out, get_args(Condition))]
-    return [run for run in runs if (run / "config.json").exists()]
+def configured_runs(out: Path) -> list[FoundRun]:
+    return [run for run in find_runs(out) if (run.directory / "config.json").exists()]
 
 
 def sweep_command(out: Path) -> list[str]:
@@ -180,7 +152,7 @@ def sweep_command(out: Path) -> list[str]:
     configured = configured_runs(out)
     if not configured:
         return []
-    stored = stored_config(configured[0])
+    stored = stored_config(configured[0].directory)
     usual = complete(preset_config(stored.preset))
     own, rest = ["--preset", stored.preset], list[str]()
     for field in dataclasses.fields(TrainConfig):
@@ -191,5 +163,5 @@ def sweep_command(out: Path) -> list[str]:
         if name == "dtype" or (value is not None and value != getattr(usual, name)):
             words = own if name.replace("_", "-") in OWN_OPTIONS else rest
             words += options_of({name: value})
-    words = ["python", "train/sweep.py", *own, *(["--", *rest] if rest else [])]
+    words = [*SWEEP, *own, *(["--", *rest] if rest else [])]
     return ["# the command was not kept; this one trains the same runs, all conditions and seeds:", shlex.join(words)]

@@ -16,7 +16,7 @@ from looped.diagnose import Diagnosis, diagnose_run
 from looped.diagnose.page import FORMAT, to_json
 from looped.diagnose.verdict import Measurements
 from looped.saved_run import load_run
-from train.sweep_report import RunResult
+from train.paper.runs import RunResult
 
 HORIZON = 30  # loops over which the paper follows the state
 
