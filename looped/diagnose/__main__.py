@@ -9,6 +9,7 @@ import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.page import write_diagnosis
+from looped.diagnose.record import record_of_run
 from looped.saved_run import check_writable, load_run
 
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for diagnosis in diagnoses:
-        print(f"\n{diagnosis.name}: {diagnosis.verdict.text}")
+        print(f"\n{diagnosis.name}: {diagnosis.verdict.advice}")
+        for finding in diagnosis.verdict.findings:
+            print(f"  {finding.question:58} {finding.answer}")
     print(f"\npage {out / 'index.html'}")
     return 0
 
@@ -58,7 +61,7 @@ def _out_directory(runs: Sequence[Path], out: Path | None) -> Path:
     if out is None:
         if len(runs) > 1:
             raise ValueError(f"out must be given for a page of several runs. Got {len(runs)} runs.")
-        return runs[0] / "diagnosis"
+        return record_of_run(runs[0]).parent
     return out
 
 

@@ -1,4 +1,8 @@
-"""One paragraph on what a loss controls, from the numbers alone, with the thresholds that decide."""
+"""What the loss of a model controls, judged from its measurements alone.
+
+A verdict is one sentence of advice and a short list of findings. A finding is a question, its answer, the measured
+number that decides, the threshold that it is compared with, and what to do.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,36 +14,40 @@ from looped.diagnose.halting import Halt, Halting
 from looped.diagnose.interventions import AlphaSweep, RadialClamp
 from looped.diagnose.radial import RadialFractions
 
-# A readout is blind to the scale if both hold; a model that grows fast enough has "run away".
-BLIND_RANGE = 0.01  # nats, over alpha in [0.1, 10]
-BLIND_FRACTION = 1e-4  # mean radial fraction of the immediate gradient; two random directions of 128 channels have 0.07
-CARRIED = 0.01  # scale response above which the next loop still sees the scale
-UNUSED = 0.01  # nats, change of the cross-entropy under the radial clamp below which the scale is not used
-GROWTH = 1.5  # of the mean norm over the trained loops, above which it grows
-WORSE = 0.01  # nats, above the cross-entropy at K
+# A readout is blind to the scale if both of these hold.
+BLIND_RANGE = 0.01  # nats: the cross-entropy moves by less as alpha goes from 0.1 to 10
+BLIND_FRACTION = 1e-4  # the immediate gradient's mean radial fraction is smaller; random directions of 128 have 0.07
+PASSED_ON = 0.01  # scale response above which the next loop still sees the scale
+USED = 0.01  # nats: the radial clamp changes the cross-entropy by at least this where the loops use the scale
+GROWTH = 1.5  # a mean norm that is multiplied by more than this grows
+DEPTH_CHANGE = 0.01  # nats: loops beyond K that change the cross-entropy by more than this matter
 
-THRESHOLDS = (
-    "A readout counts as blind where scaling its state by 0.1 to 10 moves the cross-entropy by less than "
-    f"{BLIND_RANGE} nats and the mean radial fraction of the immediate gradient is below {BLIND_FRACTION:g}; the scale "
-    "as held by the penalty where that lifts the fraction of the training gradient above this at the last loop read; "
-    f"as fed back where the next loop's response to twice the state is above {CARRIED}; as hardly used where the "
-    f"radial clamp in both its parts moves the cross-entropy at K by less than {UNUSED} nats; as growing where the "
-    f"mean norm after K loops is over {GROWTH} times that after one; depth beyond K as changing the cross-entropy "
-    f"above {WORSE} nats."
-)
+THRESHOLDS = {
+    "blind_range": BLIND_RANGE,
+    "blind_fraction": BLIND_FRACTION,
+    "passed_on": PASSED_ON,
+    "used": USED,
+    "growth": GROWTH,
+    "depth_change": DEPTH_CHANGE,
+}
+
+NOTHING = "Nothing."
 
 Control = Literal["free", "penalised", "removed", "visible"]
 CONTROLS: dict[Control, str] = {
-    "free": "blind, scale free",
-    "penalised": "blind, held by the penalty",
-    "removed": "blind, scale not fed back",
-    "visible": "scale visible",
+    "free": "nothing holds the size",
+    "penalised": "the penalty holds the size",
+    "removed": "the size is removed between loops",
+    "visible": "the loss sees the size",
 }
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Everything that is measured of one model. response: of `scale_response`, [K-1]."""
+    """Everything that is measured of one model.
+
+    weights: [K], of each loop's cross-entropy in the training loss. response: [K-1], from `scale_response`.
+    """
 
     n_loops: int
     weights: tuple[float, ...]
@@ -53,162 +61,272 @@ class Measurements:
     depth: Depth
     halting: Halting
 
+    @property
+    def loops_read(self) -> list[int]:
+        """The loops (0-based) whose readout is part of the training loss."""
+        return [loop for loop, weight in enumerate(self.weights) if weight > 0]
+
+    @property
+    def growth(self) -> float:
+        """The mean norm after the last trained loop, divided by that after the first."""
+        return self.norms.mean[self.n_loops - 1] / self.norms.mean[0]
+
+    @property
+    def suggested_penalty(self) -> str:
+        """What to train with where the state grows, in words."""
+        return "a norm penalty" if self.penalty == 0 else "a larger norm penalty"
+
+    @property
+    def halting_readings(self) -> dict[str, Halt]:
+        """Calibrated halting by how the loops are read: in one way, or in two where training reads them differently."""
+        if not self.depth.two_readings:
+            return {"as trained": self.halting.as_trained}
+        return {"as trained": self.halting.as_trained, "as the last": self.halting.as_last}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question about a model, in plain words. number: what was measured. threshold: what decides the answer."""
+
+    question: str
+    answer: str
+    number: str
+    threshold: str
+    action: str
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """control: what holds the scale. blind: [K], which readouts cannot see it. text: the paragraph."""
+    """control: what holds the scale. blind: [K], which readouts cannot see it. advice: one sentence."""
 
     control: Control
     blind: list[bool]
-    text: str
+    advice: str
+    findings: list[Finding]
 
 
 def judge(measured: Measurements) -> Verdict:
-    """The verdict on one model."""
+    """The verdict on one model. A model with a single loop has no findings about the next loop or about halting."""
     blind = [
-        spread < BLIND_RANGE and fraction < BLIND_FRACTION
-        for spread, fraction in zip(measured.alpha.ranges, measured.radial.immediate, strict=True)
+        ce_range < BLIND_RANGE and fraction < BLIND_FRACTION
+        for ce_range, fraction in zip(measured.alpha.ranges, measured.radial.immediate, strict=True)
     ]
-    read = [loop for loop, weight in enumerate(measured.weights) if weight > 0]
-    if not all(blind[loop] for loop in read):
-        control: Control = "visible"
-    elif measured.penalty > 0 and measured.radial.training[read[-1]] > BLIND_FRACTION:
-        control = "penalised"
-    elif measured.response and max(measured.response) <= CARRIED:
-        control = "removed"
-    else:
-        control = "free"
-    sentences = (
-        _visibility(measured, blind, read), _gradient(measured), _growth(measured), _use(measured), _depth(measured),
-        _halting(measured), _advice(measured, control),
-    )  # fmt: skip
-    return Verdict(control, blind, " ".join(sentence for sentence in sentences if sentence))
+    control = _control(measured, blind)
+    findings = [_visibility(measured, blind, control), _penalty(measured, control)]
+    if measured.n_loops > 1:
+        findings.append(_passing_on(measured, control))
+    findings.append(_growth(measured, control))
+    if control == "removed":
+        findings.append(_growth_within_a_loop(measured))
+    if measured.n_loops > 1:
+        findings.append(_use(measured))
+    findings.append(_depth(measured))
+    if measured.n_loops > 1:
+        findings.append(_halting(measured))
+    return Verdict(control, blind, _advice(measured, blind, control), findings)
 
 
-def _visibility(measured: Measurements, blind: list[bool], read: list[int]) -> str:
-    ranges, fractions = measured.alpha.ranges, measured.radial.immediate
-    parts = []
-    for sees, loops in (
-        ("cannot see the scale of", [loop for loop in read if blind[loop]]),
-        ("sees the scale of", [loop for loop in read if not blind[loop]]),
-    ):
-        if loops:
-            parts.append(
-                f"{sees} {_states(loops)} (scaled by 0.1 to 10 before the readout, the cross-entropy moves by "
-                f"{_span([ranges[loop] for loop in loops])} nats; radial fraction of the immediate gradient "
-                f"{_span([fractions[loop] for loop in loops])})"
-            )
-    unread = [loop for loop in range(measured.n_loops) if loop not in read]
-    rest = f" Training does not read {_states(unread)}." if unread else ""
-    return f"The cross-entropy controls the direction of {_states(read)}; it {' and '.join(parts)}.{rest}"
+def _control(measured: Measurements, blind: Sequence[bool]) -> Control:
+    if not all(blind[loop] for loop in measured.loops_read):
+        return "visible"
+    if _penalty_is_felt(measured):
+        return "penalised"
+    if measured.n_loops > 1 and not _is_passed_on(measured):
+        return "removed"
+    return "free"
 
 
-def _gradient(measured: Measurements) -> str:
-    text = f"With what comes back from later loops, its gradient is radial to {_span(measured.radial.total)}"
+def _penalty_is_felt(measured: Measurements) -> bool:
+    return measured.penalty > 0 and measured.radial.training[measured.loops_read[-1]] > BLIND_FRACTION
+
+
+def _is_passed_on(measured: Measurements) -> bool:
+    return max(measured.response) > PASSED_ON
+
+
+def _visibility(measured: Measurements, blind: Sequence[bool], control: Control) -> Finding:
+    seen = [loop for loop in measured.loops_read if not blind[loop]]
+    unseen = [loop for loop in measured.loops_read if blind[loop]]
+    answer = "No" if not seen else "Yes" if not unseen else f"At {_states(seen)}, not at {_states(unseen)}"
+    numbers = [
+        f"{_states(loops)} scaled by 0.1 to 10: the cross-entropy moves by "
+        f"{_span([measured.alpha.ranges[loop] for loop in loops])} nats, the radial fraction of its gradient is "
+        f"{_span([measured.radial.immediate[loop] for loop in loops])}."
+        for loops in (seen, unseen)
+        if loops
+    ]
+    unread = [loop for loop in range(measured.n_loops) if loop not in measured.loops_read]
+    if unread:
+        numbers.append(f"Training does not read {_states(unread)}.")
+    action = NOTHING
+    if control == "free":
+        all_but_last = ", or all but the last (readout final-only)" if len(measured.loops_read) > 1 else ""
+        action = f"One way to hold it: read the states without a norm (readout raw){all_but_last}."
+    elif control == "penalised":
+        action = "Nothing while the penalty stays."
+    threshold = f"no if below both {BLIND_RANGE} nats and {BLIND_FRACTION:g}"
+    return Finding("Can the loss see how large the state is?", answer, " ".join(numbers), threshold, action)
+
+
+def _penalty(measured: Measurements, control: Control) -> Finding:
+    last_read = measured.loops_read[-1]
+    number = (
+        f"No penalty in the training loss. The cross-entropy's own gradient has a radial fraction of "
+        f"{_span(measured.radial.total)} over the loops."
+    )
     if measured.penalty > 0:
-        return f"{text}; with the penalty of {measured.penalty:g}, to {_span(measured.radial.training)}."
-    return f"{text}."
-
-
-def _growth(measured: Measurements) -> str:
-    mean, updates, last = measured.norms.mean, measured.updates, measured.n_loops - 1
-    grows = "grows" if _grows(measured) else "hardly grows"
-    return (
-        f"The mean norm {grows}, from ||H_1|| = {mean[0]:.3g} to ||H_{last + 1}|| = {mean[last]:.3g} "
-        f"({mean[last] / mean[0]:.2f} times), and is {mean[-1]:.3g} after {len(mean)} loops. The update after loop "
-        f"{last + 1} adds {updates.increment[last]:.3g} to the scale (predicted to first order "
-        f"{updates.first_order[last]:.3g}, to second {updates.second_order[last]:.3g}) and turns the direction by "
-        f"{updates.angular[last]:.3g}, that after loop 1 by {updates.angular[0]:.3g}."
-    )
-
-
-def _grows(measured: Measurements) -> bool:
-    return measured.norms.mean[measured.n_loops - 1] > GROWTH * measured.norms.mean[0]
-
-
-def _use(measured: Measurements) -> str:
-    if measured.n_loops == 1:
-        return ""
-    fed = "is fed back" if max(measured.response) > CARRIED else "is not fed back"
-    used = "the loops hardly use it" if abs(measured.clamp.change) < UNUSED else "the loops do use it"
-    clamp = measured.clamp
-    return (
-        f"The scale {fed} (response of the next loop to twice the state: {_span(measured.response)}); freezing it "
-        "after loop 1 and taking the radial part from every later update changes the cross-entropy at "
-        f"K = {measured.n_loops} by {clamp.change:+.4f} nats (standard error {clamp.both.error[-1]:.4f}; freezing "
-        f"alone {clamp.frozen.change[-1]:+.4f}, taking the radial part alone {clamp.tangential.change[-1]:+.4f}): "
-        f"{used}."
-    )
-
-
-def _depth(measured: Measurements) -> str:
-    ce, n_loops = measured.depth.ce, measured.n_loops
-    best = min(range(n_loops), key=ce.__getitem__)
-    text = f"The cross-entropy is {ce[n_loops - 1]:.3f} at K = {n_loops}"
-    if best != n_loops - 1:
-        text += f", and least at K = {best + 1} ({ce[best]:.3f})"
-    if measured.depth.two_readings:
-        before = f"K = 1 to {n_loops - 1}" if n_loops > 2 else "K = 1"
-        text += (
-            f"; at {before} it is {_span(ce[: n_loops - 1], 3)} through the last loop's norm and "
-            f"{_span(measured.depth.as_trained[:-1], 3)} without it, as training read those loops"
+        number = (
+            f"With the penalty of {measured.penalty:g} the gradient at H_{last_read + 1} has a radial fraction of "
+            f"{measured.radial.training[last_read]:.2g} ({_span(measured.radial.training)} over the loops; "
+            f"{_span(measured.radial.total)} without the penalty)."
         )
-    beyond = ce[-1] - ce[n_loops - 1]
-    if abs(beyond) <= WORSE:
-        return f"{text}; {len(ce)} loops change it by no more than {WORSE}."
-    return f"{text}; going on to {len(ce)} loops {'costs' if beyond > 0 else 'gains'} {abs(beyond):.3f} nats."
+    if measured.penalty == 0:
+        answer = "No, there is none"
+    elif control == "visible":
+        answer = "In part: the loss sees the size too"
+    else:
+        answer = "Yes" if control == "penalised" else "No, it is too weak"
+    action = NOTHING
+    if control == "penalised":
+        action = "Keep it, or read the loops before the last without a norm (readout final-only)."
+    elif control == "free":
+        change = "add a penalty of" if measured.penalty == 0 else "raise the penalty, for example to"
+        action = f"The simplest way to hold it: {change} 0.01 on the mean of H_k^2."
+    threshold = f"yes if a penalty lifts the fraction at H_{last_read + 1} above {BLIND_FRACTION:g}"
+    return Finding("Does a norm penalty hold the size?", answer, number, threshold, action)
 
 
-def _halting(measured: Measurements) -> str:
-    if measured.n_loops == 1:
-        return ""
-    halting = measured.halting
+def _passing_on(measured: Measurements, control: Control) -> Finding:
+    return Finding(
+        "Does a larger state make the next loop's result larger?",
+        "Yes, size is passed on" if _is_passed_on(measured) else "No, size is removed between loops",
+        f"A state twice as large changes the next loop's result by {_span(measured.response)} times its size.",
+        f"yes if above {PASSED_ON}",
+        "Another way to hold it: normalise the state between loops." if control == "free" else NOTHING,
+    )
+
+
+def _growth(measured: Measurements, control: Control) -> Finding:
+    norms, n_loops = measured.norms.mean, measured.n_loops
+    grows = measured.growth > GROWTH
+    action = NOTHING
+    if control == "free":
+        action = (
+            "Hold it in one of the ways above." if grows else "Hold it all the same: nothing keeps it from growing."
+        )
+    elif grows:
+        action = {
+            "penalised": "Nothing while the penalty stays.",
+            "removed": "Nothing: the next loop does not see it.",
+            "visible": f"Train with {measured.suggested_penalty}.",
+        }[control]
+    return Finding(
+        "Does the state grow from loop to loop?",
+        f"Yes, {measured.growth:.2f} times" if grows else f"Hardly, {measured.growth:.2f} times",
+        f"Mean norm {norms[0]:.3g} after loop 1, {norms[n_loops - 1]:.3g} after loop {n_loops}, the last one trained, "
+        f"{norms[-1]:.3g} after {len(norms)} loops.",
+        f"yes if above {GROWTH} times, from loop 1 to {n_loops}",
+        action,
+    )
+
+
+def _growth_within_a_loop(measured: Measurements) -> Finding:
+    norms = measured.norms
+    grows = norms.within[0] > GROWTH
+    number = f"Loop 1 takes the mean norm from {norms.entered[0]:.3g} to {norms.mean[0]:.3g}"
+    if len(norms.within) > 1:
+        number += f", loop 2 from {norms.entered[1]:.3g} to {norms.mean[1]:.3g}"
+    return Finding(
+        "Does the state grow within one loop?",
+        f"Yes, {norms.within[0]:.3g} times" if grows else f"Hardly, {norms.within[0]:.3g} times",
+        f"{number}.",
+        f"yes if above {GROWTH} times in loop 1, token by token",
+        f"Train with {measured.suggested_penalty}: no readout that training uses sees it." if grows else NOTHING,
+    )
+
+
+def _use(measured: Measurements) -> Finding:
+    clamp = measured.clamp
+    used = abs(clamp.change) >= USED
+    return Finding(
+        "Do the loops make use of the size?",
+        "Yes" if used else "Hardly",
+        f"The cross-entropy at K = {measured.n_loops} changes by {clamp.change:+.4f} nats (standard error "
+        f"{clamp.both.error[-1]:.4f}) when every token keeps the size it has after loop 1 (section 4: both).",
+        f"yes if {USED} nats or more, up or down",
+        "Compare the loss before and after any change that holds the size." if used else NOTHING,
+    )
+
+
+def _depth(measured: Measurements) -> Finding:
+    depth, n_loops = measured.depth, measured.n_loops
+    ce = depth.ce
+    best = min(range(n_loops), key=ce.__getitem__)
+    change = ce[-1] - ce[n_loops - 1]
+    number = f"Cross-entropy {ce[n_loops - 1]:.3f} at K = {n_loops}, {change:+.3f} nats at {len(ce)} loops."
+    if best != n_loops - 1:
+        number += f" Of the trained loops the best is K = {best + 1} ({ce[best]:.3f})."
+    if depth.two_readings:
+        before = f"K = 1 to {n_loops - 1}" if n_loops > 2 else "K = 1"
+        number += (
+            f" At {before} it is {_span(ce[: n_loops - 1], 3)} through the last loop's norm, "
+            f"{_span(depth.as_trained[:-1], 3)} without it, as training read those loops."
+        )
+    if abs(change) <= DEPTH_CHANGE:
+        answer, action = "No difference", f"Do not spend more than {n_loops} loops."
+    elif change > 0:
+        answer, action = "No, they cost", f"Do not run more than {n_loops} loops."
+    else:
+        answer, action = "Yes", f"Try up to {len(ce)} loops (section 6)."
+    threshold = f"no difference if {DEPTH_CHANGE} nats or less"
+    return Finding("Do more loops than were trained help?", answer, number, threshold, action)
+
+
+def _halting(measured: Measurements) -> Finding:
+    halting, n_loops = measured.halting, measured.n_loops
 
     def outcome(halt: Halt) -> str:
-        return f"{halt.loops:.2f} loops (perplexity there {halt.ratio:.4f} times that at K = {measured.n_loops})"
+        return f"{halt.loops:.2f} loops a token, at {halt.ratio:.4f} times the perplexity of {n_loops} loops"
 
-    other = f"; each loop read as the last, {outcome(halting.as_last)}" if measured.depth.two_readings else ""
-    return (
-        f"Stopped at the first loop whose margin is large enough, calibrated on half of the windows to cost at most "
-        f"{halting.tolerance - 1:.0%} of perplexity, a token of the other half takes {outcome(halting.as_trained)}"
-        f"{other}."
+    halt = halting.as_trained
+    number = f"{outcome(halt)}."
+    if measured.depth.two_readings:
+        number += f" Each loop read as the last: {outcome(halting.as_last)}."
+    early = halt.tau is not None
+    return Finding(
+        "Can tokens stop early?",
+        f"Yes, after {halt.loops:.2f} of {n_loops} loops" if early else f"No, all need {n_loops} loops",
+        number,
+        f"yes if that costs at most {halting.tolerance - 1:.0%} of perplexity on the other half of the text",
+        "Compare fewer loops (section 6): halting itself saves no time." if early else NOTHING,
     )
 
 
-def _advice(measured: Measurements, control: Control) -> str:
+def _advice(measured: Measurements, blind: Sequence[bool], control: Control) -> str:
+    grows = measured.growth > GROWTH
+    growth = f"grows {measured.growth:.2f} times over the {measured.n_loops} loops"
     if control == "free":
-        urgency = "" if _grows(measured) else " It does not grow much yet, but nothing keeps it from doing so."
-        return (
-            f"So the scale is free: no readout that is trained on sees it.{urgency} To change: add a norm penalty "
-            "(0.01 on the mean of H_k^2), read the loops before the last without a norm (final-only) or all of them "
-            "(raw), or normalise the state between loops."
-        )
+        so_far = f"and it {growth}" if grows else "though it hardly grows yet"
+        return f"Train with {measured.suggested_penalty}: nothing in training limits how large the state is, {so_far}."
     if control == "penalised":
-        return (
-            "So the cross-entropy is blind, and the penalty alone holds the scale: keep it, or read the loops before "
-            "the last without a norm."
-        )
+        return "Keep the norm penalty: it alone holds the size of the state, which the cross-entropy cannot see."
     if control == "removed":
-        return _removed(measured.norms)
-    grown = " It grows all the same; a norm penalty would hold it." if _grows(measured) else ""
-    return f"So the cross-entropy itself holds the scale, where its readout sees it: nothing to change.{grown}"
-
-
-def _removed(norms: Norms) -> str:
-    text = (
-        "So the readout is blind, and the recurrence removes the scale between loops, so that it does not build up "
-        f"from one to the next. Within a loop it is free: the first takes ||H_0|| = {norms.entered[0]:.3g} to "
-        f"||H_1|| = {norms.mean[0]:.3g} ({norms.within[0]:.3g} times, token by token)"
-    )
-    if len(norms.within) > 1:
-        text += f", the second {norms.entered[1]:.3g} to {norms.mean[1]:.3g}"
-    if norms.within[0] <= GROWTH:
-        return f"{text}: nothing to change."
-    return f"{text}. Nothing that is trained on sees that growth; a norm penalty would hold it."
+        within = measured.norms.within[0]
+        if within > GROWTH:
+            return (
+                f"Consider {measured.suggested_penalty}: size does not build up from loop to loop, but nothing limits "
+                f"it within one (the first makes the state {within:.3g} times as large)."
+            )
+        return "Nothing to change: the size of the state is removed between loops, so it does not build up."
+    seen = [loop for loop in measured.loops_read if not blind[loop]]
+    where = "" if len(seen) == len(measured.loops_read) else f" at {_states(seen)}"
+    if grows:
+        return f"Consider {measured.suggested_penalty}: the loss sees how large the state is{where}, yet it {growth}."
+    return f"Nothing to change: the loss sees how large the state is{where}, and holds it."
 
 
 def _states(loops: Sequence[int]) -> str:
-    """H_1, H_2 and H_4 for 0-based loops 0, 1 and 3; H_1..H_4 for a run of three or more."""
+    """H_1, H_2 and H_4 for the 0-based loops 0, 1 and 3; H_1..H_4 for three or more in a row."""
     names = [f"H_{loop + 1}" for loop in loops]
     if len(loops) > 2 and loops[-1] - loops[0] == len(loops) - 1:
         return f"{names[0]}..{names[-1]}"
