@@ -144,6 +144,7 @@ def test_the_penalty_counts_at_the_last_loop_that_is_read():
 
 def test_what_is_said_of_a_penalty():
     assert finding(measurements(), PENALTY).answer == "No, there is none"
+    assert judge(measurements(radial=radial(training=[0.3] * 4))).control == "free"
     seen = finding(measurements(alpha=SEEN, radial=RADIAL, penalty=0.01), PENALTY)
     assert (seen.answer, seen.action) == ("In part: the loss sees the size too", "Nothing.")
 

@@ -14,7 +14,7 @@ from looped.saved_run import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr if the input is bad, with nothing written."""
+    """Returns the exit code: 0, or 2 if the input is bad. Then nothing is written but one line on stderr, why."""
     options = _parser().parse_args(argv)
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
@@ -45,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell all of them apart. Raises ValueError if two are the same directory."""
+    """A short name for each run: the ends of the paths, as long as is needed to tell them apart.
+
+    Raises ValueError if two of them are the same directory.
+    """
     paths = [directory.resolve().parts for directory in directories]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise ValueError(f"every run may be given once. Got {Path(*twice)} again.")
+    repeated = next((path for path in paths if paths.count(path) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"every run may be given once. Got {Path(*repeated)} again.")
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-length:]) for path in paths]
         if len(set(names)) == len(names):

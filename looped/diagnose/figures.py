@@ -1,6 +1,7 @@
 """The figures of a page. Each shows every model that is diagnosed, as a curve, a bar or a panel of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -214,7 +215,7 @@ def depth_figure(models: Sequence[Drawn]) -> Figure:
     ticks = {1}
     for model in models:
         depth, trained = model.measured.depth, model.measured.n_loops
-        look = {"color": model.colour, "marker": "o", "markersize": 5}
+        look: dict[str, Any] = {"color": model.colour, "marker": "o", "markersize": 5}
         axes.plot(from_1(depth.as_trained), depth.ce[:trained], **look)
         beyond = np.arange(trained, len(depth.ce) + 1)
         axes.plot(beyond, depth.ce[trained - 1 :], color=model.colour, linestyle="--", linewidth=1.2)
