@@ -44,7 +44,7 @@ def calibrate(loss: Tensor, margin: Tensor, tolerance: float = 1.01) -> float:
     """
     if loss.shape != margin.shape or loss.dim() < 2 or loss.numel() == 0:
         raise ValueError(
-            "loss and margin must have the same shape [K, ...], with at least one loop and one token. "
+            "loss and margin must have one shape [K, ...] with at least one loop and token. "
             f"Got loss {list(loss.shape)}, margin {list(margin.shape)}."
         )
     if not (loss.isfinite().all() and margin.isfinite().all()):

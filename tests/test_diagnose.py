@@ -18,6 +18,7 @@ from looped.diagnose.__main__ import main, run_names
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.figures import FIGURES, colours_of
+from looped.diagnose.findings import findings
 from looped.diagnose.page import STYLE
 from looped.diagnose.page import page as render
 from looped.diagnose.record import read_record
@@ -233,7 +234,7 @@ def test_the_page_holds_everything_and_needs_no_network(out):
         assert diagnosis.verdict.advice in page.text
         assert verdict[1:] == [
             [finding.question, finding.answer, finding.number + finding.threshold, finding.action]
-            for finding in diagnosis.verdict.findings
+            for finding in findings(diagnosis.measured)
         ]
 
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from diagnosed_models import clamp, halting, measurements
 
+from looped.diagnose.findings import Finding, findings
 from looped.diagnose.interventions import AlphaSweep, Clamped, RadialClamp
 from looped.diagnose.radial import RadialFractions
-from looped.diagnose.verdict import Finding, Measurements, judge
+from looped.diagnose.verdict import Measurements, judge
 
 SEEN = AlphaSweep([0.1, 1, 10], [[5.0, 4.5, 9.0]] * 4)
 RADIAL = RadialFractions([0.2] * 4, [0.2] * 4, [float("nan")] * 4, [0.2] * 4, [0.2] * 4)
@@ -23,7 +24,7 @@ HALTING = "Can tokens stop early?"
 
 
 def finding(measured: Measurements, question: str) -> Finding:
-    (found,) = (each for each in judge(measured).findings if each.question == question)
+    (found,) = (each for each in findings(measured) if each.question == question)
     return found
 
 
@@ -47,10 +48,10 @@ def final_only() -> Measurements:
 
 def test_what_is_asked_of_every_model_in_this_order():
     questions = [VISIBILITY, PENALTY, PASSED_ON, GROWTH, USE, DEPTH, HALTING]
-    assert [found.question for found in judge(measurements()).findings] == questions
-    removed = judge(measurements(response=[0.0] * 3)).findings
+    assert [found.question for found in findings(measurements())] == questions
+    removed = findings(measurements(response=[0.0] * 3))
     assert [found.question for found in removed] == [*questions[:4], GROWTH_WITHIN, *questions[4:]]
-    for found in (*removed, *judge(final_only()).findings):
+    for found in (*removed, *findings(final_only())):
         assert all(dataclasses.astuple(found))
 
 
@@ -62,7 +63,7 @@ def test_a_blind_readout_leaves_the_scale_free():
         "Train with a norm penalty: nothing in training limits how large the state is, "
         "and it grows 4.00 times over the 4 loops."
     )
-    actions = {found.question: found.action for found in verdict.findings}
+    actions = {found.question: found.action for found in findings(measurements())}
     assert "readout raw), or all but the last (readout final-only)" in actions[VISIBILITY]
     assert "add a penalty of 0.01" in actions[PENALTY]
     assert "normalise the state between loops" in actions[PASSED_ON]
@@ -246,15 +247,13 @@ def test_two_readings_are_both_told():
 
 
 def test_a_single_loop_has_no_recurrence():
-    verdict = judge(
-        measurements(
-            n_loops=1,
-            weights=(1.0,),
-            radial=RadialFractions([1e-8], [1e-12], [1e-12], [1e-8], [1e-8]),
-            alpha=AlphaSweep([0.1, 1, 10], measurements().alpha.ce[:1]),
-            clamp=RadialClamp([5.0], *[Clamped([0.0], [0.0])] * 3),
-            response=[],
-        )
+    single = measurements(
+        n_loops=1,
+        weights=(1.0,),
+        radial=RadialFractions([1e-8], [1e-12], [1e-12], [1e-8], [1e-8]),
+        alpha=AlphaSweep([0.1, 1, 10], measurements().alpha.ce[:1]),
+        clamp=RadialClamp([5.0], *[Clamped([0.0], [0.0])] * 3),
+        response=[],
     )
-    assert verdict.control == "free"
-    assert [found.question for found in verdict.findings] == [VISIBILITY, PENALTY, GROWTH, DEPTH]
+    assert judge(single).control == "free"
+    assert [found.question for found in findings(single)] == [VISIBILITY, PENALTY, GROWTH, DEPTH]

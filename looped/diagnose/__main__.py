@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
+from looped.diagnose.findings import findings
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.record import record_of_run
 from looped.saved_run import check_writable, load_run
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for diagnosis in diagnoses:
         print(f"\n{diagnosis.name}: {diagnosis.verdict.advice}")
-        for finding in diagnosis.verdict.findings:
+        for finding in findings(diagnosis.measured):
             print(f"  {finding.question:58} {finding.answer}")
     print(f"\npage {out / 'index.html'}")
     return 0

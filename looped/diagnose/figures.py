@@ -9,23 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 
+from looped.diagnose import drawing
 from looped.diagnose.diagnosis import Diagnosis
-from looped.diagnose.drawing import (
-    Drawn,
-    alpha_axis,
-    from_1,
-    key,
-    label_rows,
-    legend,
-    legend_below,
-    log_if_wide,
-    loop_axis,
-    name_curves,
-    panel_grid,
-    style,
-    symlog_beyond,
-    symlog_if_wide,
-)
+from looped.diagnose.drawing import Drawn
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.verdict import BLIND_RANGE, USED
 
@@ -51,21 +37,21 @@ def drawn_models(diagnoses: Sequence[Diagnosis], known_colours: Mapping[str, str
 
 def norm_figure(models: Sequence[Drawn]) -> Figure:
     """||H_k|| over loops: the mean over tokens, and bands of percentiles. A panel for each model."""
-    figure, panels = panel_grid(len(models), "Norm of the state of every token, loop by loop")
+    figure, panels = drawing.panel_grid(len(models), "Norm of the state of every token, loop by loop")
     for axes, model in zip(panels, models, strict=True):
         norms = model.measured.norms
         bands = dict(zip(PERCENTILES, np.asarray(norms.percentiles).T, strict=True))
-        loops = from_1(norms.mean)
+        loops = drawing.from_1(norms.mean)
         for low, high, alpha in ((0, 100, 0.12), (1, 99, 0.2), (25, 75, 0.35)):
             label = "least to largest" if (low, high) == (0, 100) else f"percentiles {low}-{high}"
             axes.fill_between(loops, bands[low], bands[high], color=model.colour, alpha=alpha, linewidth=0, label=label)
         axes.plot(loops, norms.mean, color=model.colour, linewidth=1.8, label="mean")
         axes.axvline(model.measured.n_loops, color="0.4", linewidth=0.9, linestyle="--", label="trained depth")
         axes.set_title(model.name)
-        loop_axis(axes)
-        log_if_wide(axes, [model.measured.norms.percentiles for model in models])
-    label_rows(panels, r"$\|H_k\|_2$ of a token")
-    legend_below(figure, panels[0].get_legend_handles_labels()[0], columns=5)
+        drawing.loop_axis(axes)
+        drawing.log_if_wide(axes, [model.measured.norms.percentiles for model in models])
+    drawing.label_rows(panels, r"$\|H_k\|_2$ of a token")
+    drawing.legend_below(figure, panels[0].get_legend_handles_labels()[0], columns=5)
     return figure
 
 
@@ -78,7 +64,7 @@ def radial_figure(models: Sequence[Drawn]) -> Figure:
     width = 0.7 / len(models)
     for place, model in enumerate(models):
         radial = model.measured.radial
-        loops = from_1(radial.immediate) + width * (place - (len(models) - 1) / 2)
+        loops = drawing.from_1(radial.immediate) + width * (place - (len(models) - 1) / 2)
         look = {"color": model.colour, "marker": model.marker, "markersize": 5, "linewidth": 0.8}
         hollow = look | {"fillstyle": "none", "linestyle": "--"}
         left.plot(loops, radial.immediate, **look)
@@ -89,18 +75,20 @@ def radial_figure(models: Sequence[Drawn]) -> Figure:
             right.plot(loops, radial.training, **hollow)
     left.set(title="immediate gradient of each loop's cross-entropy", ylabel="mean radial fraction")
     right.set(title="whole gradient, through later loops")
-    legend(
+    drawing.legend(
         left,
-        key("model's precision", "o", "-"),
-        key("float64", "o", "--", fillstyle="none"),
-        key("what eps makes it, by the equation", "x", "none"),
+        drawing.key("model's precision", "o", "-"),
+        drawing.key("float64", "o", "--", fillstyle="none"),
+        drawing.key("what eps makes it, by the equation", "x", "none"),
     )
-    legend(right, key("cross-entropy", "o", "-"), key("with the penalty", "o", "--", fillstyle="none"))
+    drawing.legend(
+        right, drawing.key("cross-entropy", "o", "-"), drawing.key("with the penalty", "o", "--", fillstyle="none")
+    )
     for axes in (left, right):
         axes.set_yscale("log")
-        loop_axis(axes)
+        drawing.loop_axis(axes)
     figure.suptitle("Radial fraction of the gradients", fontsize=11)
-    name_curves(figure, models, markers=True)
+    drawing.name_curves(figure, models, markers=True)
     return figure
 
 
@@ -121,25 +109,25 @@ def update_figure(models: Sequence[Drawn]) -> Figure:
             (tangential, updates.tangential, dashed),
             (angular, updates.angular, {}),
         ):
-            axes.plot(from_1(values), values, **{"color": model.colour, "linewidth": 1.3} | look)
+            axes.plot(drawing.from_1(values), values, **{"color": model.colour, "linewidth": 1.3} | look)
     increments.set(title="what the update from $H_k$ to $H_{k+1}$ adds to the scale", ylabel=r"$s_{k+1} - s_k$")
-    first = key("first order, $a$", "", ":")
-    second = key(r"second, $a + \mathrm{rms}(b_\perp)^2 / 2s$", "", "--")
-    legend(increments, key("measured", "", "-"), first, second)
+    first = drawing.key("first order, $a$", "", ":")
+    second = drawing.key(r"second, $a + \mathrm{rms}(b_\perp)^2 / 2s$", "", "--")
+    drawing.legend(increments, drawing.key("measured", "", "-"), first, second)
     errors.set(title="error of the predictions", ylabel="mean absolute error, token by token", yscale="log")
-    legend(errors, first, second)
+    drawing.legend(errors, first, second)
     tangential.set(title="angular motion times scale, and the tangential update", ylabel="rms over channels")
-    turned = key(r"$s_k\,\mathrm{rms}(u_{k+1} - u_k)$", "", "-")
-    legend(tangential, turned, key(r"$\mathrm{rms}(b_\perp)$", "", "--"))
+    turned = drawing.key(r"$s_k\,\mathrm{rms}(u_{k+1} - u_k)$", "", "-")
+    drawing.legend(tangential, turned, drawing.key(r"$\mathrm{rms}(b_\perp)$", "", "--"))
     angular.set(title="angular motion", ylabel=r"$\mathrm{rms}(u_{k+1} - u_k)$")
     for axes in grid.flat:
-        loop_axis(axes)
+        drawing.loop_axis(axes)
     all_updates = [model.measured.updates for model in models]
-    symlog_if_wide(increments, [updates.increment + updates.first_order for updates in all_updates])
-    log_if_wide(tangential, [updates.tangential for updates in all_updates])
-    log_if_wide(angular, [updates.angular for updates in all_updates], ratio=8)
+    drawing.symlog_if_wide(increments, [updates.increment + updates.first_order for updates in all_updates])
+    drawing.log_if_wide(tangential, [updates.tangential for updates in all_updates])
+    drawing.log_if_wide(angular, [updates.angular for updates in all_updates], ratio=8)
     figure.suptitle("Updates of the state, loop by loop", fontsize=11)
-    name_curves(figure, models)
+    drawing.name_curves(figure, models)
     return figure
 
 
@@ -163,15 +151,15 @@ def clamp_figure(models: Sequence[Drawn]) -> Figure:
             )
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.axhline(PAPER_CLAMP, color="0.2", linewidth=0.9, linestyle="--")
-    symlog_beyond(axes, USED)
+    drawing.symlog_beyond(axes, USED)
     axes.set_xticks(range(len(models)), [model.name for model in models], rotation=25, ha="right", fontsize=8)
     axes.set(title="Radial clamp: what it costs at K", ylabel="change of the cross-entropy, nats")
     keys = [
         Patch(facecolor="white" if hatch else "0.5", edgecolor="0.5", hatch=hatch, label=form)
         for form, hatch in hatches.items()
     ]
-    legend_below(figure, [*keys, key(f"the paper's largest, {PAPER_CLAMP}", "", "--")], columns=4)
-    style(axes)
+    drawing.legend_below(figure, [*keys, drawing.key(f"the paper's largest, {PAPER_CLAMP}", "", "--")], columns=4)
+    drawing.style(axes)
     return figure
 
 
@@ -187,24 +175,24 @@ def final_alpha_figure(models: Sequence[Drawn]) -> Figure:
         title="The final state scaled by alpha before the readout",
         ylabel=r"CE of $\alpha H_K$ minus CE of $H_K$, nats",
     )
-    alpha_axis(axes)
-    symlog_beyond(axes, BLIND_RANGE)
-    name_curves(figure, models, markers=True)
+    drawing.alpha_axis(axes)
+    drawing.symlog_beyond(axes, BLIND_RANGE)
+    drawing.name_curves(figure, models, markers=True)
     return figure
 
 
 def alpha_figure(models: Sequence[Drawn]) -> Figure:
     """Cross-entropy of alpha * H_k against alpha at every trained loop, shaded by loop. A panel for each model."""
-    figure, panels = panel_grid(len(models), "The state of every loop scaled by alpha before its readout")
+    figure, panels = drawing.panel_grid(len(models), "The state of every loop scaled by alpha before its readout")
     for axes, model in zip(panels, models, strict=True):
         sweep = model.measured.alpha
         shades = plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(sweep.ce)))
         for loop, (row, shade) in enumerate(zip(sweep.ce, shades, strict=True), start=1):
             axes.plot(sweep.alphas, row, color=shade, marker="o", markersize=3, linewidth=1.3, label=f"k = {loop}")
         axes.set_title(model.name)
-        alpha_axis(axes)
-        log_if_wide(axes, [model.measured.alpha.ce for model in models], ratio=8)
-    label_rows(panels, r"cross-entropy of $\alpha H_k$, nats")
+        drawing.alpha_axis(axes)
+        drawing.log_if_wide(axes, [model.measured.alpha.ce for model in models], ratio=8)
+    drawing.label_rows(panels, r"cross-entropy of $\alpha H_k$, nats")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -216,20 +204,22 @@ def depth_figure(models: Sequence[Drawn]) -> Figure:
     for model in models:
         depth, trained = model.measured.depth, model.measured.n_loops
         look: dict[str, Any] = {"color": model.colour, "marker": "o", "markersize": 5}
-        axes.plot(from_1(depth.as_trained), depth.ce[:trained], **look)
+        axes.plot(drawing.from_1(depth.as_trained), depth.ce[:trained], **look)
         beyond = np.arange(trained, len(depth.ce) + 1)
         axes.plot(beyond, depth.ce[trained - 1 :], color=model.colour, linestyle="--", linewidth=1.2)
         if depth.two_readings:
-            axes.plot(from_1(depth.as_trained), depth.as_trained, **look | {"fillstyle": "none", "linestyle": ":"})
+            axes.plot(
+                drawing.from_1(depth.as_trained), depth.as_trained, **look | {"fillstyle": "none", "linestyle": ":"}
+            )
         ticks |= {*range(trained, len(depth.ce) + 1, trained), len(depth.ce)}
     axes.set(title="Stopping after K loops", xlabel="K, loops until the readout", ylabel="cross-entropy, nats")
-    keys = [key("read as the last loop", "o", "-"), key("beyond the trained depth", "", "--")]
+    keys = [drawing.key("read as the last loop", "o", "-"), drawing.key("beyond the trained depth", "", "--")]
     if any(model.measured.depth.two_readings for model in models):
-        keys.append(key("read as training read it", "o", ":", fillstyle="none"))
-    legend(axes, *keys)
-    name_curves(figure, models)
+        keys.append(drawing.key("read as training read it", "o", ":", fillstyle="none"))
+    drawing.legend(axes, *keys)
+    drawing.name_curves(figure, models)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    style(axes)
+    drawing.style(axes)
     return figure
 
 
@@ -254,8 +244,8 @@ def halting_figure(models: Sequence[Drawn]) -> Figure:
     axes.set(title="Calibrated halting: where tokens stop", xlabel="share of tokens", xlim=(0, 1.18))
     axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
     keys = [Patch(color=shade, label=f"k = {loop}") for loop, shade in enumerate(shades, start=1)]
-    legend_below(figure, keys, columns=min(8, n_loops))
-    style(axes)
+    drawing.legend_below(figure, keys, columns=min(8, n_loops))
+    drawing.style(axes)
     axes.grid(False)
     return figure
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.figures import FIGURES, drawn_models
+from looped.diagnose.findings import findings
 from looped.diagnose.record import FORMAT as FORMAT  # not used here: train's own reader of the record finds it here
 from looped.diagnose.record import to_json as to_json  # likewise
 from looped.diagnose.record import write_record
@@ -106,7 +107,7 @@ def page(diagnoses: Sequence[Diagnosis], images: Mapping[str, bytes]) -> str:
 def _answers(diagnoses: Sequence[Diagnosis]) -> str:
     """The answers of every model to the questions that its verdict asks."""
     answers = {
-        diagnosis.name: {finding.question: finding.answer for finding in diagnosis.verdict.findings}
+        diagnosis.name: {finding.question: finding.answer for finding in findings(diagnosis.measured)}
         for diagnosis in diagnoses
     }
     questions = list(dict.fromkeys(question for of_model in answers.values() for question in of_model))
@@ -122,7 +123,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
         f"<tr><td>{escape(finding.question)}</td><td>{escape(finding.answer)}</td>"
         f"<td>{WHOLE.sub(NOT_BROKEN, escape(finding.number))}<small>{escape(finding.threshold)}</small></td>"
         f"<td>{escape(finding.action)}</td></tr>"
-        for finding in diagnosis.verdict.findings
+        for finding in findings(diagnosis.measured)
     )
     return (
         f'<h2>{escape(diagnosis.name)}</h2><p class="advice">{escape(diagnosis.verdict.advice)}</p>'

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
+from looped.diagnose.findings import findings
 from looped.diagnose.verdict import THRESHOLDS, Measurements, judge
 
 FORMAT = 3  # of the file: raised whenever something in it is added, removed or called otherwise
@@ -27,7 +28,11 @@ def to_json(diagnoses: Sequence[Diagnosis]) -> str:
         "thresholds": THRESHOLDS,
         "diagnoses": [
             asdict(diagnosis)
-            | {"alpha_ranges": diagnosis.measured.alpha.ranges, "clamp_change": diagnosis.measured.clamp.change}
+            | {
+                "findings": [asdict(finding) for finding in findings(diagnosis.measured)],
+                "alpha_ranges": diagnosis.measured.alpha.ranges,
+                "clamp_change": diagnosis.measured.clamp.change,
+            }
             for diagnosis in diagnoses
         ],
     }
