@@ -1,4 +1,4 @@
-"""What made a number: the commit of this project, versions of packages, the processor."""
+"""Where a measured number comes from: the commit of this project, the versions of packages, the processor."""
 
 import platform
 import subprocess
@@ -9,17 +9,17 @@ import torch
 
 
 def project_commit() -> str | None:
-    """The commit of the checkout, `-dirty` behind it if files differ from it; None outside a checkout."""
+    """The commit of this checkout, followed by `-dirty` if its files have been changed. None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def package_version(package: str) -> str | None:
-    """The installed version; None for what is not installed."""
+    """The version of a package that is installed, else None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -27,7 +27,7 @@ def package_version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as Linux gives it, or what Python knows of it."""
+    """The processor's name: as Linux gives it, or else what Python knows of it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

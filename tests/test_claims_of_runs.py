@@ -55,7 +55,7 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     assert kept_diagnosis(run, 65) is None
     file = run / "diagnosis" / "diagnosis.json"
     whole = file.read_text()
-    for older in (whole.replace('"format": 2', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
+    for older in (whole.replace('"format": 3', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
         file.write_text(older)
         assert kept_diagnosis(run, 64) is None  # measured again
     file.write_text("{")
