@@ -38,7 +38,8 @@ def test_what_a_run_leaves(finished):
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
         assert list(row) == [
-            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "tokens_per_second",
+            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "bad_steps",
+            "tokens_per_second", "mfu",
         ]  # fmt: skip
         assert row["tokens"] == row["step"] * 4 * 16
         assert len(row["ce"]) == len(row["state_norm"]) == len(row["radial_fraction"]) == 3

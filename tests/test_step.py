@@ -64,7 +64,7 @@ def test_fused_and_plain_train_alike(readout, supervision):
 @pytest.mark.parametrize("fused", [True, False])
 def test_accumulation_does_not_change_the_gradient(fused):
     models = [make(fused=fused) for _ in range(2)]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0, fused=True) for model in models]
     whole = take(models[0], optimizers[0], batch(0), measure=True)
     parts = take(models[1], optimizers[1], batch(0), measure=True, grad_accumulation=4)
     for a, b in zip(whole, parts, strict=True):
@@ -76,8 +76,10 @@ def test_accumulation_does_not_change_the_gradient(fused):
 def test_gradient_is_clipped_and_its_norm_is_from_before():
     free, clipped = make(), make()
     before = [value.detach().clone() for value in clipped.parameters()]
-    norm = take(free, torch.optim.SGD(free.parameters(), lr=1.0), batch(0), grad_clip=1e9).grad_norm
-    same = take(clipped, torch.optim.SGD(clipped.parameters(), lr=1.0), batch(0), grad_clip=0.5 * norm.item()).grad_norm
+    norm = take(free, torch.optim.SGD(free.parameters(), lr=1.0, fused=True), batch(0), grad_clip=1e9).grad_norm
+    same = take(
+        clipped, torch.optim.SGD(clipped.parameters(), lr=1.0, fused=True), batch(0), grad_clip=0.5 * norm.item()
+    ).grad_norm
     assert norm == same
     change = [a.detach() - b for a, b in zip(clipped.parameters(), before, strict=True)]
     assert torch.cat([value.flatten() for value in change]).norm() == pytest.approx(0.5 * norm.item(), rel=1e-4)

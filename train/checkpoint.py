@@ -17,6 +17,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
@@ -35,30 +36,59 @@ class Progress:
 
 
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Replace the checkpoint of the run in directory ``run`` by the present state, random generators included."""
+    """Replace the checkpoint of the run in directory ``run`` by the present state, random generators included.
+
+    Raises OSError if it cannot be written, and CheckpointError if safetensors says so; the one before is in its place
+    then, and nothing else is left.
+    """
     new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+        _write(new, model, optimizer, progress)
+        if current.exists():
+            # checkpoint.old/ is removed only while checkpoint/ is in place.
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(current, old)
+        os.rename(new, current)
+        _sync(run)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not current.exists():
+            os.rename(old, current)
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{new} could not be written ({error})") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(new: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     contents = (dict(model.state_dict()), _optimizer_tensors(model, optimizer), _rng_tensors())
     for name, tensors in zip(FILES, contents, strict=True):
-        safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, new / name)
-        _sync(new / name)
+        path = new / name
+        path.touch()
+        mode = path.stat().st_mode  # what the umask makes of a new file; safetensors would have it be 0600
+        safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        path.chmod(mode)
+        _sync(path)
     record = {"step": progress.step, "data": progress.fingerprint, "files": {name: _seal(new / name) for name in FILES}}
-    (new / "checkpoint.json").write_text(json.dumps(record, indent=2))
+    (new / "checkpoint.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     _sync(new / "checkpoint.json")
     _sync(new)
-    if current.exists():
-        # checkpoint.old/ is removed only while checkpoint/ is in place.
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(current, old)
-    os.rename(new, current)
-    _sync(run)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def find(run: Path) -> Path | None:
     """Where the checkpoint of the run in directory ``run`` is, None if it has none."""
     return next((path for path in (run / "checkpoint", run / "checkpoint.old") if path.is_dir()), None)
+
+
+def step_of(run: Path) -> int | None:
+    """Steps done in the checkpoint of the run in directory ``run``, None if it has no whole one."""
+    directory = find(run)
+    try:
+        return None if directory is None else _check_whole(directory).step
+    except CheckpointError:
+        return None
 
 
 def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
@@ -74,10 +104,14 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     device = next(model.parameters()).device
     weights = safetensors.torch.load_file(directory / "model.safetensors", device=str(device))
     _check_shapes(model, weights)
-    model.load_state_dict(weights)
     if optimizer is not None:
-        _restore_optimizer(model, optimizer, safetensors.torch.load_file(directory / "optimizer.safetensors"))
-        _restore_rng(safetensors.torch.load_file(directory / "rng.safetensors"))
+        moments = safetensors.torch.load_file(directory / "optimizer.safetensors")
+        generators = safetensors.torch.load_file(directory / "rng.safetensors")
+        _check_moments(model, moments)
+        _check_generators(generators)
+        _restore_optimizer(model, optimizer, moments)
+        _restore_rng(generators)
+    model.load_state_dict(weights)
     return progress
 
 
@@ -101,6 +135,34 @@ def _check_shapes(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(
                 f"checkpoint of another shape: {name} is {there.get(name, 'missing')} in the checkpoint and "
                 f"{here.get(name, 'missing')} in the model."
+            )
+
+
+def _check_moments(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
+    for name, value in tensors.items():
+        parameter, _, state = name.rpartition(".")
+        if parameter not in shapes:
+            raise CheckpointError(
+                f"checkpoint of another model: the optimizer has {name}, and the model no {parameter}."
+            )
+        if value.dim() > 0 and list(value.shape) != shapes[parameter]:
+            raise CheckpointError(
+                f"checkpoint of another shape: the optimizer's {state} of {parameter} is {list(value.shape)} in the "
+                f"checkpoint and {shapes[parameter]} in the model."
+            )
+
+
+def _check_generators(tensors: dict[str, torch.Tensor]) -> None:
+    here = _rng_tensors()
+    if "cpu" not in tensors:
+        raise CheckpointError("checkpoint must hold the state of the CPU's random generator. It has none.")
+    for name in sorted(here.keys() & tensors.keys()):
+        there = tensors[name]
+        if (there.shape, there.dtype) != (here[name].shape, here[name].dtype):
+            raise CheckpointError(
+                f"checkpoint of another PyTorch: the state of random generator {name} is {list(there.shape)} "
+                f"{there.dtype} in the checkpoint and {list(here[name].shape)} {here[name].dtype} here."
             )
 
 
@@ -142,7 +204,9 @@ def _seal(path: Path) -> list[object]:
 
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no directories
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
