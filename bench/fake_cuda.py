@@ -1,14 +1,16 @@
 """What a CUDA build of PyTorch has and a CPU build has not, imitated for bench/fake_gpu.py, which puts it in place."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu_record import Call, Record, bytes_of
+from bench.gpu_record import Call, Record, bytes_of, caller
 
 
 class Autocast:
@@ -79,6 +81,49 @@ class Event:
 
     def elapsed_time(self, later: "Event") -> float:
         return later.milliseconds - self.milliseconds
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: the calls of its capture, which a replay records again."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.calls: list[Call] = []
+
+    @contextlib.contextmanager
+    def capture(self, pool: Any = None) -> Iterator[None]:
+        """torch.cuda.graph: it waits for the device once, and what is captured must not."""
+        self.record.host_copies.append(f"capture, {caller()}")
+        n_calls, n_waits = len(self.record.calls), len(self.record.host_copies)
+        yield
+        if self.record.host_copies[n_waits:]:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {self.record.host_copies[n_waits]}")
+        self.calls = self.record.calls[n_calls:]
+        del self.record.calls[n_calls:]
+
+    def replay(self) -> None:
+        self.record.calls += self.calls
+
+
+class Stream:
+    """torch.cuda.Stream: there is one order of everything."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+def graph_patches(record: Record) -> dict[str, Any]:
+    """What the capture of a CUDA graph calls."""
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    return {
+        "torch.cuda.CUDAGraph": lambda: Graph(record),
+        "torch.cuda.graph": Graph.capture,
+        "torch.cuda.graph_pool_handle": object,
+        "torch.cuda.Stream": Stream,
+        "torch.cuda.current_stream": Stream,
+        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
+        "torch.cuda.default_generators": [generator],
+    }
 
 
 def lock_pages(tensor: Tensor) -> Tensor:

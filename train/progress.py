@@ -81,8 +81,9 @@ def show(bar: tqdm, row: dict[str, Any], left: str) -> None:
 
 def print_start(run: Run) -> None:
     print(f"training  {model_line(run)}\non        {data_line(run)}")
-    if run.config.schedule == "warmup-cosine" or run.schedule_steps != run.steps:
-        print(f"schedule  {run.config.schedule} over {run.schedule_steps} steps")
+    if run.config.schedule == "warmup-cosine":
+        after = "" if run.schedule_steps >= run.steps else f", then constant to step {run.steps}"
+        print(f"schedule  {run.config.schedule} over {run.schedule_steps} steps{after}")
     for change in run.changes:
         print(f"changed   {change}, from step {run.step + 1} on")
     if run.device.type == "cuda":
