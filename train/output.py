@@ -46,15 +46,12 @@ def lasting_output() -> Iterator[None]:
     def say(error: OSError) -> None:
         print(f"standard output cannot be written ({error.strerror}). The run goes on.", file=sys.stderr, flush=True)
 
-    # Each is None where the program was started without it.
-    if sys.stderr is not None:
-        sys.stderr = LastingStream(sys.stderr, lambda error: None)
-    if sys.stdout is not None:
-        sys.stdout = LastingStream(sys.stdout, say)
+    # A stream is None where the program was started with its descriptor closed, which the null device takes here.
+    sys.stderr = LastingStream(sys.stderr or open(os.devnull, "w"), lambda error: None)  # noqa: SIM115
+    sys.stdout = LastingStream(sys.stdout or open(os.devnull, "w"), say)  # noqa: SIM115
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         sys.stdout, sys.stderr = before
