@@ -142,6 +142,8 @@ BAD_OPTIONS = {
     "dropout": (["--dropout", "1"], "dropout must be in"),
     "accumulation": (["--grad-accumulation", "3"], "batch_size must be divisible by grad_accumulation"),
     "learning rate": (["--learning-rate", "0"], "learning_rate must be finite and above 0"),
+    "no bad steps": (["--max-bad-steps", "0"], "max_bad_steps must be at least 1. Got max_bad_steps=0"),
+    "no schedule": (["--schedule-steps", "-3"], "schedule_steps must be at least 1. Got schedule_steps=-3"),
     "unknown device": (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N. Got device='tpu'"),
     "half precision": (["--dtype", "fp16"], "invalid choice 'fp16'"),
 }
