@@ -134,6 +134,8 @@ BAD_OPTIONS = {
     "window longer than the text": (["--seq-len", "50000"], "text is too short.*50001"),
     "vocabulary too large": (["--vocab-size", "50000"], r"vocab_size must be at most \d+.*50000"),
     "paper vocabulary too large": (["--tokenizer", "paper", "--vocab-size", "5000"], r"vocab_size must be at most \d+"),
+    "vocabulary beyond any": (["--vocab-size", "2000000000"], r"vocab_size must be .* at most 1,048,576 .*=2000000000"),
+    "vocabulary without bytes": (["--vocab-size", "200", "--data", "no"], "vocab_size must be at least 257 .*=200"),
     "heads": (["--n-heads", "3"], "d_model must be divisible by n_heads. Got d_model=32, n_heads=3"),
     "odd head": (["--n-heads", "32", "--positions", "rotary"], "must be even with rotary positions. Got 1"),
     "no loops": (["--n-loops", "0"], "n_loops must be at least 1. Got n_loops=0"),

@@ -7,7 +7,7 @@ import torch
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import readout_logits
-from train.batches import Windows
+from train.batches import Windows, evaluation_windows
 from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
 
@@ -182,32 +182,33 @@ def test_terminal_supervision_reads_the_last_loop_only():
     assert result.loss == pytest.approx(result.per_loop[2].item())
 
 
+@pytest.mark.parametrize("left_over", [0, 1, T - 1])
 @pytest.mark.parametrize("readout", ["rmsnorm", "raw", "final-only"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_evaluation_at_every_loop(fused, readout):
+def test_evaluation_at_every_loop(fused, readout, left_over):
     model = make(fused=fused, readout=readout, dropout=0.5)
-    tokens = np.random.default_rng(0).integers(0, V, 10 * T + 1)
-    windows = Windows(tokens, T, T)
-    sizes = np.arange(V)
+    tokens = np.random.default_rng(0).integers(0, V, 10 * T + 1 + left_over)
+    sizes = np.arange(1, V + 1)
     results = evaluate(
         model,
-        windows,
-        np.arange(10),
-        batch_size=4,  # 10 windows: the last batch is smaller
+        *evaluation_windows(tokens, T, None),
+        batch_size=4,  # 10 or 11 windows: the last batch is smaller
         device=torch.device("cpu"),
         dtype=torch.float32,
         bytes_per_token=sizes,
     )
-    inputs, targets = windows.gather(np.arange(10))
+    sequence = torch.from_numpy(tokens)[None]
+    parts = [sequence[:, start : start + T + 1] for start in range(0, len(tokens) - 1, T)]
+    targets = sequence[0, 1:]
     for n_loops, result in enumerate(results, start=1):
         with torch.no_grad():
-            state = model(inputs, n_loops=n_loops)[-1]
+            state = torch.cat([model(part[:, :-1], n_loops=n_loops)[-1][0] for part in parts])
             logits = readout_logits(model, state)
-        ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+        ce = torch.nn.functional.cross_entropy(logits, targets).item()
         assert result.n_loops == n_loops
         assert result.ce == pytest.approx(ce, rel=1e-5)
         assert result.ppl == pytest.approx(math.exp(ce), rel=1e-4)
-        bits = ce * targets.numel() / math.log(2) / sizes[targets.numpy()].sum()
+        bits = ce * len(targets) / math.log(2) / sizes[targets.numpy()].sum()
         assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
         assert result.state_norm == pytest.approx(state.norm(dim=-1).mean().item(), rel=1e-5)
         assert result.tokens_per_second > 0

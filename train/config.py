@@ -21,6 +21,7 @@ from looped.kernels.device import multiplies_faster
 from looped.config import PRESETS, LoopedConfig, Positions, Readout
 from looped.saved_run import check_writable, nearest_existing
 from looped.supervision import Supervision
+from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]
@@ -249,8 +250,8 @@ def validate(config: TrainConfig) -> None:
 
     Raises ValueError naming the option, the rule and the value.
     """
-    for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "vocab_size",
-                 "schedule_steps", "max_bad_steps"):  # fmt: skip
+    for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
+                 "max_bad_steps"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
     for name in ("seq_len", "n_loops", "d_model", "n_heads", "n_layers", "d_ff"):
         _check(config, name, lambda value: value >= 1, "at least 1")
@@ -270,6 +271,8 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(
             f"tokenizer must be bpe, paper or the path of a tokenizer.json. Got tokenizer={config.tokenizer!r}."
         )
+    if config.vocab_size is not None:
+        check_vocab_size(config.tokenizer, config.vocab_size)
     model_config(config, config.vocab_size or 1)
     device_of(config)
     if config.resume is None and config.out is not None:

@@ -20,7 +20,6 @@ from looped.whole_file import replacing
 from train import checkpoint
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
-from train.corpus import load_corpus
 from train.data import TokenData, cache_directory, load_data
 from train.graph import CudaGraphs, Launch, eagerly
 from train.metrics import write_json
@@ -82,7 +81,7 @@ def prepare(config: TrainConfig) -> Run:
     torch.set_flush_denormal(True)
     device = device_of(config)
     data = load_data(
-        load_corpus(config.data),
+        config.data,
         tokenizer=config.tokenizer,
         vocab_size=config.vocab_size,
         seq_len=config.seq_len,

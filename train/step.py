@@ -150,6 +150,8 @@ def evaluate(
 ) -> list[LoopResult]:
     """Evaluate the windows ``indices`` at K = 1..n_loops; one pass gives the losses of all K.
 
+    What a window is filled up with counts nowhere.
+
     ``bytes_per_token``: [V], or None if bits per byte are not defined. Bits per byte charge the end-of-document
     tokens, which stand for no bytes, to the text: all bits over all bytes.
     """
@@ -161,13 +163,14 @@ def evaluate(
     groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
         inputs, targets = windows.gather(group)
-        n_tokens += targets.numel()
-        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[targets.numpy()].sum())
+        counted = targets[targets != IGNORE_INDEX]
+        n_tokens += len(counted)
+        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[counted.numpy()].sum())
         batch_losses, batch_norms = launch(
             _evaluate_batch, model, dtype, to_device(inputs, device), to_device(targets, device)
         )
         losses += batch_losses
-        norms += batch_norms * targets.numel()
+        norms += batch_norms
     rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype, launch=launch)
     results = []
     for loop, (total, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
@@ -178,11 +181,13 @@ def evaluate(
 
 
 def _evaluate_batch(model: LoopedDecoder, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """[K] float64 each: the sum of the tokens' losses, and the mean of ||H_k||_2."""
+    """[K] float64 each: sums over the tokens of their losses and of ||H_k||_2."""
     with autocast(inputs.device, dtype):
         states = model(inputs)
         losses = evaluation_losses(model, states, targets).flatten(1).double().sum(1)
-    return losses, state_norms(states).double()
+    ignored = targets == IGNORE_INDEX
+    norms = [torch.linalg.vector_norm(state.float(), dim=-1).double().masked_fill(ignored, 0).sum() for state in states]
+    return losses, torch.stack(norms)
 
 
 @torch.no_grad()

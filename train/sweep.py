@@ -23,7 +23,6 @@ import torch
 
 from train import claims
 from train.config import TrainConfig
-from train.corpus import load_corpus
 from train.data import cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
 from train.run import command_line
@@ -164,7 +163,7 @@ def _make_cache(tasks: Sequence[Task]) -> None:
         return
     config = tasks[0].config
     load_data(
-        load_corpus(config.data),
+        config.data,
         tokenizer=config.tokenizer,
         vocab_size=config.vocab_size,
         seq_len=config.seq_len,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train import checkpoint, report
 from train.bad_steps import BadSteps, locate
-from train.batches import Windows, batch_indices, spread
+from train.batches import batch_indices, evaluation_windows
 from train.checkpoint import Progress
 from train.graph import eagerly
 from train.interrupt import Interruptions
@@ -212,14 +212,12 @@ def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, ba
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
-    """Validation windows do not overlap; with fewer tokens to evaluate than there are, they are spread evenly."""
     config = run.config
-    windows = Windows(run.data.validation.tokens, config.seq_len, config.seq_len)
-    limit = len(windows) if config.eval_tokens is None else max(1, config.eval_tokens // config.seq_len)
+    windows, indices = evaluation_windows(run.data.validation.tokens, config.seq_len, config.eval_tokens)
     return evaluate(
         run.model,
         windows,
-        spread(len(windows), limit),
+        indices,
         batch_size=config.batch_size,
         device=run.device,
         dtype=run.dtype,
