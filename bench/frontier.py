@@ -31,7 +31,7 @@ from bench.frontier_speed import Rate, architecture, competitors, throughput
 from bench.records import RESULTS, environment, slug
 from bench.shapes import DEVICE, DTYPES
 from looped.decoder import LoopedDecoder
-from looped.saved_run import SavedRun, load_run
+from looped.run_directory import SavedRun, load_run
 from looped.supervision import evaluation_losses
 from train import sweep
 from train.batches import Windows, spread

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments
+from tiny_run import arguments, reseal
 
 from train import claims
 from train.claims import main
@@ -115,6 +115,7 @@ def two(trained, tmp_path) -> Path:
 def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
     path = two / "per-loop-rmsnorm" / "seed-101" / "checkpoint" / "model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+    reseal(path.parent)
     assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 0
     printed = capsys.readouterr().out
     assert "left out: per-loop-rmsnorm seed 101 has diverged" in printed

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diagnosed_models import N_LOOPS, Recurrence, batches
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments
+from tiny_run import arguments, reseal
 
 from looped import LoopedConfig, LoopedDecoder
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
 from looped.diagnose.figures import FIGURES, colours_of
-from looped.saved_run import Validation, load_run
+from looped.run_directory import Validation, load_run
 from looped.supervision import evaluation_losses, looped_loss
 from train.run import main as train
 
@@ -241,7 +241,9 @@ def test_a_run_that_has_diverged_is_found_before_anything_is_measured(runs, tmp_
     torn = tmp_path / "torn"
     shutil.copytree(runs[1], torn)
     weights = load_file(torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     save_file({name: value * torch.nan for name, value in weights.items()}, torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     monkeypatch.setattr("looped.diagnose.__main__.diagnose_run", None)
     assert main([str(runs[0]), str(torn), "--out", str(tmp_path / "o"), "--tokens", "64"]) == 2
     assert capsys.readouterr().err == "error: torn has diverged: its cross-entropy at K = 3 is nan.\n"

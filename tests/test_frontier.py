@@ -15,7 +15,7 @@ from bench import frontier
 from bench.frontier import Documents, document_sums, estimates, main, perplexity, points, resample
 from bench.frontier_figure import PAPER_PPL, markdown
 from bench.frontier_speed import Rate
-from looped.saved_run import load_run
+from looped.run_directory import load_run
 from looped.supervision import evaluation_losses
 from train import sweep
 

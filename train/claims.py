@@ -19,7 +19,7 @@ import torch
 
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
-from looped.saved_run import check_writable, load_run
+from looped.run_directory import check_writable, load_run
 from train.claim import Claim, Mark, Outcome, Untestable, judge
 from train.claims_page import N_LOOPS, Sweep, markdown
 from train.evidence import HORIZON, Evidence, kept_diagnosis, make_diagnosis

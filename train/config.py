@@ -5,7 +5,6 @@ other options and ``validate`` checks everything, both before anything is read o
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -18,8 +17,9 @@ from typing import Any, Literal
 import torch
 from looped.kernels.device import multiplies_faster
 
+from looped import run_directory
 from looped.config import PRESETS, LoopedConfig, Positions, Readout
-from looped.saved_run import check_writable, nearest_existing
+from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Supervision
 from train.tokenizer import check_vocab_size
 
@@ -206,12 +206,14 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 def read_config(run: Path) -> TrainConfig:
     """The configuration in a run's config.json. Raises ValueError if there is none, or none of this version."""
-    path = run / "config.json"
+    path = run / CONFIG
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["train"]
+        stored = run_directory.read_config(run)["train"]
         cache = None if stored["cache"] is None else Path(stored["cache"])
         return TrainConfig(**(stored | {"cache": cache}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise ValueError(f"resume must be the directory of a run. {error}") from error
+    except (KeyError, TypeError) as error:
         raise ValueError(f"resume must be the directory of a run. {path} cannot be used ({error!r:.120}).") from error
 
 

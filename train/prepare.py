@@ -7,28 +7,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import torch
 from torch import Tensor
 
 from looped.decoder import LoopedDecoder
-from looped.whole_file import replacing
+from looped.run_directory import hold, remove_beginnings, write_config, write_tokenizer, write_validation
 from train import checkpoint
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.data import TokenData, cache_directory, load_data
 from train.graph import CudaGraphs, Launch, eagerly
-from train.metrics import write_json
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ModuleNotFoundError:  # not a POSIX system
-    fcntl = None
 
 
 @dataclass(eq=False)
@@ -158,40 +148,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _hold(out: Path) -> int | None:
-    """Lock a directory until the returned descriptor is closed, at the latest when this process ends.
-
-    Raises ValueError if another process has it. On a system or file system without locks everybody has it.
-    """
-    if fcntl is None:
-        return None
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"out directory {out} must not be in use. Another process trains there.") from None
-    except OSError:
-        pass
-    return handle
-
-
 def _write_directory(run: Run) -> None:
     created = not run.out.exists()
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        run.lock = _hold(run.out)
+        run.lock = hold(run.out)
         check_out_directory(run.out)  # another process may have been first while the text was loaded
     except OSError as error:
         raise _not_writable(run, error) from error
+    data = run.data
     try:
-        with replacing(run.out / "tokenizer.json") as scratch:
-            scratch.write_text(run.data.tokenizer.model.to_str(pretty=True), encoding="utf-8")
-        _write_validation(run)
+        write_tokenizer(run.out, data.tokenizer.model.to_str(pretty=True))
+        sizes = data.tokenizer.bytes_per_token if data.lossless else None
+        write_validation(run.out, data.validation.tokens, data.validation.bounds, sizes)
         _write_config(run)
     except BaseException as error:
-        for name in ("config.json", "validation.safetensors", "tokenizer.json"):
-            (run.out / name).unlink(missing_ok=True)
+        remove_beginnings(run.out)
         if created:
             shutil.rmtree(run.out, ignore_errors=True)
         if isinstance(error, OSError):
@@ -203,22 +175,8 @@ def _not_writable(run: Run, error: OSError) -> ValueError:
     return ValueError(f"out directory {run.out} is not writable ({error}).")
 
 
-def _write_validation(run: Run) -> None:
-    """validation.safetensors: the whole validation split, so that whoever has the directory can measure on its text.
-
-    tokens [n]; bounds [documents + 1], where documents begin and end; and, if bits per byte are defined,
-    bytes_per_token [V]; each in the smallest unsigned integers that hold it.
-    """
-    arrays = {"tokens": run.data.validation.tokens, "bounds": run.data.validation.bounds}
-    if run.data.lossless:
-        arrays["bytes_per_token"] = run.data.tokenizer.bytes_per_token
-    small = {name: array.astype(np.min_scalar_type(array.max())) for name, array in arrays.items()}
-    with replacing(run.out / "validation.safetensors") as scratch:
-        scratch.write_bytes(safetensors.numpy.save(small))
-
-
 def _write_config(run: Run) -> None:
-    """config.json: the resolved configuration, with what belongs to this directory and this process left out."""
+    """The resolved configuration, with what belongs to this directory and this process left out."""
     config = dataclasses.asdict(run.config) | {"out": None, "resume": None}
     for name, names in (("data", ("sotu", "wikitext-103")), ("tokenizer", ("bpe", "paper"))):
         if config[name] not in names:
@@ -226,12 +184,12 @@ def _write_config(run: Run) -> None:
     config["cache"] = None if run.config.cache is None else str(run.config.cache.absolute())
     if run.schedule_steps != run.steps:
         config["schedule_steps"] = run.schedule_steps
-    write_json(run.out / "config.json", {"train": config, "model": dataclasses.asdict(run.model.config)})
+    write_config(run.out, config, run.model.config)
 
 
 def _restore(run: Run, before: TrainConfig) -> None:
     """Continue from the checkpoint. ``before``: the configuration that the run had."""
-    run.lock = _hold(run.out)
+    run.lock = hold(run.out)
     progress = checkpoint.load(run.out, run.model, run.optimizer)
     if progress.fingerprint != run.data.fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {run.out} was begun with.")

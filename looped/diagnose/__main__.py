@@ -9,7 +9,7 @@ import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.page import write_diagnosis
-from looped.saved_run import check_writable, load_run
+from looped.run_directory import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
-from looped.saved_run import SavedRun, Validation
+from looped.run_directory import SavedRun, Validation
 
 DEPTH_FACTOR, LEAST_DEPTH = 4, 16  # depth is measured to this times the trained loops, and at least to this
 BATCH_TOKENS = 1024  # of a batch of `validation_batches`: the logits of one loop are the largest tensor
