@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_run import reseal
 from tiny_sweep import finished_sweep
 
 from train.paper import judging
@@ -116,6 +117,7 @@ def two(trained, tmp_path) -> Path:
 def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
     path = two / "per-loop-rmsnorm" / "seed-101" / "checkpoint" / "model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+    reseal(path.parent)
     assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101")) == 0
     printed = capsys.readouterr().out
     assert "left out: per-loop-rmsnorm seed 101 has diverged" in printed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diagnosed_models import N_LOOPS, Recurrence, batches
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments
+from tiny_run import arguments, reseal
 
 from looped import LoopedConfig, LoopedDecoder
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
@@ -23,7 +23,7 @@ from looped.diagnose.page import STYLE
 from looped.diagnose.page import page as render
 from looped.diagnose.record import read_record
 from looped.diagnose.verdict import judge
-from looped.saved_run import Validation, load_run
+from looped.run_directory import Validation, load_run
 from looped.supervision import evaluation_losses, looped_loss
 from train.run import main as train
 
@@ -305,7 +305,9 @@ def test_a_run_that_has_diverged_is_found_before_anything_is_measured(runs, tmp_
     torn = tmp_path / "torn"
     shutil.copytree(runs[1], torn)
     weights = load_file(torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     save_file({name: value * torch.nan for name, value in weights.items()}, torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     monkeypatch.setattr("looped.diagnose.__main__.diagnose_run", None)
     assert main([str(runs[0]), str(torn), "--out", str(tmp_path / "o"), "--tokens", "64"]) == 2
     assert capsys.readouterr().err == "error: torn has diverged: its cross-entropy at K = 3 is nan.\n"

@@ -11,7 +11,7 @@ import safetensors.numpy
 import torch
 from tiny_sweep import finished_sweep, training_words
 
-from looped.saved_run import load_run
+from looped.run_directory import load_run
 from looped.supervision import evaluation_losses
 from train.paper import frontier, frontier_estimates, sweep
 from train.paper.__main__ import main

@@ -38,7 +38,8 @@ def test_what_a_run_leaves(finished):
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
         assert list(row) == [
-            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "tokens_per_second",
+            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "bad_steps",
+            "tokens_per_second", "mfu",
         ]  # fmt: skip
         assert row["tokens"] == row["step"] * 4 * 16
         assert len(row["ce"]) == len(row["state_norm"]) == len(row["radial_fraction"]) == 3
@@ -154,6 +155,8 @@ BAD_OPTIONS = {
     "dropout": (["--dropout", "1"], "dropout must be in"),
     "accumulation": (["--grad-accumulation", "3"], "batch_size must be divisible by grad_accumulation"),
     "learning rate": (["--learning-rate", "0"], "learning_rate must be finite and above 0"),
+    "no bad steps": (["--max-bad-steps", "0"], "max_bad_steps must be at least 1. Got max_bad_steps=0"),
+    "no schedule": (["--schedule-steps", "-3"], "schedule_steps must be at least 1. Got schedule_steps=-3"),
     "unknown device": (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N. Got device='tpu'"),
     "half precision": (["--dtype", "fp16"], "invalid choice 'fp16'"),
 }

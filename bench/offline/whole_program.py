@@ -193,8 +193,8 @@ def run_report(target_name: str) -> dict[str, Any]:
         text, out = Path(folder, "text.txt"), Path(folder, "run")
         text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
         begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]
-        begin += ["--device", "cuda", "--steps", "3", "--log-every", "3", "--eval-tokens", "2048"]
-        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "4"])]
+        begin += ["--device", "cuda", "--steps", "8", "--log-every", "4", "--eval-tokens", "2048"]
+        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "9"])]
         report = {
             "steps": [row["step"] for row in read_metrics(out / "metrics.jsonl")],
             "triton_launches": _triton(record),

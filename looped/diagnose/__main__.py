@@ -11,7 +11,7 @@ from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.findings import findings
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.record import record_of_run
-from looped.saved_run import check_writable, load_run
+from looped.run_directory import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

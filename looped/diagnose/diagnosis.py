@@ -16,7 +16,7 @@ from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
-from looped.saved_run import SavedRun, Validation
+from looped.run_directory import SavedRun, Validation
 
 DEPTH_FACTOR = 4  # depth is measured up to this times the trained loops
 LEAST_DEPTH = 16  # and at least up to this

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from looped.provenance import package_version, project_commit
-from looped.saved_run import SavedRun
+from looped.run_directory import SavedRun
 
 PACKAGES = ("torch", "triton", "numpy")
 

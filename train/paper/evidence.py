@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from looped.diagnose import Diagnosis, diagnose_run
 from looped.diagnose.page import FORMAT, to_json
 from looped.diagnose.verdict import Measurements
-from looped.saved_run import load_run
+from looped.run_directory import load_run
 from train.paper.runs import RunResult
 
 HORIZON = 30  # loops over which the paper follows the state

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from looped.decoder import LoopedDecoder
 from looped.provenance import instructions, processor
-from looped.saved_run import SavedRun, load_run
+from looped.run_directory import SavedRun, load_run
 from looped.supervision import evaluation_losses
 from train.batches import Windows, spread
 from train.interrupt import Interruptions

@@ -18,7 +18,7 @@ import torch
 
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
-from looped.saved_run import check_writable, load_run
+from looped.run_directory import check_writable, load_run
 from train.metrics import finite
 from train.paper.claim import Claim, Mark, Seed, Untestable, judge
 from train.paper.claims import CLAIMS

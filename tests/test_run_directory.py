@@ -7,10 +7,11 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from tiny_run import arguments
+from tiny_run import arguments, reseal
 
+from looped.checkpoint import weights_hash
 from looped.config import LoopedConfig
-from looped.saved_run import load_run
+from looped.run_directory import load_run
 from looped.supervision import evaluation_losses
 from train.run import main
 
@@ -92,8 +93,10 @@ def replaced(name: str, value) -> dict:
         ("config.json", None, "config.json cannot be used .*FileNotFoundError"),
         ("config.json", b"[]", "config.json cannot be used"),
         ("config.json", b'{"model": {"d_model": 4}}', "config.json cannot be used"),
-        ("checkpoint/model.safetensors", None, "holds no checkpoint/model.safetensors"),
-        ("checkpoint/model.safetensors", b"torn", "model.safetensors cannot be read"),
+        ("checkpoint/model.safetensors", None, "checkpoint is torn: FileNotFoundError"),
+        ("checkpoint/model.safetensors", b"torn", "torn: model.safetensors is not what was written"),
+        ("checkpoint/checkpoint.json", None, "checkpoint is torn: FileNotFoundError"),
+        ("checkpoint/checkpoint.json", b'{"step": 8}', "checkpoint is torn: KeyError"),
         ("validation.safetensors", None, "validation.safetensors cannot be used .*FileNotFoundError"),
         ("validation.safetensors", b"torn", "validation.safetensors cannot be used"),
         (
@@ -126,8 +129,36 @@ def test_weights_of_another_model_are_rejected(run):
     config["model"]["d_ff"] = 32
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"blocks.0.mlp.w1.weight is \[64, 32\] in the file and \[32, 32\] in the model"
+        ValueError, match=r"blocks.0.mlp.w1.weight is \[64, 32\] in the checkpoint and \[32, 32\] in the model"
     ):
+        load_run(run)
+
+
+def test_weights_that_changed_under_their_seal_are_not_read(run):
+    path = run / "checkpoint" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64  # one bit of one weight
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is torn: model\.safetensors is not what was written"):
+        load_run(run)
+    reseal(run / "checkpoint")
+    load_run(run)
+
+
+def test_weights_are_told_by_their_hash_and_not_by_times(finished, run, tmp_path):
+    assert load_run(run).step == 8
+    assert load_run(run).weights_hash == weights_hash(run) == weights_hash(finished)
+    assert main(["--resume", str(run), "--steps", "9"]) == 0
+    assert load_run(run).step == 9
+    assert weights_hash(run) not in (None, weights_hash(finished))
+    assert weights_hash(tmp_path) is None
+    (run / "checkpoint" / "checkpoint.json").write_text("[]")
+    assert weights_hash(run) is None
+
+
+def test_a_run_without_a_checkpoint(run):
+    shutil.rmtree(run / "checkpoint")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
         load_run(run)
 
 
