@@ -184,7 +184,10 @@ def test_row_weights(audit, form):
     targets = torch.arange(n_tokens).remainder(50)
     targets[::7] = -100
     weights = {"none": None, "loops": torch.rand(n_loops, 1), "tokens": torch.rand(n_loops, n_tokens)}[form]
-    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=True)
+    space = None if weights is None else torch.empty(n_loops * n_tokens)
+    scales = row_weights(
+        targets, weights, LossScales(space, torch.empty(3)), n_columns=50, ignore_index=-100, mean=True
+    )
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)
@@ -207,7 +210,8 @@ def test_loss_sums(audit, weighted, penalised):
     loss, factors = torch.rand(n_loops, n_tokens), torch.ones(3)
     row_weight = torch.rand(n_loops * n_tokens) if weighted else None
     mean_square = torch.rand(n_loops + 1, n_tokens) if penalised else None
-    results = loss_sums(loss, LossScales(row_weight, factors), mean_square)
+    results = torch.empty(()), torch.empty(n_loops)
+    loss_sums(loss, LossScales(row_weight, factors), mean_square, *results)
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)
