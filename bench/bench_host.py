@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.offline.host_only import host_only
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
 
 ON_GPU = torch.cuda.is_available()
 ROWS, D, VOCABULARY, LOOPS, CHUNKS = 64, 64, 128, 4, 8
@@ -103,6 +103,7 @@ def subjects() -> dict[str, Subject]:
             lambda h, w, r: rms_norm_penalty(h, w, residual=r), (x, weight, residual)
         ),
         "radial_gradient": Subject(radial_gradient, (residual, _random(ROWS, D))),
+        "swiglu": Subject(swiglu, (residual, _random(ROWS, D))),
         "looped_cross_entropy, 1 chunk": Subject(read_out, (*states, head, weight)),
         f"looped_cross_entropy, {CHUNKS} chunks": Subject(read_out_in_chunks, (*states, head, weight)),
         "readout_statistics": Subject(

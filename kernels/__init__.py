@@ -4,6 +4,7 @@ looped_cross_entropy  K states, one head: norm, norm penalty, logits, cross-entr
 readout_statistics    loss, log-sum-exp, entropy, margin and top-1 of K states, without logits or gradients
 rms_norm_penalty      residual add, RMSNorm and the mean square of the state, in one pass
 radial_gradient       how much of a gradient points along its state
+swiglu                silu(gate) * up, in one pass each way
 
 LoopedReadout         looped_cross_entropy as a module: a model's own norm and head, and the loss
 RMSNorm               rms_norm_penalty as a module: a drop-in for torch.nn.RMSNorm
@@ -21,6 +22,7 @@ else:
     from .radial import RadialGradient, radial_gradient
     from .rms_norm import RMSNormPenalty, rms_norm_penalty
     from .statistics import ReadoutStatistics, readout_statistics
+    from .swiglu import swiglu
 
     __all__ = [
         "LoopedCrossEntropy",
@@ -34,4 +36,5 @@ else:
         "radial_gradient",
         "readout_statistics",
         "rms_norm_penalty",
+        "swiglu",
     ]

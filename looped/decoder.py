@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from looped.attention import SelfAttention, rotary_table
 from looped.config import LoopedConfig
 from looped.dropout import dropout
-from looped.kernels import rms_norm_penalty
+from looped.kernels import rms_norm_penalty, swiglu
 from looped.kernels.device import product_autocast
 
 Rotary = tuple[Tensor, Tensor] | None
 
 
 class SwiGLU(nn.Module):
-    """`w2(silu(w1 x) * w3 x)`, no biases."""
+    """`w2(silu(w1 x) * w3 x)`, no biases.  Fused: one kernel for the product, and one for its gradient."""
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -25,8 +25,9 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, fused: bool) -> Tensor:
+        gate, up = self.w1(x), self.w3(x)
+        return self.w2(swiglu(gate, up) if fused else F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -47,7 +48,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None, rotary: Rotary, fused: bool) -> tuple[Tensor, Tensor]:
         normalised, x = add_and_normalise(x, delta, self.attention_norm, fused)
         normalised, x = add_and_normalise(x, self.attention(normalised, rotary), self.mlp_norm, fused)
-        return x, dropout(self.mlp(normalised), self.dropout if self.training else 0.0)
+        return x, dropout(self.mlp(normalised, fused), self.dropout if self.training else 0.0)
 
 
 def add_and_normalise(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, fused: bool) -> tuple[Tensor, Tensor]:

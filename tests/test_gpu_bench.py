@@ -98,7 +98,7 @@ with fake_gpu(TARGETS["sm_90"], answers):
     from bench.measure.timing import Instant, clock
 
     codes = {name: part.run(results, True, [outcomes]) for name, part in gpu.PARTS.items()}
-    others = "smoke and (radial or forward) and not compiled"
+    others = "smoke and (radial or swiglu or forward) and not compiled"
     run_pytest(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", others], plugins=[outcomes])
     with patch("pytest.main", collect):
         for name in gpu.PARTS.keys() - {"tests", "host"}:
@@ -137,7 +137,7 @@ def test_every_benchmark_runs_on_a_gpu(smoke):
     passed = smoke["outcomes"].keys() - skipped - failed.keys()
     assert not failed
     assert all("cut-cross-entropy" in name for name in skipped), skipped
-    for subject in ("norm", "radial", "readout", "statistics", "forward", "step"):
+    for subject in ("norm", "radial", "swiglu", "readout", "statistics", "forward", "step"):
         assert any(name.startswith(f"bench_{subject}[") and "-fused]" in name for name in passed), subject
     for implementation in ("liger-concatenated-fp32-dW", "liger-cute-concatenated", "quack-concatenated"):
         assert any(name.endswith(f"-{implementation}]") for name in passed), implementation

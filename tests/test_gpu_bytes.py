@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.offline.accesses import Audit, Launch, View
-from looped.kernels import radial_gradient
+from looped.kernels import radial_gradient, swiglu
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
 from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
 from looped.kernels.row_norm_triton import norm_tile
@@ -125,6 +125,35 @@ def test_radial(audit, dtype):
     least = n_bytes(h, grad) + 12 * ROWS
     assert least + 4 * ROWS <= total(forward) <= 1.05 * least  # the fraction
     assert least + n_bytes(h, grad) <= total(backward) <= 1.05 * (least + n_bytes(h, grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["two tensors", "halves of one", "longer halves"])
+def test_swiglu(audit, layout, dtype):
+    """Two elements read and one written; backward three read and two written; nothing else, whatever the layout."""
+    d_ff = 2500 if layout == "longer halves" else 100
+    gate, up = torch.randn(ROWS, 2 * d_ff).to(dtype).chunk(2, dim=-1)
+    if layout == "two tensors":
+        gate, up = gate.contiguous(), up.contiguous()
+    y = swiglu(gate.requires_grad_(), up.requires_grad_())
+    y.backward(torch.ones_like(y))
+    forward, backward = audit.launches
+    for launch, loads, stores in ((forward, 2, 1), (backward, 3, 2)):
+        check_safe(launch)
+        assert sum(launch.loaded.values()) == loads * n_bytes(y)
+        assert sum(launch.stored.values()) == stores * n_bytes(y)
+
+
+@pytest.mark.parametrize(("frozen", "loads"), [("gate", 2), ("up", 3)])
+def test_swiglu_with_one_gradient(audit, frozen, loads):
+    """One element written; up is read only for the gradient of the gate."""
+    tensors = {name: torch.randn(ROWS, 100).requires_grad_(name != frozen) for name in ("gate", "up")}
+    y = swiglu(**tensors)
+    y.backward(torch.ones_like(y))
+    backward = audit.launches[1]
+    check_safe(backward)
+    assert sum(backward.loaded.values()) == loads * n_bytes(y)
+    assert sum(backward.stored.values()) == n_bytes(y)
 
 
 def cross_entropy_launch(

@@ -27,6 +27,8 @@ KERNELS = {
     "norm_backward_kernel",
     "radial_forward_kernel",
     "radial_backward_kernel",
+    "swiglu_forward_kernel",
+    "swiglu_backward_kernel",
     "loss_weights_kernel",
     "cross_entropy_kernel",
     "loss_sums_kernel",
@@ -71,6 +73,8 @@ def narrow_limit(kernel: dict, target: str) -> int:
         return numbers + vector * (on["HAS_WEIGHT"] + sums)
     if name in ("radial_forward_kernel", "radial_backward_kernel"):
         return 3 * rows
+    if name in ("swiglu_forward_kernel", "swiglu_backward_kernel"):
+        return 0
     if name == "cross_entropy_kernel":
         # an odd vocabulary's bias ends at any word, so it is read word by word: held blocks once, others twice
         bias = on["BLOCK_VOCAB"] // threads(kernel, target) * (on["HELD_BLOCKS"] or 2) if on["HAS_BIAS"] else 0

@@ -64,12 +64,14 @@ def test_flops_are_those_the_model_states(report, name):
 
 
 def test_launches_of_a_fused_step(report):
-    """Two norms a block and loop and one a readout, forward and backward, and one softmax a chunk of the readout."""
+    """Two norms and a SwiGLU a block and loop, a norm a readout, each way, and a softmax a chunk of the readout."""
     norms = 2 * CONFIG.n_layers * CONFIG.n_loops
     n_chunks = CONFIG.n_loops * N_TOKENS // CHUNK_ROWS
     assert report["fused"]["triton_launches"] == {
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
+        "swiglu_forward_kernel": CONFIG.n_layers * CONFIG.n_loops,
+        "swiglu_backward_kernel": CONFIG.n_layers * CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
         "loss_weights_kernel": 1,
         "loss_sums_kernel": 1,

@@ -15,12 +15,12 @@ PROGRAMS = {
     "kernels": """
         import torch
         import looped.kernels
-        from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+        from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
         states, head, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 7, 12), (31, 12), (12,)))
         targets = torch.randint(31, (7,))
         loss = looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.1).loss
         y = rms_norm_penalty(states[0], weight, residual=states[1]).y
-        (loss + y.sum() + radial_gradient(states[0], states[1]).dot.sum()).backward()
+        (loss + y.sum() + radial_gradient(states[0], states[1]).dot.sum() + swiglu(*states[:2]).sum()).backward()
         assert all(x.grad.isfinite().all() and x.grad.any() for x in (states, head, weight))
         assert readout_statistics(states, head, targets).loss.isfinite().all()
     """,

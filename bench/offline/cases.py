@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
 
 CHANNELS = (512, 768, 2048)
 WIDE_CHANNELS = (4096,)
@@ -60,6 +60,15 @@ def norms(d: int, dtype: torch.dtype, everything: bool = True, rows: int = 4096)
 def radials(d: int, dtype: torch.dtype, rows: int = 4096) -> None:
     for dtypes in itertools.product({torch.float32, dtype}, repeat=2):
         radial_gradient(*(_gpu(rows, d, dtype=one) for one in dtypes)).fraction.sum().backward()
+
+
+def products_of_gates(d_ff: int, dtype: torch.dtype, rows: int = 4096) -> None:
+    """swiglu: two tensors and the halves of one, and which of them has a gradient."""
+    trained = ((True, True), (True, False), (False, True))
+    pairs = [[_gpu(rows, d_ff, dtype=dtype, trained=on) for on in both] for both in trained]
+    for gate, up in (*pairs, _gpu(rows, 2 * d_ff, dtype=dtype).chunk(2, dim=-1)):
+        y = swiglu(gate, up)
+        y.backward(torch.empty_like(y))
 
 
 def readout_norms(d: int, dtype: torch.dtype, tokens: int = 1024) -> None:
@@ -146,6 +155,7 @@ def cases(sampled: bool) -> Iterator[Case]:
     if sampled:
         yield "norms d=768 bf16", lambda: norms(768, bf16, everything=False)
         yield "radials d=768 bf16", lambda: radials(768, bf16)
+        yield "products of gates d_ff=3072 bf16", lambda: products_of_gates(3072, bf16)
         yield "weightings bf16", lambda: weightings(bf16, everything=False)
         for d, n_columns, dtype in ((768, 20_000, fp32), (2048, 128_256, bf16)):
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype, False)
@@ -158,6 +168,7 @@ def cases(sampled: bool) -> Iterator[Case]:
             yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype)
             yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
             yield f"readout norms d={d} {dtype}", functools.partial(readout_norms, d, dtype)
+        yield f"products of gates d_ff=3072 {dtype}", functools.partial(products_of_gates, 3072, dtype)
         for d in WIDE_CHANNELS:
             yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype, everything=False)
             yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
