@@ -43,18 +43,8 @@ PROGRAMS = {
     """,
 }
 
-needs_triton = pytest.mark.xfail(strict=True, reason="looped.kernels imports triton before a kernel is launched")
-needs_posix = pytest.mark.xfail(strict=True, reason="and the trainer imports fcntl and resource")
 
-
-@pytest.mark.parametrize(
-    "subject",
-    [
-        pytest.param("kernels", marks=needs_triton),
-        pytest.param("decoder", marks=needs_triton),
-        pytest.param("trainer and diagnosis", marks=[needs_triton, needs_posix]),
-    ],
-)
+@pytest.mark.parametrize("subject", PROGRAMS)
 def test_without_triton_and_posix(subject, tmp_path):
     absent = ("triton", "fcntl", "resource", "pwd", "grp", "termios")
     # None in sys.modules: importing it raises ModuleNotFoundError
