@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_run import arguments
+from tiny_sweep import sweep_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +42,10 @@ PROGRAMS = {
         from looped.diagnose.__main__ import main as diagnose
         assert diagnose(["run", "--tokens", "128", "--loops", "5", "--device", "cpu"]) == 0
     """,
+    "the paper's sweep": """
+        from train.paper.__main__ import main
+        assert main(SWEEP) == 0
+    """,
 }
 
 
@@ -49,7 +54,7 @@ def test_without_triton_and_posix(subject, tmp_path):
     absent = ("triton", "fcntl", "resource", "pwd", "grp", "termios")
     # None in sys.modules: importing it raises ModuleNotFoundError
     start = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-    given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\n"
+    given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\nSWEEP = {sweep_words(tmp_path, '--steps', '2')!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", start + given + textwrap.dedent(PROGRAMS[subject])],
         cwd=tmp_path,
