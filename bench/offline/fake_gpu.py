@@ -255,7 +255,8 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
         kernel = original(self, grid=grid, warmup=True, **given | pointers)
         constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        found = Compiled(kernel, constants, tuple(str(t.dtype) for t in tensors.values()))
+        dtypes = {name.removesuffix("_ptr"): str(t.dtype) for name, t in tensors.items()}
+        found = Compiled(kernel, constants, dtypes)
         programs = tuple(grid(given) if callable(grid) else grid)
         record.kernels.setdefault((kernel_name, kernel.hash), found).grids.add(programs)
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
