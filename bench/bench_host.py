@@ -47,6 +47,7 @@ from looped.decoder import LoopedDecoder
 from train.step import training_step
 
 ON_GPU = torch.cuda.is_available()
+PLACE = "cuda" if ON_GPU else "cpu"
 ROWS, D, VOCABULARY, LOOPS, CHUNKS = 64, 64, 128, 4, 8
 ROUNDS, CALLS, WARM_UPS = 15, 30, 10
 CLOCK = time.perf_counter if ON_GPU else time.thread_time  # without a GPU all is in one thread, which never waits
@@ -82,7 +83,7 @@ def bare_kernel(out_ptr, n, BLOCK: tl.constexpr):
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda" if ON_GPU else "cpu").to(dtype)
+    return torch.randn(shape, device=PLACE).to(dtype)
 
 
 @cache
@@ -121,11 +122,10 @@ def subjects() -> dict[str, Subject]:
 def stepping(*, fused: bool) -> Call:
     """A training step in float32 without dropout, whose mask a CPU makes in operations that a GPU has not."""
     small = {"d_model": D, "n_heads": 2, "d_ff": D, "vocab_size": VOCABULARY, "max_seq_len": 8, "dropout": 0.0}
-    model = LoopedDecoder(replace(PRESETS["paper-129m"], **small), fused=fused)
-    if ON_GPU:
-        model = model.cuda()
+    with torch.device(PLACE):
+        model = LoopedDecoder(replace(PRESETS["paper-129m"], **small), fused=fused)
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device="cuda" if ON_GPU else "cpu")
     return lambda: training_step(
         model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32
     )

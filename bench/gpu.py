@@ -92,7 +92,8 @@ def run_kernel_tests(results: Path, smoke: bool, plugins: Sequence[object]) -> i
 def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     from bench import bench_host
 
-    for name, mode, value in bench_host.measured(1, 1) if smoke else bench_host.measured():
+    rounds, calls = (1, 1) if smoke else (7, 20)
+    for name, mode, value in bench_host.measured(rounds, calls):
         note(results, f"host, {name}, {mode}", subject=name, mode=mode, microseconds=value)
     return 0
 
@@ -118,14 +119,14 @@ class Part(NamedTuple):
 TINY = "smoke and not (compiled or chunked or terminal)"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
-    "host": Part(25, run_host),
+    "host": Part(45, run_host),
     "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop", TINY)),
     "readout": Part(
-        125,
+        115,
         benchmarks("bench_readout.py", "K4-N8192-d768-V20000-bf16 or K4-N8192-d2048-V128256-bf16", TINY),
     ),
     "forward only": Part(40, benchmarks("bench_statistics.py", "K4-N8192-d768-V20000-bf16", TINY)),
-    "norms": Part(65, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
+    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
 }
 
 
