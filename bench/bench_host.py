@@ -38,12 +38,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 from torch import Tensor
 
 from bench.offline.host_only import host_only
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 from train.step import training_step
 
 ON_GPU = torch.cuda.is_available()

@@ -4,8 +4,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from looped.kernels import radial_gradient
-from looped.kernels.radial import RadialGradient, radial_gradient_reference
 from torch import Tensor
 
 from bench.measure.accuracy import Errors, limits, relative_error
@@ -13,6 +11,8 @@ from bench.measure.implementation import Implementation, by_name, compiled
 from bench.measure.measurement import Measurement, Work
 from bench.measure.roofs import copy_roof
 from bench.shapes import DEVICE, ROWS
+from looped.kernels import radial_gradient
+from looped.kernels.radial import RadialGradient, radial_gradient_reference
 
 IMPLEMENTATIONS = by_name(
     [

@@ -1,17 +1,18 @@
 """The rules that the arguments of the ops obey, and the one layout that the readout ops work on."""
 
-import math
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from .device import autocasts, uses_triton
-from .readout import Readout
+from .device import uses_triton
 
+Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 States = Tensor | Sequence[Tensor]
 OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+FLOAT32_MAX = torch.finfo(torch.float32).max
+INT64 = torch.iinfo(torch.int64)
 MAX_COLUMNS = 32768  # a program holds a row of a state: up to 4096 columns in registers, of more some may spill
 
 
@@ -39,14 +40,24 @@ def check_vector(name: str, vector: Tensor | None, like: Tensor, length: int) ->
         raise ValueError(f"{name} must be on {like.device}. Got {vector.device}.")
 
 
-def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raise unless value is a finite number in [low, high], or above low."""
+def check_number(name: str, value: object, low: float, high: float = FLOAT32_MAX, *, above: bool = False) -> None:
+    """Raise unless value is a number in [low, high], or above low; without limits, one that float32 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number. Got {value!r}.")
-    if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-        bound = "" if low == -math.inf else f" and {'>' if above else '>='} {low:g}"
-        rule = f"finite{bound}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    if not (low < value if above else low <= value) or not value <= high:
+        bound = "" if low == -FLOAT32_MAX else f" and {'>' if above else '>='} {low:g}"
+        rule = f"finite{bound}" if high == FLOAT32_MAX else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {rule}. Got {value}.")
+
+
+def check_scalar(name: str, value: object, like: Tensor) -> None:
+    """Raise unless value is a number >= 0, or a tensor [] on the device of `like`, whose value is not looked at."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, 0)
+    elif value.dim() > 0 or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be a number or a real tensor []. Got {value.dtype} {tuple(value.shape)}.")
+    elif value.device != like.device:
+        raise ValueError(f"{name} must be on the states' device {like.device}. Got {value.device}.")
 
 
 def check_eps(eps: float) -> None:
@@ -54,10 +65,18 @@ def check_eps(eps: float) -> None:
     check_number("eps", eps, 0)
 
 
+def check_integer(name: str, value: object, low: int, high: int, or_none: str = "") -> None:
+    """Raise unless value is an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer{or_none}. Got {value!r}.")
+    if not low <= value <= high:
+        rule = f">= {low}" if value < low and low > INT64.min else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {rule}. Got {value}.")
+
+
 def check_index(ignore_index: int) -> None:
-    """Raise unless ignore_index is an integer."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer. Got {ignore_index!r}.")
+    """Raise unless ignore_index is an integer that a target can be."""
+    check_integer("ignore_index", ignore_index, INT64.min, INT64.max)
 
 
 def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
@@ -92,8 +111,8 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
         raise ValueError(f"head must have shape [V, {h.shape[-1]}] with V >= 1. Got {tuple(head.shape)}.")
     if head.device != h.device:
         raise ValueError(f"head must be on the states' device {h.device}. Got {head.device}.")
-    if head.dtype != h.dtype and not autocasts(h):
-        raise TypeError(f"head must have the states' dtype {h.dtype} outside autocast. Got {head.dtype}.")
+    if (head.dtype == torch.float64) != (h.dtype == torch.float64):
+        raise TypeError(f"head and states must both be float64 or neither. Got {head.dtype} and {h.dtype}.")
     if targets is None:
         return
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
@@ -136,23 +155,25 @@ def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | 
 
 
 def check_options(
-    penalty: float, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str,
-    chunk_rows: int | None, ignore_index: int,
+    h: Tensor, *, penalty: float | Tensor, label_smoothing: float, softcap: float | None, z_loss: float | Tensor,
+    reduction: str, n_targets: float | Tensor | None, chunk_rows: int | None, ignore_index: int,
 ) -> None:  # fmt: skip
-    """Raise unless every option is of its kind and in its range."""
-    check_number("penalty", penalty, 0)
-    check_number("z_loss", z_loss, 0)
+    """Raise unless every option of a loss of states like h is of its kind and in its range."""
+    check_scalar("penalty", penalty, h)
+    check_scalar("z_loss", z_loss, h)
     check_number("label_smoothing", label_smoothing, 0, 1)
     check_softcap(softcap)
     check_index(ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none. Got {reduction!r}.")
-    if reduction == "none" and penalty > 0:
+    if reduction == "none" and (isinstance(penalty, Tensor) or penalty > 0):
         raise ValueError(f"penalty is added to a sum and must be 0 for reduction='none'. Got {penalty}.")
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
-        raise TypeError(f"chunk_rows must be an integer or None. Got {chunk_rows!r}.")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be >= 1. Got {chunk_rows}.")
+    if n_targets is not None:
+        check_scalar("n_targets", n_targets, h)
+        if reduction != "mean":
+            raise ValueError(f"n_targets divides a mean and must be None for reduction={reduction!r}. Got {n_targets}.")
+    if chunk_rows is not None:
+        check_integer("chunk_rows", chunk_rows, 1, 2**31 - 1, " or None")
 
 
 def check_softcap(softcap: float | None) -> None:
@@ -179,7 +200,7 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
     if len(weights) != n_loops:
         raise ValueError(f"weights must have one number for each of the {n_loops} loops. Got {len(weights)}.")
     for loop, weight in enumerate(weights):
-        check_number(f"weights[{loop}]", weight, -math.inf, above=True)
+        check_number(f"weights[{loop}]", weight, -FLOAT32_MAX)
     if not any(weights):
         raise ValueError(f"weights must have a number other than 0. Got {list(weights)}.")
 

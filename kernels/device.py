@@ -1,20 +1,22 @@
 """Which implementation a tensor takes, and in which dtypes its products and sums are formed."""
 
-import contextlib
 import functools
+import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import triton
 
 CPU_BLOCK_BYTES = 4 << 20
-REGISTERS = 65_536  # of a multiprocessor of every NVIDIA GPU that Triton compiles for
+
+
+def interprets() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
     """True for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors too."""
-    return tensor.is_cuda or (tensor.device.type == "cpu" and bool(triton.knobs.runtime.interpret))
+    return tensor.is_cuda or (tensor.device.type == "cpu" and interprets())
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -25,18 +27,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; 2 in the interpreter, so that programs that share rows are tested there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, /, **arguments: Any) -> None:
-    """Run a Triton kernel on the GPU of the tensor `on`; Triton itself takes the current one, whatever it is given.
-
-    NVIDIA's assembler may use as many registers as a program can have.  Left alone it spills a word or two where that
-    lets one more program be resident.
-    """
-    if on.is_cuda and torch.version.hip is None:
-        arguments["maxnreg"] = min(255, REGISTERS // (32 * arguments.get("num_warps", 4)))
-    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
-        kernel[grid](**arguments)
 
 
 @functools.cache
@@ -54,7 +44,7 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
 
 @torch.compiler.assume_constant_result  # a compiled graph is for one machine
 def _widened_on_cpu(dtype: torch.dtype) -> bool:
-    return not triton.knobs.runtime.interpret and not multiplies_faster(dtype)
+    return not interprets() and not multiplies_faster(dtype)
 
 
 def product_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

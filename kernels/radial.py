@@ -8,154 +8,113 @@ is about 1e-8 behind a norm and 1e-2 behind a raw readout (arXiv 2606.24898, Tab
 
 Shapes: h, g [..., d]; results [...] float32.  h and g are read once each, in one pass; nothing is saved but them.
 Gradients: dh = ddot * g + 2 dstate_square * h;  dg = ddot * h + 2 dgrad_square * g.
+Range: `dot` and the squares are float32, so they are 0 or inf where the truth leaves [1e-45, 3.4e38].  The fraction is
+formed from rows that are scaled first, and holds for all finite rows.
 """
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arguments import check_rows
-from .device import accumulator, cpu_blocks, launch, uses_triton
-from .row_norm import CPU_ROW_TENSORS, norm_blocks, rows_of
+from .device import accumulator, cpu_blocks, uses_triton
+from .registration import below_autograd, register
+from .row_norm import CPU_ROW_TENSORS, radial_fraction, rows_of
 
 
-class RadialGradient(NamedTuple):
-    """The result of `radial_gradient`: `dot` = <g, h>, `grad_square` = |g|^2, `state_square` = |h|^2 of every row."""
-
+class _Sums(NamedTuple):
     dot: Tensor
     grad_square: Tensor
     state_square: Tensor
 
-    @property
-    def fraction(self) -> Tensor:
-        """|<g, h>| / (|g| |h|) of every row; 0 where g or h is 0."""
-        # a product of roots: the product of the squares would leave float32's range for small gradients
-        norms = self.grad_square.sqrt() * self.state_square.sqrt()
-        return torch.where(norms > 0, self.dot.abs() / norms, 0.0)
+
+class RadialGradient(_Sums):
+    """The result of `radial_gradient`: `dot` = <g, h>, `grad_square` = |g|^2, `state_square` = |h|^2 of every row.
+
+    fraction: |<g, h>| / (|g| |h|) of every row, detached; 0 where g or h is 0, nan where either has a nan.
+    """
+
+    fraction: Tensor
+
+    def __new__(cls, dot: Tensor, grad_square: Tensor, state_square: Tensor, fraction: Tensor) -> "RadialGradient":
+        result = super().__new__(cls, dot, grad_square, state_square)
+        result.fraction = fraction
+        return result
 
 
 def radial_gradient_reference(h: Tensor, grad: Tensor) -> RadialGradient:
     """`radial_gradient` in plain PyTorch: its definition."""
     wide = accumulator(h.dtype)
     h, grad = h.to(wide), grad.to(wide)
-    return RadialGradient((grad * h).sum(-1), grad.square().sum(-1), h.square().sum(-1))
+    fraction = radial_fraction(grad.detach(), h.detach())
+    return RadialGradient((grad * h).sum(-1), grad.square().sum(-1), h.square().sum(-1), fraction)
 
 
-# Triton ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def radial_forward_kernel(
-    h_ptr, grad_ptr, dot_ptr, grad_square_ptr, state_square_ptr,
-    n_rows, n_columns, stride_h_row, stride_grad_row,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
-    column = tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
-    in_rows = row < n_rows
-    inside = in_rows[:, None] & (column < n_columns)[None, :]
-
-    h = tl.load(h_ptr + row[:, None] * stride_h_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row[:, None] * stride_grad_row + column[None, :], mask=inside, other=0.0)
-    grad = grad.to(tl.float32)
-
-    tl.store(dot_ptr + row, tl.sum(grad * h, axis=1), mask=in_rows)
-    tl.store(grad_square_ptr + row, tl.sum(grad * grad, axis=1), mask=in_rows)
-    tl.store(state_square_ptr + row, tl.sum(h * h, axis=1), mask=in_rows)
-
-
-@triton.jit
-def radial_backward_kernel(
-    h_ptr, grad_ptr, ddot_ptr, dgrad_square_ptr, dstate_square_ptr, dh_ptr, dgrad_ptr,
-    n_rows, n_columns, stride_h_row, stride_grad_row,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
-    column = tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
-    in_rows = row < n_rows
-    inside = in_rows[:, None] & (column < n_columns)[None, :]
-
-    h = tl.load(h_ptr + row[:, None] * stride_h_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row[:, None] * stride_grad_row + column[None, :], mask=inside, other=0.0)
-    grad = grad.to(tl.float32)
-    ddot = tl.load(ddot_ptr + row, mask=in_rows, other=0.0)[:, None]
-    dgrad_square = tl.load(dgrad_square_ptr + row, mask=in_rows, other=0.0)[:, None]
-    dstate_square = tl.load(dstate_square_ptr + row, mask=in_rows, other=0.0)[:, None]
-
-    out = row[:, None] * n_columns + column[None, :]
-    tl.store(dh_ptr + out, (ddot * grad + 2.0 * dstate_square * h).to(dh_ptr.dtype.element_ty), mask=inside)
-    tl.store(dgrad_ptr + out, (ddot * h + 2.0 * dgrad_square * grad).to(dgrad_ptr.dtype.element_ty), mask=inside)
-
-
-# Registration ---------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("looped::radial_gradient", mutates_args=())
-def _radial_gradient(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(h: Tensor, grad: Tensor):
     h_rows, grad_rows = rows_of(h), rows_of(grad)
-    dot, grad_square, state_square = sums = [h.new_empty(h.shape[:-1], dtype=accumulator(h.dtype)) for _ in range(3)]
+    sums = [torch.empty(h.shape[:-1], dtype=accumulator(h.dtype), device=h.device) for _ in range(4)]
     if not uses_triton(h):
         for rows in cpu_blocks(h_rows.shape[0], CPU_ROW_TENSORS * 4 * h.shape[-1]):
-            for out, block in zip(sums, radial_gradient_reference(h_rows[rows], grad_rows[rows]), strict=True):
+            result = radial_gradient_reference(h_rows[rows], grad_rows[rows])
+            for out, block in zip(sums, (*result, result.fraction), strict=True):
                 out.view(-1)[rows] = block
     elif h_rows.shape[0] > 0:
-        blocks = norm_blocks(h.shape[-1])
-        launch(
-            radial_forward_kernel, (triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),), h_rows,
-            h_ptr=h_rows, grad_ptr=grad_rows, dot_ptr=dot, grad_square_ptr=grad_square, state_square_ptr=state_square,
-            n_rows=h_rows.shape[0], n_columns=h.shape[-1],
-            stride_h_row=h_rows.stride(0), stride_grad_row=grad_rows.stride(0), **blocks,
-        )  # fmt: skip
-    return dot, grad_square, state_square
+        from . import radial_triton
+
+        radial_triton.radial_forward(h_rows, grad_rows, sums)
+    return tuple(sums)
 
 
-@_radial_gradient.register_fake
-def _(h: Tensor, grad: Tensor):
-    rows = [h.new_empty(h.shape[:-1], dtype=accumulator(h.dtype)) for _ in range(3)]
-    return rows[0], rows[1], rows[2]
+def _forward_fake(h: Tensor, grad: Tensor):
+    return tuple(h.new_empty(h.shape[:-1], dtype=accumulator(h.dtype)) for _ in range(4))
 
 
-@torch.library.custom_op("looped::radial_gradient_backward", mutates_args=())
-def _radial_gradient_backward(
-    h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstate_square: Tensor
-) -> tuple[Tensor, Tensor]:
-    if not uses_triton(h):
-        wide = accumulator(h.dtype)
-        ddot, dgrad_square, dstate_square = (g.to(wide).unsqueeze(-1) for g in (ddot, dgrad_square, dstate_square))
-        dh = (ddot * grad + 2 * dstate_square * h).to(h.dtype)
-        return dh, (ddot * h + 2 * dgrad_square * grad).to(grad.dtype)
+def _backward(h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstate_square: Tensor):
     h_rows, grad_rows = rows_of(h), rows_of(grad)
-    dh, dgrad = torch.empty_like(h_rows, memory_format=torch.contiguous_format), grad.new_empty(grad_rows.shape)
-    if h_rows.shape[0] > 0:
-        blocks = norm_blocks(h.shape[-1])
-        launch(
-            radial_backward_kernel, (triton.cdiv(h_rows.shape[0], blocks["BLOCK_ROWS"]),), h_rows,
-            h_ptr=h_rows, grad_ptr=grad_rows, ddot_ptr=ddot.reshape(-1).contiguous(),
-            dgrad_square_ptr=dgrad_square.reshape(-1).contiguous(),
-            dstate_square_ptr=dstate_square.reshape(-1).contiguous(), dh_ptr=dh, dgrad_ptr=dgrad,
-            n_rows=h_rows.shape[0], n_columns=h.shape[-1],
-            stride_h_row=h_rows.stride(0), stride_grad_row=grad_rows.stride(0), **blocks,
-        )  # fmt: skip
-    return dh.view(h.shape), dgrad.view(grad.shape)
+    wide = accumulator(h.dtype)
+    upstream = [g.reshape(-1).to(wide).contiguous() for g in (ddot, dgrad_square, dstate_square)]
+    dh, dgrad = (torch.empty(h.shape, dtype=like.dtype, device=h.device) for like in (h, grad))
+    if not uses_triton(h):
+        of_dot, of_grad, of_state = (g.unsqueeze(-1) for g in upstream)
+        dh.view(h_rows.shape).copy_(of_dot * grad_rows + 2 * of_state * h_rows)
+        dgrad.view(h_rows.shape).copy_(of_dot * h_rows + 2 * of_grad * grad_rows)
+    elif h_rows.shape[0] > 0:
+        from . import radial_triton
+
+        radial_triton.radial_backward(h_rows, grad_rows, upstream, dh, dgrad)
+    return dh, dgrad
 
 
-@_radial_gradient_backward.register_fake
-def _(h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstate_square: Tensor):
+def _backward_fake(h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstate_square: Tensor):
     return h.new_empty(h.shape), grad.new_empty(grad.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+class _RadialGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, grad):
+        ctx.save_for_backward(h, grad)
+        results = below_autograd(_radial_gradient, h, grad)
+        ctx.mark_non_differentiable(results[3])
+        return results
+
+    @staticmethod
+    def backward(ctx, ddot, dgrad_square, dstate_square, _):
+        return _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
 
 
-def _backward(ctx, ddot, dgrad_square, dstate_square):
-    return _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
-
-
-torch.library.register_autograd("looped::radial_gradient", _backward, setup_context=_setup_context)
+_radial_gradient = register(
+    "radial_gradient(Tensor h, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _RadialGradient.apply,
+)
+_radial_gradient_backward = register(
+    "radial_gradient_backward(Tensor h, Tensor grad, Tensor ddot, Tensor dgrad_square, Tensor dstate_square)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 def radial_gradient(h: Tensor, grad: Tensor) -> RadialGradient:
@@ -166,9 +125,9 @@ def radial_gradient(h: Tensor, grad: Tensor) -> RadialGradient:
         grad: the gradient of a loss with respect to h, of the same shape and device.
 
     Returns:
-        `dot`, `grad_square`, `state_square`, each [...] float32 and differentiable; the property `fraction` is
-        |dot| / (|g| |h|), 0 where either is 0: the share of the gradient that can change the state's scale
-        (arXiv 2606.24898).
+        `dot`, `grad_square`, `state_square`, each [...] float32 and differentiable.  The attribute `fraction` [...]
+        is |dot| / (|g| |h|), 0 where either is 0: the share of the gradient that can change the state's scale
+        (arXiv 2606.24898).  It is detached.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit.

@@ -6,170 +6,355 @@ For the state h[k, t] [d] of loop k and token t, the head W [V, d] and coefficie
     dL/dh = norm_backward(c * W^T g) + (2 penalty / (K N d)) h,   dL/dW = sum c * g y^T,   dL/dc = CE
 
 with y = norm(h) and g = dCE/dlogits.  The K states share the head, so the normed rows of all loops form one matrix Y
-[K N, d], of which a chunk of rows at a time is read out: logits = y W^T -> softmax, CE and g in place -> dW += g^T y ->
-dy = g W, written over y.  The three products go to the vendor's library: 6 K N d V FLOPs, the same as readout by
-readout, while memory holds Y and, whatever K, one chunk of logits and one dW.  These gradients are formed in the
-forward pass, where the logits are at hand; the backward pass multiplies them by the upstream gradient and takes dy
-through the norm, one launch a loop.  Where the caller wants the rows' losses themselves (their upstream gradient is not
-known in advance) the backward pass runs this same pass again.
+[K N, d].  It is read out a chunk of rows at a time:
 
-dW and the loss are summed in float32.  g is kept in units of the largest |c|, so neither a mean over many tokens
-nor a float16 loss scale leaves the range of the dtype, and the common factor is applied in float32.
+    logits = y W^T  ->  CE and g, in place  ->  dW += g^T (row_weight * y)  ->  dy = g W, written over y
+
+The three products go to the vendor's library.  They take 6 K N d V FLOPs, as K separate readouts do.  Memory holds Y
+and, whatever K, one chunk of logits and one dW.
+
+These gradients are formed in the forward pass, where the logits are at hand.  The backward pass multiplies them by the
+upstream gradient and takes dy through the norm, one launch a loop.  Where the caller wants the rows' losses themselves,
+their upstream gradient is not known in advance; then the backward pass runs this same pass again.
+
+dW and the loss are summed in float32.  g is of order one in every dtype.  A row's coefficient is `unit * row_weight`
+(kernels/row_weights.py); both are applied in float32, or to y.  So neither a mean over many tokens, nor a loop with a
+small weight, nor a float16 loss scale leaves the range of the dtype.
 
 Chunked readouts: Liger-Kernel (arXiv 2410.10989), cut-cross-entropy (arXiv 2411.09009).  The norm penalty and the
 per-loop supervision: arXiv 2606.24898.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .cross_entropy import cross_entropy_
+from .arguments import check_range
+from .cross_entropy import LossOptions, RowResults, cross_entropy_
 from .device import accumulator, product_dtype, uses_triton
-from .row_loss import LossOptions, RowResults
-from .row_norm import Norm, norm_forward
+from .products import accumulate_bias, accumulate_head, form_logits, head_accumulator
+from .readout_call import ReadoutCall
+from .registration import below_autograd, register
+from .row_norm import norm_backward, norm_forward, partial_sums
+from .row_weights import LossScales, loss_sums, row_weights, scaled
 
-Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
-CUDA_CHUNK_ROWS = 4096
-CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
-CPU_WIDE_CHUNK_ROWS = 512
-HIP_HEAD_ROWS = (
-    32768  # of dW, in one product where no product of low precision gives float32: fewer launches, more memory
-)
-HEAD_ROWS = 4096  # rows of the head in one product on a CPU: MKL and oneDNN keep a panel of 20,000 less well in cache
+# The op's tensors after the states, and which of them may have a gradient.
+TENSORS = ("head", "targets", "weights", "norm_weight", "norm_bias", "bias", "penalty", "z_loss", "n_targets")
+PARAMETERS = ("head", "norm_weight", "norm_bias", "bias")
+
+
+class ReadoutResults(NamedTuple):
+    """The results of the op, for A loops that are read and N tokens; what is not asked for is an empty vector.
+
+    total: []; per_loop: [A]; ce: [A, N], the rows' losses.
+    factors: [3], row_weight: [A * N]: the fields of LossScales.
+    dhead: [V, d], dbias: [V]: sums over the rows that wait for the unit and the upstream gradient.
+    statistics: [6, A, N]: lse, entropy, margin, mean square, radial dot, radial fraction; top1: [A, N].
+    dy: [A * N, d], the gradient of the normed rows, which waits for the row's coefficient and the upstream gradient.
+    """
+
+    total: Tensor
+    per_loop: Tensor
+    ce: Tensor
+    factors: Tensor
+    row_weight: Tensor
+    dhead: Tensor
+    dbias: Tensor
+    statistics: Tensor
+    top1: Tensor
+    dy: Tensor
 
 
 def loops_of(states: list[Tensor]) -> list[Tensor]:
-    """The states of all loops [N, d], their last dimension contiguous."""
-    loops = list(states[0].unbind(0)) if states[0].dim() == 3 else states
-    return [state if state.stride(-1) == 1 else state.contiguous() for state in loops]
+    """The states of all loops, each contiguous [N, d]; a copy only where the layout needs one."""
+    loops = states[0].unbind(0) if states[0].dim() == 3 else states
+    return [state.contiguous() for state in loops]
 
 
-def norm_arguments(
-    readout: str, loop: int, n_loops: int, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Norm, Tensor | None, Tensor | None]:
-    """The norm that reads out `loop` (0-based) of `n_loops`, and its parameters, None where there is no norm."""
-    if readout == "raw" or (readout == "final-only" and loop < n_loops - 1):
-        return "none", None, None
-    return "layernorm" if readout == "layernorm" else "rmsnorm", weight, bias
+# Forward --------------------------------------------------------------------------------------------------------------
 
 
-def default_chunk_rows(head: Tensor, compute_dtype: torch.dtype) -> int:
-    """Rows of a chunk: as few as full-rate products need."""
-    if head.device.type == "cuda":
-        return CUDA_CHUNK_ROWS
-    return CPU_CHUNK_ROWS.get(product_dtype(head, compute_dtype), CPU_WIDE_CHUNK_ROWS)
+def _empty_results(states: list[Tensor], head: Tensor, weighted: bool, call: ReadoutCall) -> ReadoutResults:
+    """Space for the results, which have the same layout with values and without."""
+    n_loops, (n_tokens, d) = len(call.active), states[0].shape[-2:]
+    wide = accumulator(states[0].dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = wide, asked: bool = True) -> Tensor:
+        return head.new_empty(shape if asked else (0,), dtype=dtype)
+
+    need_head = "head" in call.needs
+    return ReadoutResults(
+        total=empty(),
+        per_loop=empty(n_loops),
+        ce=empty(n_loops, n_tokens),
+        factors=empty(3),
+        row_weight=empty(n_loops * n_tokens, asked=weighted),
+        dhead=head_accumulator(head, call.compute_dtype) if need_head else empty(0),
+        dbias=empty(len(head), asked="bias" in call.needs),
+        statistics=empty(6, n_loops, n_tokens, asked=call.statistics),
+        top1=empty(n_loops, n_tokens, dtype=torch.int64, asked=call.statistics),
+        dy=empty(n_loops * n_tokens, d, dtype=product_dtype(head, call.compute_dtype), asked=call.needs_dy),
+    )
 
 
-def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Space [V, d] for dW's sum over the chunks; transposed in memory where AMX forms y^T g faster than g^T y."""
-    dtype = accumulator(head.dtype)
-    if head.is_cuda or product_dtype(head, compute_dtype) == dtype:
-        return head.new_empty(head.shape, dtype=dtype)
-    return head.new_empty(head.shape[::-1], dtype=dtype).t()
-
-
-def _head_blocks(n_columns: int, size: int = HEAD_ROWS) -> Iterator[slice]:
-    """The rows of the head that enter one product."""
-    for first in range(0, n_columns, size):
-        yield slice(first, min(first + size, n_columns))
-
-
-def _form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
-    """logits [R, V] = y W^T for y [R, d], W [V, d]."""
-    if y.is_cuda:
-        return torch.mm(y, head.t(), out=logits)
-    for block in _head_blocks(len(head)):
-        torch.mm(y, head[block].t(), out=logits[:, block])
-    return logits
-
-
-def _accumulate(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
-    """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32; the first product is written over it."""
-    if total.is_cuda and total.dtype == y.dtype:
-        torch.mm(g.t(), y, out=total) if first else total.addmm_(g.t(), y)
-    elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
-        if first:
-            torch.mm(g.t(), y, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, g.t(), y, out_dtype=total.dtype, out=total)
-    else:
-        _accumulate_blocks(total, g, y, first)
-
-
-def _accumulate_blocks(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
-    """`_accumulate` where no product of low precision gives float32: block by block of the head, each rounded once."""
-    y = y.float() if y.dtype == torch.float16 else y  # a sum may leave float16's range
-    if not total.is_contiguous():  # see head_accumulator
-        transposed = y.t().contiguous()
-        low, wide = (like.new_empty(y.shape[1] * HEAD_ROWS) for like in (transposed, total))
-    for block in _head_blocks(len(total), HIP_HEAD_ROWS if total.is_cuda else HEAD_ROWS):
-        rows, g_block = total[block], g[:, block].to(y.dtype)
-        if not total.is_contiguous():
-            rows = rows.t()
-            product = torch.mm(transposed, g_block, out=low[: rows.numel()].view(rows.shape))
-            rows.copy_(product) if first else rows.add_(wide[: rows.numel()].view(rows.shape).copy_(product))
-        elif total.dtype == y.dtype:
-            torch.mm(g_block.t(), y, out=rows) if first else rows.addmm_(g_block.t(), y)
-        else:
-            product = torch.mm(g_block.t(), y)
-            rows.copy_(product) if first else rows.add_(product)
-
-
-def normed_rows(
+def _normed_rows(
     loops: list[Tensor],
-    active: Sequence[int],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    *,
-    readout: str,
-    eps: float,
-    dtype: torch.dtype,
-    mean_square: Tensor | None = None,
-) -> Tensor:
-    """y [A N, d], the normed rows of the active loops' states [N, d]; their mean_square [K, N] where given."""
-    n_tokens, d = loops[0].shape
-    y = loops[0].new_empty((len(active) * n_tokens, d), dtype=dtype)
-    for loop, rows in zip(active, y.view(len(active), n_tokens, d), strict=True):
-        norm, weight, norm_bias_ = norm_arguments(readout, loop, len(loops), norm_weight, norm_bias)
-        square = None if mean_square is None else mean_square[loop]
-        norm_forward(loops[loop], weight, norm_bias_, eps=eps, norm=norm, y=rows, mean_square=square)
-    return y
-
-
-def read_out(
     y: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    options: LossOptions,
-    chunk_rows: int,
-    results: RowResults,
-    *,
-    omega: Tensor | None = None,
-    dhead: Tensor | None = None,
-    dbias: Tensor | None = None,
-    need_dy: bool = False,
+    mean_square: Tensor | None,
+    call: ReadoutCall,
 ) -> None:
-    """Results of the rows y [R, d], which share W [V, d] and repeat the targets [N], a chunk of rows at a time.
+    """y [A N, d], the normed rows of the active loops' states, and the mean_square [K, N] of all loops where given."""
+    of_loop = dict(zip(call.active, y.view(len(call.active), *loops[0].shape), strict=True))
+    for loop, h in enumerate(loops):
+        rows, norm = of_loop.get(loop), call.norm(loop)
+        square = None if mean_square is None else mean_square[loop]
+        weight, bias = (None, None) if norm == "none" else (norm_weight, norm_bias)
+        if rows is not None or square is not None:
+            norm_forward(h, weight, bias, eps=call.eps, norm=norm, y=rows, mean_square=square)
 
-    With omega [R], where they are given or needed: dhead and dbias, the sums of omega * dCE/dW and db, and omega *
-    dCE/dy, written over y.
-    """
+
+def _read_out(
+    y: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, rows: RowResults,
+    row_weight: Tensor | None, results: ReadoutResults, call: ReadoutCall,
+) -> None:  # fmt: skip
+    """Row results of y [R, d], and, where needed, dhead, dbias and dy, written over y; a chunk of rows at a time."""
     n_rows, n_columns = len(y), len(head)
-    row_length = triton.cdiv(n_columns, 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
-    logits = head.new_empty((min(chunk_rows, n_rows), row_length))[:, :n_columns]
-    for first in range(0, n_rows, chunk_rows):
-        chunk = y[first : first + chunk_rows]
-        g = _form_logits(chunk, head, logits[: len(chunk)])
-        cross_entropy_(g, targets, omega, bias, options, results, first)
-        if dhead is not None:
-            _accumulate(dhead, g, chunk, first == 0)
-        if dbias is not None:
-            chunk_dbias = g.sum(0, dtype=dbias.dtype)
-            dbias.copy_(chunk_dbias) if first == 0 else dbias.add_(chunk_dbias)
-        if need_dy:
+    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
+    logits = head.new_empty((min(call.chunk_rows, n_rows), row_length))[:, :n_columns]
+    for first in range(0, n_rows, call.chunk_rows):
+        chunk = y[first : first + call.chunk_rows]
+        weight = None if row_weight is None else row_weight[first : first + call.chunk_rows]
+        g = form_logits(chunk, head, logits[: len(chunk)])
+        cross_entropy_(g, targets, row_weight, bias, options, rows, first, gradient=call.needs_dlogits)
+        if "bias" in call.needs:
+            accumulate_bias(results.dbias, g, weight, first == 0)
+        if "head" in call.needs:
+            if weight is not None:
+                chunk.mul_(weight.unsqueeze(-1))
+            accumulate_head(results.dhead, g, chunk, first == 0)
+        if call.needs_dy:
             torch.mm(g, head, out=chunk)
+
+
+def _measure_states(
+    loops: list[Tensor], mean_square: Tensor, norm_weight: Tensor | None, scales: LossScales, results: ReadoutResults,
+    call: ReadoutCall,
+) -> None:  # fmt: skip
+    """The statistics of the states: mean square, and the radial part of the gradient where one is formed."""
+    n_tokens = len(loops[0])
+    results.statistics[4:].fill_(torch.nan)
+    for index, loop in enumerate(call.active):
+        results.statistics[3, index] = mean_square[loop]
+        if loop in call.differentiated and call.needs_dy:
+            rows, norm = slice(index * n_tokens, (index + 1) * n_tokens), call.norm(loop)
+            norm_backward(
+                results.dy[rows], loops[loop], None if norm == "none" else norm_weight, eps=call.eps, norm=norm,
+                row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
+                radial=(results.statistics[4, index], results.statistics[5, index]),
+            )  # fmt: skip
+
+
+def _forward(
+    states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, bias: Tensor | None, penalty: Tensor | None, z_loss: Tensor | None,
+    n_targets: Tensor | None, flat: str, numbers: list[float],
+) -> ReadoutResults:  # fmt: skip
+    call, loops, targets = ReadoutCall.of(flat, numbers), loops_of(states), targets.contiguous()
+    norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
+    results = _empty_results(states, head, weights is not None, call)
+    n_rows, (n_tokens, d) = results.ce.numel(), loops[0].shape
+    scales = row_weights(
+        targets, weights, n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight,
+        penalty=penalty, n_targets=n_targets, n_penalised=call.n_loops * n_tokens, wide=results.factors.dtype,
+    )  # fmt: skip
+    check_range(targets, len(head), call.ignore_index, scales.in_range)
+
+    measured = call.statistics or penalty is not None
+    mean_square = results.factors.new_empty((call.n_loops, n_tokens)) if measured else None
+    dtype = product_dtype(head, call.compute_dtype)
+    y = results.dy if call.needs_dy else head.new_empty((n_rows, d), dtype=dtype)
+    _normed_rows(loops, norm_weight, norm_bias, y, mean_square, call)
+    if n_rows == 0:
+        results.dhead.zero_(), results.dbias.zero_()
+    else:
+        rows = RowResults(results.ce.view(-1))
+        if call.statistics:
+            rows = RowResults(rows.loss, results.statistics.view(6, n_rows), results.top1.view(-1))
+        options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, z_loss)
+        head = head.to(dtype).contiguous()
+        _read_out(y, head, targets, bias, options, rows, scales.row_weight, results, call)
+    if call.statistics and mean_square is not None:
+        _measure_states(loops, mean_square, norm_weight, scales, results, call)
+    total, per_loop = loss_sums(results.ce, scales, None if penalty is None else mean_square)
+    row_weight = results.row_weight if scales.row_weight is None else scales.row_weight
+    return results._replace(total=total, per_loop=per_loop, factors=scales.factors, row_weight=row_weight)
+
+
+def _forward_fake(
+    states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, flat, numbers
+):
+    return tuple(_empty_results(states, head, weights is not None, ReadoutCall.of(flat, numbers)))
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+
+def _backward(
+    states: list[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None, dy: Tensor, dhead: Tensor,
+    dbias: Tensor, factors: Tensor, row_weight: Tensor, upstream: Tensor | None, head_dtype: torch.dtype,
+    bias_dtype: torch.dtype, flat: str, numbers: list[float],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of the states [S, N, d] that have one, and of PARAMETERS."""
+    call, loops = ReadoutCall.of(flat, numbers), loops_of(states)
+    n_tokens, d = loops[0].shape
+    scales = LossScales(row_weight if row_weight.numel() else None, factors if upstream is None else factors * upstream)
+    dstates = loops[0].new_empty((len(call.differentiated), n_tokens, d))
+    weight = None if norm_weight is None else norm_weight.contiguous()
+    partials = [
+        partial_sums(loops[0]) if name in call.needs and parameter is not None else None
+        for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
+    ]
+    used = False  # whether anything was added to the partial sums
+    for loop, h in enumerate(loops):
+        dh = dstates[call.differentiated.index(loop)] if loop in call.differentiated else None
+        read = loop in call.active and call.needs_dy
+        first = call.active.index(loop) * n_tokens if read else 0
+        rows, norm = slice(first, first + n_tokens), call.norm(loop)
+        dweight, dbias_ = partials if read and norm != "none" else (None, None)
+        if dh is None and dweight is None and dbias_ is None:
+            continue
+        norm_backward(
+            dy[rows] if read else None, h, None if norm == "none" else weight, eps=call.eps, norm=norm,
+            row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
+            dmean_square=scales.dmean_square.expand(n_tokens) if call.penalised else None,
+            dh=dh, dweight=dweight, dbias=dbias_, add=used,
+        )  # fmt: skip
+        used = used or (n_tokens > 0 and (dweight is not None or dbias_ is not None))
+    of_norm = (
+        dy.new_empty(0) if partial is None or like is None
+        else partial.sum(0).to(like.dtype) if used
+        else torch.zeros_like(like)
+        for partial, like in zip(partials, (norm_weight, norm_bias), strict=True)
+    )  # fmt: skip
+    of_head = scaled(dhead, scales.unit, head_dtype) if "head" in call.needs else dy.new_empty(0)
+    of_bias = scaled(dbias, scales.unit, bias_dtype) if "bias" in call.needs else dy.new_empty(0)
+    return dstates, of_head, *of_norm, of_bias
+
+
+def _backward_fake(
+    states,
+    norm_weight,
+    norm_bias,
+    dy,
+    dhead,
+    dbias,
+    factors,
+    row_weight,
+    upstream,
+    head_dtype,
+    bias_dtype,
+    flat,
+    numbers,
+):
+    call = ReadoutCall.of(flat, numbers)
+    of_norm = (
+        like.new_empty(like.shape) if like is not None and name in call.needs else dy.new_empty(0)
+        for name, like in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
+    )
+    of_head = dhead.new_empty(dhead.shape, dtype=head_dtype) if "head" in call.needs else dy.new_empty(0)
+    of_bias = dbias.new_empty(dbias.shape, dtype=bias_dtype) if "bias" in call.needs else dy.new_empty(0)
+    return states[0].new_empty((len(call.differentiated), *states[0].shape[-2:])), of_head, *of_norm, of_bias
+
+
+# Registration ---------------------------------------------------------------------------------------------------------
+
+
+def _call_again(ctx, call: ReadoutCall) -> ReadoutCall:
+    """The call that forms the gradients which autograd asks for, of the row losses."""
+    of_states, of_tensors = ctx.needs_input_grad[2 : 2 + ctx.n_states], ctx.needs_input_grad[2 + ctx.n_states :]
+    if ctx.is_stack:
+        differentiated = tuple(range(call.n_loops)) if of_states[0] else ()
+    else:
+        differentiated = tuple(loop for loop in call.active if of_states[loop])
+    needs = tuple(name for name, needed in zip(TENSORS, of_tensors, strict=True) if needed and name in PARAMETERS)
+    return call._replace(needs=needs, differentiated=differentiated, mean=False, weight=1.0, statistics=False)
+
+
+class _Readout(torch.autograd.Function):
+    """`total` carries gradients that were formed in the forward pass; without them `ce` is differentiated."""
+
+    @staticmethod
+    def forward(ctx, call, n_states, *tensors):
+        states, others = tensors[:n_states], dict(zip(TENSORS, tensors[n_states:], strict=True))
+        results = ReadoutResults(*below_autograd(_readout, list(states), *others.values(), *call.flat()))
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.n_states, ctx.is_stack = call, n_states, states[0].dim() == 3
+        ctx.dtypes = [states[0].dtype if others[name] is None else others[name].dtype for name in ("head", "bias")]
+        ctx.weights_shape = None if others["weights"] is None else others["weights"].shape
+        ctx.formed = call.needs_dlogits or bool(call.differentiated)
+        differentiable = results.total if ctx.formed else results.ce
+        ctx.mark_non_differentiable(*(result for result in results if result is not differentiable))
+        if ctx.formed:
+            ctx.save_for_backward(*states, others["norm_weight"], others["norm_bias"], *results[2:])
+        else:
+            ctx.save_for_backward(*states, others["norm_weight"], others["norm_bias"], *others.values())
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, dtotal, _, dce, *__):
+        if dtotal is None and dce is None:
+            return (None,) * (2 + ctx.n_states + len(TENSORS))
+        states = list(ctx.saved_tensors[: ctx.n_states])
+        norm_weight, norm_bias, *saved = ctx.saved_tensors[ctx.n_states :]
+        call, gradients = ctx.call, {}
+        if ctx.formed:
+            results = ReadoutResults(dtotal, dtotal, *saved)
+            if ctx.weights_shape is not None and ctx.needs_input_grad[2 + ctx.n_states + TENSORS.index("weights")]:
+                share = LossScales(None, results.factors).share if call.mean else 1.0
+                gradients["weights"] = (results.ce * (share * dtotal)).sum_to_size(ctx.weights_shape)
+        else:
+            call, tensors = _call_again(ctx, call), dict(zip(TENSORS, saved, strict=True))
+            tensors |= {"weights": dce.to(accumulator(states[0].dtype)), "penalty": None, "n_targets": None}
+            results = ReadoutResults(*_readout(states, *tensors.values(), *call.flat()))
+        dstates, *of_parameters = _readout_backward(
+            states, norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors,
+            results.row_weight, dtotal if ctx.formed else None, *ctx.dtypes, *call.flat(),
+        )  # fmt: skip
+        gradients |= {name: of for name, of in zip(PARAMETERS, of_parameters, strict=True) if name in call.needs}
+        of_states: list[Tensor | None] = [None] * ctx.n_states
+        if ctx.is_stack:
+            of_states = [dstates] if call.differentiated else [None]
+        else:
+            for index, loop in enumerate(call.differentiated):
+                of_states[loop] = dstates[index]
+        return None, None, *of_states, *(gradients.get(name) for name in TENSORS)
+
+
+def _differentiated(states, *others):
+    *tensors, flat, numbers = others
+    return _Readout.apply(ReadoutCall.of(flat, numbers), len(states), *states, *tensors)
+
+
+_readout = register(
+    "readout(Tensor[] states, Tensor head, Tensor targets, Tensor? weights, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor? bias, Tensor? penalty, Tensor? z_loss, Tensor? n_targets, str call, float[] numbers)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _differentiated,
+)
+_readout_backward = register(
+    "readout_backward(Tensor[] states, Tensor? norm_weight, Tensor? norm_bias, Tensor dy, Tensor dhead, Tensor dbias,"
+    " Tensor factors, Tensor row_weight, Tensor? upstream, ScalarType head_dtype, ScalarType bias_dtype, str call,"
+    " float[] numbers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def read_out(states: list[Tensor], call: ReadoutCall, **tensors: Tensor | None) -> ReadoutResults:
+    """The op: states as one [K, N, d] or K times [N, d]; `tensors` by the names of TENSORS, None where missing."""
+    return ReadoutResults(*_readout(states, *(tensors.get(name) for name in TENSORS), *call.flat()))

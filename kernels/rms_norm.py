@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import check_eps, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
+from .registration import below_autograd, register
 from .row_norm import norm_backward, norm_forward, partial_sums, rows_of
 
 
@@ -40,41 +41,37 @@ def rms_norm_penalty_reference(
 # Registration ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("looped::rms_norm_penalty", mutates_args=())
-def _rms_norm_penalty(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, weight = rows_of(x), None if weight is None else weight.contiguous()
-    y = x.new_empty(x.shape, dtype=y_dtype)
-    mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
+def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
+    y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
+    mean_square = torch.empty(x.shape[:-1], dtype=accumulator(x.dtype), device=x.device)
+    total = torch.empty(0 if residual is None else x.shape, dtype=(x if residual is None else residual).dtype,
+                        device=x.device)  # fmt: skip
+    rows = rows_of(x)
     norm_forward(
-        rows, weight, None, eps=eps, norm="rmsnorm", residual=None if residual is None else rows_of(residual),
-        y=y.view(rows.shape), total=None if residual is None else total.view(rows.shape),
-        mean_square=mean_square.view(-1),
+        rows, None if weight is None else weight.contiguous(), None, eps=eps, norm="rmsnorm",
+        residual=None if residual is None else rows_of(residual), y=y.view(rows.shape),
+        total=None if residual is None else total.view(rows.shape), mean_square=mean_square.view(-1),
     )  # fmt: skip
     return y, mean_square, total
 
 
-@_rms_norm_penalty.register_fake
-def _(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
+def _forward_fake(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
     total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
     return x.new_empty(x.shape, dtype=y_dtype), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype)), total
 
 
-@torch.library.custom_op("looped::rms_norm_penalty_backward", mutates_args=())
-def _rms_norm_penalty_backward(
+def _backward(
     dy: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, h: Tensor, weight: Tensor | None,
     eps: float, x_dtype: torch.dtype, need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+):  # fmt: skip
     """dx (in x_dtype), dresidual (in h's dtype; empty where it equals dx), dweight (empty unless needed)."""
-    rows, weight = rows_of(h), None if weight is None else weight.contiguous()
-    dh = h.new_empty(h.shape)
-    dx = h.new_empty(h.shape, dtype=x_dtype) if x_dtype != h.dtype else None
+    rows = rows_of(h)
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dx = None if x_dtype == h.dtype else torch.empty(h.shape, dtype=x_dtype, device=h.device)
     dweight = partial_sums(rows) if need_dweight else None
     norm_backward(
-        None if dy is None else rows_of(dy), rows, weight, eps=eps, norm="rmsnorm",
-        dmean_square=None if dmean_square is None else dmean_square.reshape(-1),
+        None if dy is None else rows_of(dy), rows, None if weight is None else weight.contiguous(), eps=eps,
+        norm="rmsnorm", dmean_square=None if dmean_square is None else dmean_square.reshape(-1),
         dtotal=None if dtotal is None else rows_of(dtotal), dh=dh.view(rows.shape),
         dx=None if dx is None else dx.view(rows.shape), dweight=dweight,
     )  # fmt: skip
@@ -82,35 +79,49 @@ def _rms_norm_penalty_backward(
     return (dh, h.new_empty(0), summed) if dx is None else (dx, dh, summed)
 
 
-@_rms_norm_penalty_backward.register_fake
-def _(dy, dmean_square, dtotal, h, weight, eps, x_dtype, need_dweight):
+def _backward_fake(dy, dmean_square, dtotal, h, weight, eps, x_dtype, need_dweight):
     dresidual = h.new_empty(h.shape) if x_dtype != h.dtype else h.new_empty(0)
     dweight = weight.new_empty(weight.shape) if need_dweight else h.new_empty(0)
     return h.new_empty(h.shape, dtype=x_dtype), dresidual, dweight
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, residual, ctx.eps, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
-    ctx.save_for_backward(output[2] if ctx.has_residual else x, weight)
+class _RMSNormPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps, y_dtype):
+        y, mean_square, total = below_autograd(_rms_norm_penalty, x, weight, residual, eps, y_dtype)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.x_dtype, ctx.has_residual = eps, x.dtype, residual is not None
+        ctx.save_for_backward(x if residual is None else total, weight)
+        return y, mean_square, total
+
+    @staticmethod
+    def backward(ctx, dy, dmean_square, dtotal):
+        h, weight = ctx.saved_tensors
+        dtotal = dtotal if ctx.has_residual else None
+        if dy is None and dmean_square is None and dtotal is None:
+            return None, None, None, None, None
+        need_dweight = weight is not None and ctx.needs_input_grad[1] and dy is not None
+        dx, dresidual, dweight = _rms_norm_penalty_backward(
+            dy, dmean_square, dtotal, h, weight, ctx.eps, ctx.x_dtype, need_dweight
+        )
+        if ctx.has_residual and ctx.x_dtype == h.dtype:
+            dresidual = dx
+        return dx, dweight if need_dweight else None, dresidual if ctx.has_residual else None, None, None
 
 
-def _backward(ctx, dy, dmean_square, dtotal):
-    h, weight = ctx.saved_tensors
-    need_dweight = weight is not None and ctx.needs_input_grad[1] and dy is not None
-    dtotal = dtotal if ctx.has_residual else None
-    if dy is None and dmean_square is None and dtotal is None:
-        return None, None, None, None, None
-    dx, dresidual, dweight = _rms_norm_penalty_backward(
-        dy, dmean_square, dtotal, h, weight, ctx.eps, ctx.x_dtype, need_dweight
-    )
-    if ctx.has_residual and ctx.x_dtype == h.dtype:
-        dresidual = dx
-    return dx, dweight if need_dweight else None, dresidual if ctx.has_residual else None, None, None
-
-
-torch.library.register_autograd("looped::rms_norm_penalty", _backward, setup_context=_setup_context)
+_rms_norm_penalty = register(
+    "rms_norm_penalty(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType y_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _RMSNormPenalty.apply,
+)
+_rms_norm_penalty_backward = register(
+    "rms_norm_penalty_backward(Tensor? dy, Tensor? dmean_square, Tensor? dtotal, Tensor h, Tensor? weight, float eps,"
+    " ScalarType x_dtype, bool need_dweight) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 # The public function --------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Looped language models: one decoder stack applied K times, its states, and the losses that train them."""
 
-from pathlib import Path as _Path
+from looped.checkout import search_path as _search_path
 
-if not (_Path(__file__).parent / "kernels").is_dir():  # a checkout, where looped.kernels stands beside this package
-    __path__.append(str(_Path(__file__).parent.parent))
+__path__ = _search_path()  # where looped.kernels is found, in a checkout too
 
 from looped.attention import causal_attention
 from looped.config import PRESETS, LoopedConfig, Positions, Readout

@@ -1,20 +1,29 @@
 """Causal self-attention whose scores are never held for a whole batch, and rotary positions.
 
-flash-attn is used when it is installed and the tensors qualify, else PyTorch's scaled_dot_product_attention (SDPA).
-Both compute `softmax(Q K^T / sqrt(head_dim) + causal mask) V` tile by tile. The one case in which SDPA would
-write all [B, H, T, T] scores, dropout on a CPU, is done in blocks (looped/dropout.py).
+flash-attn is used when it is installed and the tensors qualify, else PyTorch's scaled_dot_product_attention (SDPA);
+looped/flash_attention.py decides. All compute `softmax(Q K^T / sqrt(head_dim) + causal mask) V` tile by tile. The one
+case in which SDPA would write all [B, H, T, T] scores, dropout on a CPU, is done in blocks (looped/dropout.py).
 """
 
-import functools
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from looped.config import LoopedConfig
 from looped.dropout import attention_with_dropout
+from looped.flash_attention import (
+    FLASH_2,
+    FLASH_4,
+    HALF,
+    flash_implementation,
+    qualifies_for_flash_attention,
+    sdpa_has_flash_3_or_4,
+)
 
-HALF = (torch.float16, torch.bfloat16)
+NOT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
@@ -23,7 +32,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0)
     q, k, v: [B, T, H, head_dim], one floating dtype and device. Returns [B, T, H, head_dim] in the same dtype.
     Raises ValueError if the shapes differ or are not of rank 4, or if `dropout_p` is not in [0, 1).
 
-    flash-attn takes fp16 and bf16 on a GPU it supports, with `head_dim <= 256` a multiple of 8; SDPA the rest.
+    flash-attn takes fp16 and bf16 on a GPU it supports, with `head_dim <= 256` a multiple of 8; SDPA the rest. Raises
+    ImportError if flash-attn is installed for this GPU and cannot be imported.
     """
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
@@ -32,10 +42,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0)
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1). Got dropout_p={dropout_p}.")
-    if qualifies_for_flash_attention(q) and flash_attention_serves(q.device):
-        from flash_attn import flash_attn_func
+    if qualifies_for_flash_attention(q.is_cuda, q.dtype, q.shape[-1]):
+        serves = flash_implementation(q.device, q.shape[-1], dropout_p, torch.compiler.is_compiling())
+        if serves == FLASH_2:
+            from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True)
+            return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True)
+        if serves == FLASH_4:
+            from flash_attn.cute import flash_attn_func
+
+            mixed = flash_attn_func(q, k, v, causal=True)
+            return mixed[0] if isinstance(mixed, tuple) else mixed  # with the log-sum-exp, in some versions
     if dropout_p > 0 and q.device.type == "cpu":
         return attention_with_dropout(q, k, v, dropout_p)
     if q.device.type == "cpu" and q.dtype in HALF and q.shape[-1] < 64:
@@ -48,32 +65,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0)
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # SDPA wants [B, H, T, head_dim]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).transpose(1, 2)
-
-
-def qualifies_for_flash_attention(q: Tensor) -> bool:
-    """Whether flash-attn's kernels take a tensor of this device, dtype and head size."""
-    return q.is_cuda and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-
-
-@torch.compiler.assume_constant_result
-def flash_attention_serves(device: torch.device) -> bool:
-    """Whether flash-attn is installed and supports this GPU: a constant for torch.compile, which traces no import."""
-    return _flash_attention_serves(device)
-
-
-@functools.cache
-def _flash_attention_serves(device: torch.device) -> bool:
-    # flash-attn 2 has no kernels for GPUs before Ampere (AMD's supported GPUs answer 9 and above).
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        import flash_attn  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "flash_attn":  # installed but broken: say so
-            raise
-        return False
-    return True
+    with sdpa_kernel(NOT_FLASH) if dropout_p > 0 and sdpa_has_flash_3_or_4() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).transpose(1, 2)
 
 
 def rotary_table(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,9 @@ class LoopedDecoder(nn.Module):
             if loop > 0:
                 state = self._between_loops(state)
             if self.checkpoint_loops and torch.is_grad_enabled():
-                state = checkpoint(self._stack, state, rotary, use_reentrant=False)
+                # The generator's state is restored for dropout alone: no CUDA graph can capture that.
+                random = self.training and self.config.dropout > 0
+                state = checkpoint(self._stack, state, rotary, use_reentrant=False, preserve_rng_state=random)
             else:
                 state = self._stack(state, rotary)
             states.append(state)

@@ -12,6 +12,8 @@ Attention, for one block of heads and query rows at a time, with m the mask (0 o
 
 as in FlashAttention-2 (arXiv 2307.08691): P is formed again in the backward pass, and a row sees no later keys, so
 those are not multiplied.  Half precision is computed in float32: a CPU's small products in it have a high fixed cost.
+Autocast reaches into the body of an operation, in the forward pass and not in the backward pass; here it is off in
+both, so that both form the same P.
 """
 
 from collections.abc import Iterator
@@ -150,10 +152,11 @@ def _by_token(heads: Tensor, like: Tensor) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, p: float) -> Tensor:
     queries, keys, values = _by_head(q, q.shape[-1] ** -0.5), _by_head(k), _by_head(v, 1 / _keep(p))
     out, future = torch.empty_like(values), _future(queries)
-    for block in _blocks(queries.shape[0], queries.shape[1], seed):
-        weights = block.probabilities(queries, keys, future)
-        _and_(weights, _kept(weights, p, block.seed))
-        out[block.heads, block.rows] = torch.bmm(weights, values[block.heads, block.keys])
+    with torch.autocast("cpu", enabled=False):
+        for block in _blocks(queries.shape[0], queries.shape[1], seed):
+            weights = block.probabilities(queries, keys, future)
+            _and_(weights, _kept(weights, p, block.seed))
+            out[block.heads, block.rows] = torch.bmm(weights, values[block.heads, block.keys])
     return _by_token(out, q)
 
 
@@ -171,15 +174,17 @@ def _attention_backward(
     mean = (_by_head(out) * douts).sum(-1, keepdim=True)  # sum_j P_j dP_j
     douts.mul_(1 / _keep(p))
     dqueries, dkeys, dvalues, future = *(torch.zeros_like(queries) for _ in range(3)), _future(queries)
-    for heads, rows, seen, block_seed in _blocks(queries.shape[0], queries.shape[1], seed):
-        probabilities = _Block(heads, rows, seen, block_seed).probabilities(queries, keys, future)
-        kept = _kept(probabilities, p, block_seed)
-        ds = _and_(torch.bmm(douts[heads, rows], values[heads, seen].transpose(1, 2)), kept)
-        ds.sub_(mean[heads, rows]).mul_(probabilities)
-        weights = _and_(probabilities, kept)
-        dvalues[heads, seen] += torch.bmm(weights.transpose(1, 2), douts[heads, rows])  # baddbmm_ would go head by head
-        dkeys[heads, seen] += torch.bmm(ds.transpose(1, 2), queries[heads, rows])
-        dqueries[heads, rows] = torch.bmm(ds, keys[heads, seen])
+    with torch.autocast("cpu", enabled=False):
+        for heads, rows, seen, block_seed in _blocks(queries.shape[0], queries.shape[1], seed):
+            probabilities = _Block(heads, rows, seen, block_seed).probabilities(queries, keys, future)
+            kept = _kept(probabilities, p, block_seed)
+            ds = _and_(torch.bmm(douts[heads, rows], values[heads, seen].transpose(1, 2)), kept)
+            ds.sub_(mean[heads, rows]).mul_(probabilities)
+            weights = _and_(probabilities, kept)
+            # baddbmm_ would go head by head
+            dvalues[heads, seen] += torch.bmm(weights.transpose(1, 2), douts[heads, rows])
+            dkeys[heads, seen] += torch.bmm(ds.transpose(1, 2), queries[heads, rows])
+            dqueries[heads, rows] = torch.bmm(ds, keys[heads, seen])
     return _by_token(dqueries.mul_(scale), q), _by_token(dkeys, k), _by_token(dvalues, v)
 
 

@@ -37,8 +37,9 @@ def looped_loss(
     targets: Tensor,
     *,
     supervision: Supervision = "per-loop",
-    penalty: float = 0.0,
+    penalty: float | Tensor = 0.0,
     statistics: bool = False,
+    n_targets: int | Tensor | None = None,
 ) -> LoopedLoss:
     """The training loss of the states of all loops, in nats.
 
@@ -47,7 +48,9 @@ def looped_loss(
     supervision; for `terminal` w_K = 1, the others 0 and not read out. (Sharma & Vu, arXiv 2606.24898.)
 
     states: the model's K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
-    targets: [B, T] int64. Raises ValueError for states and targets that do not fit, a negative penalty or an unknown
+    targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of the
+    number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a tensor.
+    Raises ValueError for states and targets that do not fit, a negative penalty or an unknown
     supervision, TypeError for targets that are not int64.
     """
     _check_arguments(states, targets, penalty)
@@ -56,7 +59,7 @@ def looped_loss(
     n_loops = len(states)
     weights = [1 / n_loops] * n_loops if supervision == "per-loop" else [0.0] * (n_loops - 1) + [1.0]
     if not model.fused:
-        return _plain_loss(model, states, targets, weights, penalty, statistics)
+        return _plain_loss(model, states, targets, weights, penalty, statistics, n_targets)
     norm_weight, norm_bias = _norm_parameters(model)
     result = looped_cross_entropy(
         states,
@@ -69,6 +72,7 @@ def looped_loss(
         penalty=penalty,
         weights=weights,
         ignore_index=IGNORE_INDEX,
+        n_targets=n_targets,
         statistics=statistics,
     )
     return LoopedLoss(result.loss, result.per_loop, result.statistics)
@@ -111,7 +115,7 @@ def evaluation_losses(model: LoopedDecoder, states: Sequence[Tensor], targets: T
     return result.loss
 
 
-def _check_arguments(states: Sequence[Tensor], targets: Tensor, penalty: float = 0.0) -> None:
+def _check_arguments(states: Sequence[Tensor], targets: Tensor, penalty: float | Tensor = 0.0) -> None:
     if len(states) < 1:
         raise ValueError("states must hold the states of at least one loop. Got none.")
     shapes = {state.shape for state in states}
@@ -122,7 +126,7 @@ def _check_arguments(states: Sequence[Tensor], targets: Tensor, penalty: float =
         )
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64. Got {targets.dtype}.")
-    if not penalty >= 0:
+    if not isinstance(penalty, Tensor) and not penalty >= 0:
         raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
 
 
@@ -139,10 +143,12 @@ def _plain_loss(
     states: Sequence[Tensor],
     targets: Tensor,
     weights: list[float],
-    penalty: float,
+    penalty: float | Tensor,
     statistics: bool,
+    n_targets: int | Tensor | None,
 ) -> LoopedLoss:
-    n_targets = _target_count(targets)
+    if n_targets is None:
+        n_targets = _target_count(targets)
     loss = torch.zeros((), device=targets.device)
     per_loop = torch.full((len(states),), torch.nan, device=targets.device)
     for loop, (state, weight) in enumerate(zip(states, weights, strict=True)):
@@ -151,7 +157,7 @@ def _plain_loss(
             loop_loss = _cross_entropy(logits, targets).sum() / n_targets
             loss = loss + weight * loop_loss
             per_loop[loop] = loop_loss.detach()
-    if penalty > 0:
+    if isinstance(penalty, Tensor) or penalty > 0:
         loss = loss + penalty * torch.stack([_mean_square(state).mean() for state in states]).mean()
     return LoopedLoss(loss, per_loop, _plain_statistics(model, states, targets, weights) if statistics else None)
 

@@ -1,8 +1,8 @@
 """Backends of the kernels' tests: the CPU implementation, and the Triton kernels (natively on a GPU, else interpreted).
 
 Triton decides when a kernel is *defined* whether it will be interpreted, and the ops decide when they are *called*
-whether a CPU tensor goes to Triton; so without a GPU the variable is set while `kernels` is imported and again by the
-fixture for the tests that want it.
+whether a CPU tensor goes to Triton; so without a GPU the variable is set while the kernels are imported and again by
+the fixture for the tests that want it.
 """
 
 import os
@@ -14,9 +14,15 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-import looped.kernels  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
+
+from looped.kernels import (  # noqa: E402, F401
+    cross_entropy_triton,
+    radial_triton,
+    row_norm_triton,
+    row_weights_triton,
+)
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -33,12 +39,19 @@ def rounding_convert(data, source, target, rounding_mode):
     return truncating_convert(data, source, target, rounding_mode)
 
 
+def fused_multiply_add(_, x, y, z):
+    """x * y + z, rounded once, as hardware does; the interpreter rounds the product too."""
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request, monkeypatch) -> str:
     """Runs the test on both implementations."""
     if request.param == "triton" and not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(interpreter, "_convert_float", rounding_convert)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused_multiply_add)
     return request.param
 
 

@@ -1,9 +1,10 @@
 """Inputs of one readout, run through the op and through plain PyTorch."""
 
 import torch
+from numerics import assert_no_worse_than
+
 from looped.kernels import looped_cross_entropy
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
-from numerics import assert_no_worse_than
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 READOUTS = ["rmsnorm", "layernorm", "raw", "final-only"]

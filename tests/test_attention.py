@@ -1,12 +1,9 @@
-"""Attention against an explicit softmax; dropout; memory; the contract with flash-attn; rotary positions."""
+"""Attention against an explicit softmax; dropout; memory; rotary positions."""
 
 import functools
 import math
-import sys
 import types
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,121 +89,26 @@ def test_writes_no_scores() -> None:
     assert q.numel() <= record.largest < scores
 
 
-# flash-attn -----------------------------------------------------------------------------------------------------------
+def test_dropout_keeps_away_from_what_is_activated_in_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlashAttention-3 and 4 are, which refuse dropout."""
+    flash_allowed: list[bool] = []
 
+    def record(q: Tensor, *_: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
+        flash_allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return q
 
-class StandIn:
-    """Takes the place of flash_attn's function: same layout [B, T, H, head_dim], same keywords, records its calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-        causal: bool = False,
-    ) -> Tensor:  # fmt: skip
-        for x in (q, k, v):  # what flash-attn's kernels take
-            assert x.dtype in (torch.float16, torch.bfloat16)
-            assert x.dtype == q.dtype
-            assert x.stride(-1) == 1
-        self.calls.append(
-            {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal, "shape": tuple(q.shape)}
-        )
-        layout = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*layout, is_causal=causal, scale=softmax_scale).transpose(1, 2)
-
-
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A stand-in for an installed flash-attn, and CPU tensors that pass for CUDA's."""
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = StandIn()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(attention, "qualifies_for_flash_attention", lambda q: q.dtype == torch.bfloat16)
-    attention._flash_attention_serves.cache_clear()
-    yield module.flash_attn_func  # type: ignore[attr-defined]
-    attention._flash_attention_serves.cache_clear()
-
-
-def test_flash_attention_gets_its_layout_and_arguments(flash: StandIn) -> None:
-    q, k, v = random_qkv(2, 12, 3, 16, dtype=torch.bfloat16)
-    actual = causal_attention(q, k, v, dropout_p=0.125)
-    assert flash.calls == [{"dropout_p": 0.125, "softmax_scale": None, "causal": True, "shape": (2, 12, 3, 16)}]
-    torch.testing.assert_close(actual, explicit_attention(q, k, v), atol=3e-2, rtol=3e-2)
-
-
-@pytest.mark.parametrize("seq_len", [1, 37])
-def test_flash_attention_mixes_and_differentiates_as_defined(flash: StandIn, seq_len: int) -> None:
-    """Values, gradients, dtype and layout, on the strided views of a fused projection that the decoder gives."""
-    torch.manual_seed(0)
-    qkv = torch.randn(2, seq_len, 3, 4, 16, dtype=torch.bfloat16).requires_grad_()
-    mixed = causal_attention(*qkv.unbind(2))
-    assert flash.calls == [{"dropout_p": 0.0, "softmax_scale": None, "causal": True, "shape": (2, seq_len, 4, 16)}]
-    assert mixed.dtype == torch.bfloat16
-    assert mixed.shape == (2, seq_len, 4, 16)
-    wide = qkv.detach().float().requires_grad_()
-    expected = explicit_attention(*wide.unbind(2))
-    upstream = torch.randn(mixed.shape).bfloat16()
-    mixed.backward(upstream)
-    expected.backward(upstream.float())
-    assert qkv.grad is not None
-    assert wide.grad is not None
-    torch.testing.assert_close(mixed.float(), expected, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(qkv.grad.float(), wide.grad, atol=4e-2, rtol=2e-2)
-
-
-def test_flash_attention_is_left_alone_when_the_tensors_do_not_qualify(flash: StandIn) -> None:
-    q, k, v = random_qkv(2, 12, 3, 16)
-    torch.testing.assert_close(causal_attention(q, k, v), explicit_attention(q, k, v))
-    assert not flash.calls
-
-
-def test_flash_attention_is_a_constant_of_compilation(flash: StandIn) -> None:
-    q, k, v = random_qkv(2, 12, 3, 16, dtype=torch.bfloat16)
-    torch._dynamo.reset()
-    compiled = torch.compile(causal_attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), causal_attention(q, k, v))
-    assert len(flash.calls) == 2
-
-
-def test_absent_flash_attention_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it now raises ModuleNotFoundError
-    assert not attention._flash_attention_serves.__wrapped__(torch.device("cpu"))
-
-
-def test_broken_flash_attention_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("import a_library_that_flash_attn_misses\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="a_library_that_flash_attn_misses"):
-        attention._flash_attention_serves.__wrapped__(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("cuda", "dtype", "head_dim", "qualifies"),
-    [
-        (True, torch.bfloat16, 64, True),
-        (True, torch.float16, 256, True),
-        (True, torch.float32, 64, False),
-        (True, torch.bfloat16, 264, False),
-        (True, torch.bfloat16, 60, False),
-        (False, torch.bfloat16, 64, False),
-    ],
-)
-def test_which_tensors_qualify_for_flash_attention(
-    cuda: bool, dtype: torch.dtype, head_dim: int, qualifies: bool
-) -> None:
-    q: Any = types.SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(2, 8, 4, head_dim))
-    assert attention.qualifies_for_flash_attention(q) is qualifies
-
-
-@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_flash_attention_needs_ampere(
-    flash: StandIn, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], serves: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert attention._flash_attention_serves.__wrapped__(torch.device("cuda")) is serves
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    q, k, v = random_qkv(1, 4, 1, 64)
+    torch.nn.attention.register_flash_attention_impl("a test's", register_fn=lambda: types.SimpleNamespace(remove=dict))
+    for activated in (False, True):
+        if activated:
+            torch.nn.attention.activate_flash_attention_impl("a test's")
+        try:
+            attention._attend(q, k, v, 0.1)
+            attention._attend(q, k, v, 0.0)
+        finally:
+            torch.nn.attention.restore_flash_attention_impl()
+    assert flash_allowed == [True, True, False, True]
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

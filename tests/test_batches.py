@@ -1,7 +1,9 @@
 import numpy as np
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from train.batches import Windows, batch_indices, spread
+from train.batches import Windows, batch_indices, evaluation_windows, spread
 
 
 def test_windows_overlap_by_the_stride():
@@ -13,10 +15,26 @@ def test_windows_overlap_by_the_stride():
     assert inputs.dtype == targets.dtype == torch.int64
 
 
-def test_evaluation_windows_predict_every_token_once():
-    windows = Windows(np.arange(21), seq_len=4, stride=4)
-    _, targets = windows.gather(np.arange(len(windows)))
-    assert targets.flatten().tolist() == list(range(1, 21))
+@settings(max_examples=200, deadline=None)
+@given(seq_len=st.integers(1, 9), extra=st.integers(0, 40), limit=st.none() | st.integers(1, 60))
+def test_every_target_is_evaluated_once(seq_len, extra, limit):
+    n_tokens = seq_len + 1 + extra
+    windows, indices = evaluation_windows(np.arange(n_tokens, dtype=np.uint16), seq_len, limit)
+    inputs, targets = windows.gather(indices)
+    assert inputs.shape == targets.shape == (len(indices), seq_len)
+    counted = targets != -100
+    assert torch.equal(inputs[counted] + 1, targets[counted])
+    assert (inputs[~counted] == n_tokens - 1).all()
+    found = targets[counted].tolist()
+    if limit is None or limit >= n_tokens - 1:
+        assert found == list(range(1, n_tokens))
+        assert (~counted).sum() < seq_len
+    else:
+        assert counted.all()
+        assert found == sorted(set(found))
+        assert len(found) == max(1, limit // seq_len) * seq_len
+        steps = np.diff(indices)
+        assert len(steps) == 0 or steps.max() - steps.min() <= 1
 
 
 def test_too_few_tokens_make_no_window():

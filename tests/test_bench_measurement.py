@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from looped.kernels import rms_norm_penalty
 from torch._inductor.exc import InvalidCxxCompiler
 
 from bench.measure import measurement, roofs, timing
@@ -16,6 +15,7 @@ from bench.measure.records import Session
 from bench.measure.roofs import Product, Roof
 from bench.measure.timing import rounds_of
 from bench.shapes import Case, ReadoutShape, RowsShape
+from looped.kernels import rms_norm_penalty
 
 MIB = 2**20
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator does")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from tiny_run import reseal
 from torch import nn
 
-from train.checkpoint import FILES, CheckpointError, Progress, load, save
+from train.checkpoint import FILES, CheckpointError, Progress, load, save, step_of
 
 
 def make(seed: int = 0, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -157,3 +159,83 @@ def test_another_shape_names_the_first_difference(tmp_path):
         load(tmp_path, model[:2])
     with pytest.raises(CheckpointError, match=r"3.weight is missing in the checkpoint and \[2, 3\] in the model"):
         load(tmp_path, nn.Sequential(*model, nn.Linear(3, 2)))
+
+
+def damaged(checkpoint: Path, name: str, change) -> None:
+    path = checkpoint / name
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
+    reseal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "optimizer.safetensors",
+            lambda tensors: tensors | {"2.weight.exp_avg": torch.zeros(3, 9)},
+            r"optimizer's exp_avg of 2.weight is \[3, 9\] in the checkpoint and \[3, 8\] in the model",
+        ),
+        (
+            "optimizer.safetensors",
+            lambda tensors: tensors | {"7.bias.exp_avg_sq": torch.zeros(3)},
+            "the optimizer has 7.bias.exp_avg_sq, and the model no 7.bias",
+        ),
+        ("rng.safetensors", lambda tensors: {}, "CPU's random generator. It has none"),
+        ("rng.safetensors", lambda tensors: {"cpu": torch.zeros(5, dtype=torch.uint8)}, r"cpu is \[5\] torch.uint8"),
+        ("rng.safetensors", lambda tensors: {"cpu": tensors["cpu"].float()}, "torch.float32 in the checkpoint"),
+    ],
+)
+def test_nothing_changes_unless_everything_fits(tmp_path, name, change, message):
+    """Weights, moments and generators are looked at before any of them is restored."""
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    damaged(tmp_path / "checkpoint", name, change)
+    other, other_optimizer = make(seed=1)
+    moments = [value for state in other_optimizer.state.values() for value in state.values()]
+    before = [value.detach().clone() for value in (*other.parameters(), *moments)]
+    generator = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, other, other_optimizer)
+    moments = [value for state in other_optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, (*other.parameters(), *moments), strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def fail_at(call: int, monkeypatch, error: Exception) -> None:
+    """As `die_at`, but with an error that the program sees, once."""
+    calls = iter(range(call + 1))
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            if next(calls, None) == call:
+                raise error
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for module, name in ((os, "rename"), (os, "fsync"), (safetensors.torch, "save_file"), (Path, "write_text")):
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_what_cannot_be_written_leaves_the_checkpoint_before_and_nothing_else(tmp_path, monkeypatch, error):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    take_step(model, optimizer)
+    steps = []
+    for call in range(100):
+        with monkeypatch.context() as context:
+            fail_at(call, context, error)
+            try:
+                save(tmp_path, model, optimizer, Progress(3 + call, "text"))
+                finished = True
+            except (OSError, CheckpointError):
+                finished = False
+        assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "checkpoint.old"}
+        steps.append(load(tmp_path, *make(seed=1)).step)
+        assert step_of(tmp_path) == steps[-1]
+        if finished:
+            break
+    assert len(steps) > 9
+    assert steps[:9] == [2] * 9
+    assert steps[-1] == 3 + len(steps) - 1

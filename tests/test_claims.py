@@ -15,18 +15,16 @@ from looped.diagnose.interventions import ALPHAS, AlphaSweep
 from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
-from train.claim import Claim, Mark, Untestable, judge
-from train.claims import write_claims
-from train.claims_page import Sweep
-from train.evidence import Evidence, read_diagnoses
-from train.paper_claims import paper_claims
-from train.quality_claims import RATES
-from train.seed_tables import TABLES
-from train.sweep_plan import CONDITIONS
-from train.sweep_report import RunResult
+from train.paper.claim import Claim, Mark, Untestable, judge, judge_values, rules_of
+from train.paper.claims import CLAIMS
+from train.paper.claims_page import markdown
+from train.paper.conditions import CONDITIONS, PAPER_RATES, SEEDS
+from train.paper.evidence import Evidence, read_diagnoses
+from train.paper.judging import Sweep, record_of, write_claims
+from train.paper.runs import RunResult
+from train.paper.seed_tables import TABLES
 
-CLAIMS = paper_claims("demo")
-SEEDS = (42, 101, 202)
+COMMITTED = Path(__file__).parents[1] / "bench/results/paper-demo/claims.json"
 VISIBLE = RadialFractions(*[[0.02] * 4] * 5)
 # Condition: cross-entropy at K = 1..4, norm of the last state, and what differs from a blind model's measurements.
 AS_IN_THE_PAPER = {
@@ -62,7 +60,9 @@ def updates(**changes) -> Updates:
 
 
 def norms(mean: list[float]) -> Norms:
-    return Norms(mean, [[value] * 9 for value in mean], mean, mean, [1.0] * len(mean))
+    """Percentiles of ||H_k|| are 1, 2, ... 9 times its mean."""
+    percentiles = [[place * value for place in range(1, 10)] for value in mean]
+    return Norms(mean, percentiles, mean, mean, [1.0] * len(mean))
 
 
 def evidence(
@@ -72,7 +72,7 @@ def evidence(
     ce: list[float] | None = None,
     as_trained: list[float] | None = None,
     norm: float | None = None,
-    rates: tuple[float, ...] = RATES,
+    rates: tuple[float, ...] = PAPER_RATES,
     **changes,
 ):
     """A run as the paper describes it; ``changes`` replace measurements."""
@@ -106,9 +106,9 @@ TESTABLE = [claim for claim in CLAIMS if isinstance(claim, Claim)]
 @pytest.mark.parametrize("claim", TESTABLE, ids=lambda claim: claim.title)
 def test_runs_like_the_papers_reproduce_it(claim):
     outcome = judge(claim, {seed: paper_seed(seed) for seed in SEEDS})
-    assert outcome.mark == "reproduced"
-    assert outcome.held == list(SEEDS)
-    assert all(len(row) == len(claim.quantities) for row in outcome.values.values())
+    assert outcome["mark"] == "reproduced"
+    assert outcome["seeds_that_hold"] == list(SEEDS)
+    assert all(len(row) == len(claim.quantities) for row in outcome["values_by_seed"].values())
 
 
 # What, in one run, contradicts which claims, by the place that they have on the page.
@@ -127,8 +127,10 @@ CONTRADICTIONS = [
     ("per-loop-raw", {"ce": [1.56, 1.52, 1.51, 1.45]}, {11}),
     ("per-loop-rmsnorm", {"radial": VISIBLE}, {12, 24}),
     ("per-loop-raw", {"radial": measurements().radial}, {12}),
+    ("per-loop-raw", {"radial": dataclasses.replace(VISIBLE, immediate=[0.02, 1e-8, 0.02, 0.02])}, {12}),
     ("per-loop-rmsnorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.0] * 13, [5.02, *[5.0] * 12]] * 2)}, {13}),
     ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {13}),
+    ("per-loop-raw", {"alpha": AlphaSweep(list(ALPHAS), [[6.0, *[5.0] * 12]] * 3 + [[5.0] * 13])}, {13}),
     ("per-loop-layernorm", {"radial": VISIBLE}, {14}),
     ("per-loop-layernorm", {"alpha": AlphaSweep(list(ALPHAS), [[5.02, *[5.0] * 12]] * 4)}, {14}),
     ("per-loop-rmsnorm-loop-norm", {"response": [0.0, 0.5, 0.0]}, {15}),
@@ -159,10 +161,10 @@ CONTRADICTIONS = [
 def test_a_run_that_contradicts(condition, change, contradicted):
     runs = {seed: paper_seed(seed) for seed in SEEDS}
     runs[101][condition] = evidence(condition, 101, **change)
-    outcomes = {number: judge(claim, runs) for number, claim in enumerate(CLAIMS, start=1)}
-    assert {number for number, outcome in outcomes.items() if outcome.mark == "not reproduced"} == contradicted
+    outcomes = {number: judge(claim, runs) for number, claim in enumerate(TESTABLE, start=1)}
+    assert {number for number, outcome in outcomes.items() if outcome["mark"] == "not reproduced"} == contradicted
     for number in contradicted:
-        assert outcomes[number].held == [42, 202]
+        assert outcomes[number]["seeds_that_hold"] == [42, 202]
 
 
 def test_every_claim_can_fail():
@@ -174,8 +176,8 @@ def test_what_freezing_the_scale_alone_gives_is_told_beside_the_clamp_that_decid
     runs = {42: paper_seed() | {name: evidence(name, clamp=clamp(0.02, 0.004)) for name in ("per-loop-rmsnorm",)}}
     runs[42]["per-loop-raw"] = evidence("per-loop-raw", clamp=clamp(0.02, 0.03))
     first, second = (judge(CLAIMS[number - 1], runs) for number in (16, 17))
-    assert (first.mark, first.held_otherwise) == ("not reproduced", [42])
-    assert (second.mark, second.held_otherwise) == ("not reproduced", [])
+    for outcome, otherwise in ((first, [42]), (second, [])):
+        assert (outcome["mark"], outcome["alternative"]["seeds_that_hold"]) == ("not reproduced", otherwise)
 
 
 READINGS = [  # number of the claim, what final-only is: as trained it agrees, as last it does not; and the reverse
@@ -189,33 +191,45 @@ READINGS = [  # number of the claim, what final-only is: as trained it agrees, a
 
 
 @pytest.mark.parametrize(("number", "change", "mark", "otherwise"), READINGS)
-def test_both_readings_of_final_only_are_told_and_one_decides(number, change, mark, otherwise, tmp_path):
+def test_both_readings_of_final_only_are_told_and_one_decides(number, change, mark, otherwise):
     runs = {42: paper_seed() | {"per-loop-final-only": evidence("per-loop-final-only", **change)}}
     outcome = judge(CLAIMS[number - 1], runs)
-    assert (outcome.mark, len(outcome.held_otherwise)) == (mark, otherwise)
-    write_claims(sweep_of(runs), tmp_path)
-    section = (tmp_path / "claims.md").read_text().partition(f"### {number}. ")[2].partition("\n#")[0]
+    assert (outcome["mark"], outcome["alternative"]["seeds_that_hold"]) == (mark, [42] * otherwise)
+    record = record_of(sweep_of(runs))
+    section = markdown(record).partition(f"### {number}. ")[2].partition("\n#")[0]
     would = "reproduced" if otherwise else "not reproduced"
-    other = f"with every loop read as the last: the rule holds for {otherwise} of 1 seeds, which would be *{would}*."
+    other = f"with every loop read as the last: the rules hold for {otherwise} of 1 seeds, which would be *{would}*."
     assert other in section
-    assert "final-only is read as it was trained" in section
-    record = json.loads((tmp_path / "claims.json").read_text())["claims"][number - 1]
-    assert record["alternative"]["seeds_that_hold"] == [42] * otherwise
+    assert "Final-only is read as it was trained" in section
+    assert record["claims"][number - 1]["alternative"]["seeds_that_hold"] == [42] * otherwise
 
 
 def test_all_that_is_said_of_a_preset_is_of_that_preset():
-    (ouro,) = (claim for claim in paper_claims("paper-129m") if isinstance(claim, Untestable))
-    assert "preset paper-129m" in ouro.why
-    assert not re.search("small|minutes|demo", " ".join([ouro.why, ouro.title, ouro.paper]))
+    sweep = sweep_of({42: paper_seed()})
+    record = record_of(dataclasses.replace(sweep, settings=sweep.settings | {"preset": "paper-129m"}))
+    (ouro,) = (judged for judged in record["claims"] if "why" in judged)
+    assert "preset paper-129m" in ouro["why"]
+    assert not re.search("small|minutes|demo|{", " ".join([ouro["why"], ouro["title"], ouro["paper"]]))
+
+
+def test_the_committed_page_is_that_of_its_record():
+    """Both the judgements and the words, from the numbers of 27 runs."""
+    record = json.loads(COMMITTED.read_text())
+    assert markdown(record) == COMMITTED.with_suffix(".md").read_text()
+    for claim, judged in zip(CLAIMS, record["claims"], strict=True):
+        if isinstance(claim, Claim):
+            assert judge_values(claim, {int(seed): row for seed, row in judged["values_by_seed"].items()}) == judged | {
+                "values_by_seed": {int(seed): row for seed, row in judged["values_by_seed"].items()}
+            }
 
 
 def test_what_is_missing_is_not_judged():
     runs = {42: paper_seed(42), 101: {}, 202: {"per-loop-rmsnorm": evidence("per-loop-rmsnorm", 202)}}
     for claim in TESTABLE:
         outcome = judge(claim, runs)
-        assert outcome.mark == "reproduced"
-        assert list(outcome.values) == ([42, 202] if claim.conditions == ("per-loop-rmsnorm",) else [42])
-        assert judge(claim, {101: {}}).mark == "not measured"
+        assert outcome["mark"] == "reproduced"
+        assert list(outcome["values_by_seed"]) == ([42, 202] if claim.conditions == ["per-loop-rmsnorm"] else [42])
+        assert judge(claim, {101: {}})["mark"] == "not measured"
 
 
 def test_a_number_that_is_not_finite_confirms_nothing():
@@ -223,7 +237,7 @@ def test_a_number_that_is_not_finite_confirms_nothing():
     run = runs[42]["per-loop-rmsnorm"]
     rows = [row | {"ppl": None, "state_norm": None} for row in run.result.evaluation]
     runs[42]["per-loop-rmsnorm"] = dataclasses.replace(run, result=dataclasses.replace(run.result, evaluation=rows))
-    assert [judge(claim, runs).mark for claim in CLAIMS[:8]] == ["not reproduced"] * 8
+    assert [judge(claim, runs)["mark"] for claim in CLAIMS[:8]] == ["not reproduced"] * 8
 
 
 def settings() -> dict[str, object]:
@@ -236,7 +250,9 @@ def settings() -> dict[str, object]:
 
 def sweep_of(runs: dict[int, dict[str, Evidence]]) -> Sweep:
     results = [one.result for seed in runs.values() for one in seed.values()]
-    return Sweep(results, settings(), runs, SEEDS, ["python train/sweep.py --preset demo", "python -m train.claims"])
+    return Sweep(
+        results, settings(), runs, SEEDS, ["python -m train.paper sweep --preset demo", "python -m train.paper claims"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -265,13 +281,16 @@ def test_page_has_every_claim(page):
         assert claim.paper in section
         if isinstance(claim, Untestable):
             assert one["mark"] == "not testable at this scale"
-            assert claim.why in section
+            assert claim.why.format(preset="demo") in section
         else:
-            assert claim.rule in section
-            assert all(f"| {quantity.label} | " in section for quantity in claim.quantities)
+            assert claim.note in section
+            for quantity in claim.quantities:
+                assert re.search(
+                    rf"^\| {re.escape(quantity.label)} \| .* \| {re.escape(rules_of(quantity))} \|$", section, re.M
+                )
     for said in (
         "--preset paper-129m",
-        "\npython train/sweep.py --preset demo\npython -m train.claims\n",
+        "\npython -m train.paper sweep --preset demo\npython -m train.paper claims\n",
         "Commit: abc",
         "cpu: synthetic",
         record["made"]["date"],
@@ -291,7 +310,7 @@ def test_every_measurement_is_given_over_seeds_and_by_seed(page):
         assert set(one["values_by_seed"]["per-loop-raw"]) == {"42"}
         assert all(len(row) == len(one["columns"]) for row in one["values_by_seed"]["per-loop-raw"].values())
     norms = tables[0]
-    assert norms["values_by_seed"]["per-loop-rmsnorm"]["42"][:3] == [10.0, 10.0, 40.0]
+    assert norms["values_by_seed"]["per-loop-rmsnorm"]["42"][:4] == [10.0, 10.0, 40.0, 4.0]
 
 
 def test_page_says_what_is_missing(page):
@@ -303,11 +322,11 @@ def test_page_says_what_is_missing(page):
     assert "**reproduced**: 1 of 1 seeds (2 of 3 missing)." in first
     assert "Seeds: 42; 101, 202 missing." in first
     assert "**not reproduced**: 1 of 2 seeds (1 of 3 missing)." in second
-    assert "The rule fails for 101." in second
+    assert "The rules fail for 101." in second
     assert "| 19,575.0 (150.0 to 39,000.0) |" in second
     record = json.loads((page / "claims.json").read_text())["claims"][1]
     assert record["values_by_seed"] == {"42": [39_000.0, 20.0], "101": [150.0, 20.0]}
-    assert (record["seeds_that_hold"], record["seeds_missing"]) == ([42], [202])
+    assert record["seeds_that_hold"] == [42]
 
 
 def test_page_can_be_read_and_is_small(page):

@@ -10,50 +10,53 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments
+from tiny_run import reseal
+from tiny_sweep import finished_sweep
 
-from train import claims
-from train.claims import main
-from train.evidence import kept_diagnosis
-from train.paper_claims import paper_claims
-from train.run import main as train
+from train.paper import judging
+from train.paper.__main__ import main
+from train.paper.claims import CLAIMS
+from train.paper.evidence import kept_diagnosis
 
-CLAIMS = paper_claims("demo")
+RUN = Path("per-loop-rmsnorm") / "seed-7"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A sweep of one run."""
+    """A sweep of one run, whose command is not known."""
     directory = tmp_path_factory.mktemp("sweep")
-    options = shlex.split("--n-loops 4 --steps 2 --penalty 0 --seed 42 --out")
-    assert train(arguments(directory, *options, str(directory / "sweep" / "per-loop-rmsnorm" / "seed-42"))) == 0
-    return directory / "sweep"
+    shutil.copytree(finished_sweep(tmp_path_factory) / "sweep" / RUN, directory / RUN)
+    return directory
+
+
+def claims_words(runs: Path, out: Path, *options: str) -> list[str]:
+    return ["claims", "--runs", str(runs), "--out", str(out), "--tokens", "64", "--seeds", "7", *options]
 
 
 def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
-    out, run = tmp_path / "new" / "page", trained / "per-loop-rmsnorm" / "seed-42"
-    command = ["--runs", str(trained), "--out", str(out), "--tokens", "64"]
+    out, run = tmp_path / "new" / "page", trained / RUN
+    command = claims_words(trained, out)
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "diagnosing per-loop-rmsnorm seed 42" in printed
+    assert "diagnosing per-loop-rmsnorm seed 7" in printed
     assert "1 not testable at this scale" in printed
     record = json.loads((out / "claims.json").read_text())
     number = next(number for number, claim in enumerate(CLAIMS) if claim.title.startswith("The loops make no use"))
     kept = kept_diagnosis(run, 64)
-    assert record["claims"][number]["values_by_seed"]["42"][0] == kept.measured.clamp.change
+    assert record["claims"][number]["values_by_seed"]["7"][0] == kept.measured.clamp.both.change[-1]
     assert record["claims"][0]["mark"] == "not measured"
     assert record["made"]["versions"]["torch"]
-    assert record["commands"][-1] == shlex.join(["python", "-m", "train.claims", *command])
+    assert record["commands"][-1] == shlex.join(["python", "-m", "train.paper", *command])
     assert record["commands"][0].startswith("# the command was not kept")
-    assert "--steps 2 " in record["commands"][1]
+    assert "--steps 8 " in record["commands"][1]
     assert " -- --vocab-size 300 " in record["commands"][1]
 
-    monkeypatch.setattr(claims, "make_diagnosis", None)
+    monkeypatch.setattr(judging, "make_diagnosis", None)
     assert main(command) == 0  # the diagnosis is reused
     assert kept_diagnosis(run, 65) is None
     file = run / "diagnosis" / "diagnosis.json"
     whole = file.read_text()
-    for older in (whole.replace('"format": 2', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
+    for older in (whole.replace('"format": 3', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
         file.write_text(older)
         assert kept_diagnosis(run, 64) is None  # measured again
     file.write_text("{")
@@ -69,7 +72,7 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--runs", "nowhere"], "runs must hold a complete run of the seeds. nowhere"),
-        (["--seeds", "7"], "runs must hold a complete run"),
+        (["--seeds", "42"], "runs must hold a complete run"),
         (["--seeds", "42", "42"], "seeds must be at least one, and each only once. Got 42 42"),
         (["--tokens", "31"], "tokens must be at least two windows of seq_len=16"),
         (["--jobs", "0"], "jobs must be at least 1. Got jobs=0"),
@@ -80,21 +83,21 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
 )
 def test_bad_input(trained, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    shutil.rmtree(trained / "per-loop-rmsnorm" / "seed-42" / "diagnosis", ignore_errors=True)
+    shutil.rmtree(trained / RUN / "diagnosis", ignore_errors=True)
     file = tmp_path / "file"
     file.write_text("")
-    command = ["--runs", str(trained), "--out", str(tmp_path / "page")]
+    command = claims_words(trained, tmp_path / "page")
     assert main([*command, *(option.format(file=file) for option in options)]) == 2
     assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
     assert not (tmp_path / "page").exists()
 
 
 def test_other_numbers_of_loops_are_refused(trained, tmp_path, capsys):
-    run = trained / "per-loop-rmsnorm" / "seed-42" / "summary.json"
+    run = trained / RUN / "summary.json"
     whole = run.read_text()
     summary = json.loads(whole)
     run.write_text(json.dumps(summary | {"evaluation": summary["evaluation"][:3]}))
-    assert main(["--runs", str(trained), "--out", str(tmp_path / "page")]) == 2
+    assert main(claims_words(trained, tmp_path / "page")) == 2
     run.write_text(whole)
     assert "n_loops must be 4, the paper's" in capsys.readouterr().err
 
@@ -104,8 +107,7 @@ def two(trained, tmp_path) -> Path:
     """A sweep of two seeds, which are the same run but for their names."""
     for seed in (42, 101):
         run = tmp_path / "sweep" / "per-loop-rmsnorm" / f"seed-{seed}"
-        shutil.copytree(trained / "per-loop-rmsnorm" / "seed-42", run)
-        shutil.rmtree(run / "diagnosis", ignore_errors=True)
+        shutil.copytree(trained / RUN, run, ignore=shutil.ignore_patterns("diagnosis"))
         config = json.loads((run / "config.json").read_text())
         config["train"]["seed"] = seed
         (run / "config.json").write_text(json.dumps(config))
@@ -115,7 +117,8 @@ def two(trained, tmp_path) -> Path:
 def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
     path = two / "per-loop-rmsnorm" / "seed-101" / "checkpoint" / "model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 0
+    reseal(path.parent)
+    assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101")) == 0
     printed = capsys.readouterr().out
     assert "left out: per-loop-rmsnorm seed 101 has diverged" in printed
     assert printed.index("left out") < printed.index("diagnosing per-loop-rmsnorm seed 42")
@@ -126,16 +129,16 @@ def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
 
 
 def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(claims, "make_diagnosis", None)
+    monkeypatch.setattr(judging, "make_diagnosis", None)
     config = two / "per-loop-rmsnorm" / "seed-101" / "config.json"
     config.write_text(config.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.1'))
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64"]) == 2
+    assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101")) == 2
     assert "learning_rate must be that of the runs" in capsys.readouterr().err
 
 
 def test_several_at_a_time_give_the_same(two, tmp_path):
     """Seeds that are the same run have the same diagnosis, whichever process made it."""
-    assert main(["--runs", str(two), "--out", str(tmp_path / "page"), "--tokens", "64", "--jobs", "2"]) == 0
+    assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
     first, second = (kept_diagnosis(two / "per-loop-rmsnorm" / f"seed-{seed}", 64) for seed in (42, 101))
     assert first.measured.depth.ce == pytest.approx(second.measured.depth.ce)
     record = json.loads((tmp_path / "page" / "claims.json").read_text())

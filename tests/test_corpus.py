@@ -1,3 +1,4 @@
+import gzip
 import importlib.util
 import json
 import time
@@ -80,6 +81,62 @@ def test_files_hold_documents(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.txt", b"\xef\xbb\xbfa mark", ["a mark"]),
+        ("a.txt", b"Windows\r\nMac\rUnix\n", ["Windows\nMac\nUnix\n"]),
+        ("s3::a::b.txt", b"a name", ["a name"]),
+        ("A.TXT", b"capitals", ["capitals"]),
+        ("a.txt.gz", gzip.compress(b"\xef\xbb\xbfsmall", mtime=0), ["small"]),
+        ("a.JSONL.gz", gzip.compress(b'{"text": "small"}', mtime=0), ["small"]),
+        ("a::b.jsonl", b'\xef\xbb\xbf{"text": "1"}\r\n \r\n\xef\xbb\xbf{"text": "2.50"}', ["1", "2.50"]),
+        ("a.jsonl", b'{"text": "2021-03-04"}\n{"text": "12:30"}\n', ["2021-03-04", "12:30"]),
+        ("a.jsonl", '{"text": "a\\r\\n\u2028b", "text2": [null, {}]}\n'.encode(), ["a\r\n\u2028b"]),
+    ],
+)
+def test_text_of_every_kind(tmp_path, name, content, documents):
+    (tmp_path / name).write_bytes(content)
+    corpus = load_corpus(str(tmp_path / name))
+    if len(documents) == 1:
+        assert "".join(corpus.train + corpus.validation) == documents[0]
+    assert corpus == split_by_hash(documents)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), "str")])
+def test_strings_of_parquet(tmp_path, kind):
+    table = pyarrow.table({"number": [1, 2], "text": pyarrow.array(["2021-03-04", "é"]).cast(kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a::b.parquet")
+    assert load_corpus(str(tmp_path / "a::b.parquet")) == split_by_hash(["2021-03-04", "é"])
+
+
+def test_dates_of_parquet_are_no_strings(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array([0, 1], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"column text must hold strings. Row 1 has datetime.date\(1970"):
+        load_corpus(str(tmp_path / "a.parquet"))
+
+
+def test_files_that_cannot_be_read_are_told_before_any_is_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.csv").write_bytes(b"text\n")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match=r"Got .*b.csv."):
+        load_corpus(str(tmp_path / "*"))
+    with pytest.raises(ValueError, match=r"Got .*c, a directory: name its files, as in '.*/c/\*.txt'."):
+        load_corpus(str(tmp_path / "c"))
+
+
+def test_files_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "a.txt", ["text"])
+    monkeypatch.setattr("train.corpus._opened", refuse)
+    with pytest.raises(ValueError, match=r"a.txt cannot be read \(PermissionError: .*denied\)"):
+        load_corpus(str(path))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"", "is empty"),
@@ -91,7 +148,20 @@ def test_files_hold_documents(tmp_path):
         ("a.jsonl", b'{"body": "a", "id": 1}\n', "column named text. Found body, id."),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', "Row 2 has None"),
         ("a.jsonl", b'{"text": 1}\n', "must hold strings"),
-        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b", }\n', "cannot be read beyond row 2 .JSONDecodeError"),
+        ("a.jsonl", b'{"text": "a"}\n{"id": 3}\n', "row 2 must have a column named text. Found id."),
+        ("a.jsonl", b'[{"text": "a"}]', "row 1 must be a JSON object. Got .{'text"),
+        ("a.jsonl", b'{"text": "a"}\n"b"\n', "row 2 must be a JSON object. Got 'b'"),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', "cannot be read .UnicodeEncodeError.*surrogates"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "cannot be read beyond row 1 .UnicodeDecodeError"),
+        ("a.jsonl", b"[" * 100_000, "cannot be read .RecursionError"),
+        ("a.txt.gz", b"no gzip", "cannot be read .BadGzipFile"),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-9], "cannot be read .EOFError"),
+        ("a.jsonl.gz", b"", "is empty"),
+        ("a.txt.bz2", b"text", "must be .txt, .jsonl or .parquet"),
+        ("a.parquet.gz", b"text", "must be .txt, .jsonl or .parquet"),
+        ("a.parquet", b"", "is empty"),
+        ("a.parquet", b"no parquet", "cannot be read .ArrowInvalid"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):

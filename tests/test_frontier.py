@@ -9,45 +9,44 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from tiny_run import MODEL, TRAINING, text
+from tiny_sweep import finished_sweep, training_words
 
-from bench import frontier
-from bench.frontier import Documents, document_sums, estimates, main, perplexity, points, resample
-from bench.frontier_figure import PAPER_PPL, markdown
-from bench.frontier_speed import Rate
-from looped.saved_run import load_run
+from looped.run_directory import load_run
 from looped.supervision import evaluation_losses
-from train import sweep
+from train.paper import frontier, frontier_estimates, sweep
+from train.paper.__main__ import main
+from train.paper.conditions import PAPER_PPL
+from train.paper.frontier import document_sums
+from train.paper.frontier_estimates import Documents, estimates, perplexity, points, resample
+from train.paper.frontier_figure import draw
+from train.paper.frontier_page import markdown
+from train.paper.frontier_speed import Rate
 
 NAMES = ("per-loop-rmsnorm", "terminal-rmsnorm")
 QUICK = ("--batches", "1", "3", "--rounds", "2")
 SEQ_LEN = 16
+COMMITTED = Path(__file__).parents[1] / "bench/results/2026-11-24-amd-epyc-avx2-2-threads-frontier.json"
 
 
-def training_arguments(directory: Path) -> list[str]:
-    """Options of train/sweep.py for tiny runs on many short documents."""
-    data = directory / "text.jsonl"
-    if not data.exists():
-        data.write_text("".join(json.dumps({"text": text(60, seed)}) + "\n" for seed in range(120)), encoding="utf-8")
-    steps = TRAINING.index("--steps")
-    training = TRAINING[:steps] + TRAINING[steps + 2 :]
-    paths = ["--cache", str(directory / "cache"), "--device", "cpu", "--dtype", "fp32"]
-    return ["--steps", "8", "--data", str(data), "--", *paths, *MODEL, *training]
-
-
-def arguments(directory: Path) -> list[str]:
+def arguments(directory: Path, trained: Path) -> list[str]:
     own = ["--conditions", *NAMES, "--seeds", "7", "--tokens", "256", "--out", str(directory / "out"), *QUICK]
-    return [*own, "--", *training_arguments(directory)]
+    return ["frontier", *own, "--", *training_words(trained)]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A directory in which the command has trained its runs (runs/frontier) and written its record (out)."""
+def trained(tmp_path_factory) -> Path:
+    return finished_sweep(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory) -> Path:
+    """A directory in which the command has found its runs (runs/frontier) and written its record (out)."""
     directory = tmp_path_factory.mktemp("frontier")
+    shutil.copytree(trained / "sweep", directory / "runs" / "frontier")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        assert main(arguments(directory)) == 0
+        patch.setattr(sweep, "_start", None)  # what is there is not trained again
+        assert main(arguments(directory, trained)) == 0
     return directory
 
 
@@ -65,14 +64,14 @@ def written(out: Path, kind: str = "json") -> Path:
 
 
 def measured(runs: Path, out: Path, *options: str) -> dict:
-    assert main(["--runs", str(runs), "--out", str(out), "--tokens", "256", *QUICK, *options]) == 0
+    assert main(["frontier", "--runs", str(runs), "--out", str(out), "--tokens", "256", *QUICK, *options]) == 0
     return json.loads(written(out).read_text())
 
 
 def test_perplexity_and_bits_per_byte_are_those_that_the_runs_reported(finished):
     record = json.loads(written(finished / "out").read_text())
     assert [(point["condition"], point["n_loops"]) for point in record["points"]] == [
-        (name, loop) for name in NAMES for loop in (1, 2, 3)
+        (name, loop) for name in NAMES for loop in (1, 2, 3, 4)
     ]
     for point in record["points"]:
         run = finished / "runs" / "frontier" / point["condition"] / "seed-7"
@@ -91,27 +90,33 @@ def test_perplexity_and_bits_per_byte_are_those_that_the_runs_reported(finished)
 
 def test_difference_from_the_reference(finished):
     record = json.loads(written(finished / "out").read_text())
-    reference, others = record["points"][:3], record["points"][3:]
-    assert [point["ppl_difference"] for point in reference] == [None] * 3
+    reference, others = record["points"][:4], record["points"][4:]
+    assert [point["ppl_difference"] for point in reference] == [None] * 4
     for theirs, point in zip(reference, others, strict=True):
         difference = point["ppl_difference"]
         assert difference["mean"] == pytest.approx(point["ppl"]["mean"] - theirs["ppl"]["mean"])
         assert difference["low"] <= difference["mean"] <= difference["high"]
 
 
-def test_what_is_trained_is_found_again(finished, monkeypatch):
-    monkeypatch.chdir(finished)
-    monkeypatch.setattr(sweep, "_start", None)
-    written(finished / "out").unlink()
-    assert main(arguments(finished)) == 0
-    assert written(finished / "out").exists()
+def test_what_is_not_there_is_trained(monkeypatch, tmp_path):
+    """By the sweep, with its options; what it says of success is the exit code."""
+    called = []
+    monkeypatch.setattr(sweep, "run", lambda words, interruptions: called.append(words) or 3)
+    assert main(["frontier", "--conditions", *NAMES, "--seeds", "5", "--out", str(tmp_path / "out"), "--", "-x"]) == 3
+    assert called == [["--out", "runs/frontier", "--conditions", *NAMES, "--seeds", "5", "-x"]]
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_that_does_not_succeed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--out", "out", "--", "--data", "none.txt"]) == 2
+    assert main(["frontier", "--out", "out", "--", "--data", "none.txt"]) == 2
     assert "none.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_committed_page_is_that_of_its_record():
+    record = json.loads(COMMITTED.read_text())
+    assert markdown(record, COMMITTED.stem) == COMMITTED.with_suffix(".md").read_text()
 
 
 def test_every_complete_run_counts(runs, tmp_path):
@@ -134,7 +139,7 @@ def test_losses_belong_to_the_document_of_their_target(finished):
     run = load_run(finished / "runs" / "frontier" / NAMES[0] / "seed-7")
     tokens, bounds = run.validation.tokens, run.validation.bounds.tolist()
     n_windows = (len(tokens) - 1) // SEQ_LEN
-    losses, n_tokens, n_bytes = np.zeros((3, len(bounds) - 1)), np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1)
+    losses, n_tokens, n_bytes = np.zeros((4, len(bounds) - 1)), np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1)
     for window in range(n_windows):
         start = window * SEQ_LEN
         row = tokens[None, start : start + SEQ_LEN + 1]
@@ -158,7 +163,7 @@ def test_documents_without_a_target_are_left_out(finished):
     sums = document_sums(run, 1, torch.float32)  # one window, in the first documents
     assert sums.n_tokens.sum() == SEQ_LEN
     assert len(sums.n_tokens) < len(run.validation.bounds) - 1
-    assert sums.losses.shape == (3, len(sums.n_tokens))
+    assert sums.losses.shape == (4, len(sums.n_tokens))
 
 
 def made_documents(n_documents: int, seed: int = 0, loops: int = 2) -> Documents:
@@ -174,7 +179,7 @@ def test_a_draw_is_the_text_of_the_drawn_documents():
     assert counts.shape == (21, 7)
     assert (counts.sum(1) == 7).all()
     assert len(np.unique(counts, axis=0)) > 10
-    bits = frontier.bits_per_byte(documents, counts)
+    bits = frontier_estimates.bits_per_byte(documents, counts)
     for row, ppl, bpb in zip(counts, perplexity(documents, counts), bits, strict=True):
         chosen = np.repeat(np.arange(7), row.astype(int))
         nats, n_tokens = documents.losses[:, chosen].sum(1), documents.n_tokens[chosen].sum()
@@ -233,11 +238,11 @@ def test_differences_are_paired_by_draw_and_seed():
 
 def test_conditions_of_one_architecture_share_their_speed(finished):
     record = json.loads(written(finished / "out").read_text())
-    first, second = (record["points"][:3], record["points"][3:])
+    first, second = (record["points"][:4], record["points"][4:])
     assert [point["tokens_per_second"] for point in first] == [point["tokens_per_second"] for point in second]
     names = ["fused, RMSNorm before the head", "plain PyTorch", "plain PyTorch, blocks compiled"]
-    assert [(row["model"], row["n_loops"]) for row in record["speeds"]] == [(n, k) for n in names for k in (1, 2, 3)]
-    assert [row["tokens_per_second"] for row in record["speeds"][:3]] == [p["tokens_per_second"] for p in first]
+    assert [(row["model"], row["n_loops"]) for row in record["speeds"]] == [(n, k) for n in names for k in (1, 2, 3, 4)]
+    assert [row["tokens_per_second"] for row in record["speeds"][:4]] == [p["tokens_per_second"] for p in first]
 
 
 def test_report(finished):
@@ -283,11 +288,11 @@ def test_report_without_bytes_and_with_one_document(runs, tmp_path):
 def test_perplexities_far_apart(finished, tmp_path):
     """As of a model that was trained at its last loop alone, far off at K = 1, or at infinity."""
     record = json.loads(written(finished / "out").read_text())
-    for point, factor in zip(record["points"], (1, 1, 1, 1e4, 10, 1), strict=True):
+    for point, factor in zip(record["points"], (1, 1, 1, 1, 1e4, 10, 1, 1), strict=True):
         for name in ("mean", "low", "high"):
             point["ppl"][name] *= factor
-    record["points"][4]["ppl"] |= {"mean": None, "low": None, "high": None}
-    frontier.draw(tmp_path / "wide.png", record)
+    record["points"][5]["ppl"] |= {"mean": None, "low": None, "high": None}
+    draw(tmp_path / "wide.png", record)
     assert (tmp_path / "wide.png").stat().st_size > 10_000
     assert "| - |" in markdown(record, "name")
 
@@ -295,7 +300,7 @@ def test_perplexities_far_apart(finished, tmp_path):
 def assert_rejected(argv: list[str], out: Path, message: str, capsys) -> None:
     """One line on stderr, exit code 2, nothing written."""
     capsys.readouterr()
-    assert main([*argv, "--out", str(out)]) == 2
+    assert main(["frontier", *argv, "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", error), error
     assert re.search(message, error), error
@@ -304,7 +309,7 @@ def assert_rejected(argv: list[str], out: Path, message: str, capsys) -> None:
 
 def test_rejects_what_is_no_sweep(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    assert_rejected(["--runs", str(tmp_path)], out, "--runs must be a sweep with a complete run.* has none", capsys)
+    assert_rejected(["--runs", str(tmp_path)], out, "runs must be a sweep with a complete run.* has none", capsys)
     absent = ["--runs", str(runs), "--conditions", "per-loop-raw"]
     assert_rejected(absent, out, "of the conditions per-loop-raw", capsys)
     (runs / NAMES[1] / "seed-7" / "validation.safetensors").unlink()
@@ -314,31 +319,30 @@ def test_rejects_what_is_no_sweep(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "0"], "--tokens must be at least 1. Got 0"),
-        (["--batches", "4", "0"], r"--batches must be at least 1. Got \[4, 0\]"),
-        (["--seeds", "1", "1"], "--seeds must be given only once each. Got 1 1"),
-        (["--batches", "4", "4"], "--batches must be given only once each. Got 4 4"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--conditions", "raw"], "invalid choice: 'raw'"),
+        (["--tokens", "0"], "tokens must be at least 1. Got tokens=0"),
+        (["--batches", "4", "0"], r"batches must be at least 1. Got batches=\(4, 0\)"),
+        (["--seeds", "1", "1"], "seeds must be at least one, and each only once. Got 1 1"),
+        (["--batches", "4", "4"], "batches must be at least one, and each only once. Got 4 4"),
+        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--conditions", "raw"], "invalid choice 'raw' for argument '--conditions'"),
+        (["--runs", "somewhere", "--", "--steps", "3"], "only without --runs"),
     ],
 )
-def test_rejects_options(options, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(options)
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_rejects_training_options_where_nothing_is_trained(runs, tmp_path, capsys):
-    assert main(["--runs", str(runs), "--out", str(tmp_path / "out"), "--", "--steps", "3"]) == 2
-    assert "only without --runs" in capsys.readouterr().err
+def test_rejects_options(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["frontier", *options]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    assert re.search(message, error), error
+    assert not list(tmp_path.iterdir())
 
 
 def test_rejects_runs_that_do_not_compare(runs, tmp_path, capsys):
     other = runs / NAMES[1] / "seed-7"
     argv, out = ["--runs", str(runs)], tmp_path / "out"
     config = (other / "config.json").read_text()
-    (other / "config.json").write_text(config.replace('"n_loops": 3', '"n_loops": 2'))
-    assert_rejected(argv, out, "runs must have one n_loops. Got 3 in .* and 2 in .*terminal-rmsnorm", capsys)
+    (other / "config.json").write_text(config.replace('"n_loops": 4', '"n_loops": 2'))
+    assert_rejected(argv, out, "runs must have one n_loops. Got 4 in .* and 2 in .*terminal-rmsnorm", capsys)
     (other / "config.json").write_text(config.replace('"dtype": "fp32"', '"dtype": "bf16"'))
     assert_rejected(argv, out, "runs must have one dtype. Got fp32 in .* and bf16 in", capsys)
     (other / "config.json").write_text(config)

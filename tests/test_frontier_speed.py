@@ -4,11 +4,10 @@ import dataclasses
 
 import torch
 
-from bench import frontier_speed
-from bench.frontier_speed import architecture, competitors, throughput
-from bench.shapes import DEVICE
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
+from train.paper import frontier_speed
+from train.paper.frontier_speed import DEVICE, architecture, competitors, throughput
 
 
 def test_conditions_and_depths_take_turns(monkeypatch):

@@ -10,14 +10,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from looped.kernels import radial_gradient
-from looped.kernels.cross_entropy import cross_entropy_, cross_entropy_blocks
-from looped.kernels.row_loss import LossOptions, RowResults
-from looped.kernels.row_norm import norm_backward, norm_blocks, norm_forward, partial_sums
-from looped.kernels.statistics import _stream_triton, stream_blocks, stream_splits
-from looped.kernels.weighted_loss import BLOCK_TOKENS, Scales, loss_sums, loss_weights
 
 from bench.offline.accesses import Audit, Launch, View
+from looped.kernels import radial_gradient
+from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
+from looped.kernels.row_norm_triton import norm_tile
+from looped.kernels.row_weights import LossScales, loss_sums, row_weights, scaled
+from looped.kernels.row_weights_triton import BLOCK_TOKENS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's accesses")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +57,7 @@ def test_norm_forward(audit, dtype, d):
     check_safe(launch)
     least = n_bytes(x, residual, y, summed, mean_square)
     assert least <= total(launch, without=("weight_ptr",)) <= 1.05 * least
-    programs = math.ceil(ROWS / norm_blocks(d)["BLOCK_ROWS"])
+    programs = math.ceil(ROWS / norm_tile(d)[0])
     assert launch.loaded["weight_ptr"] == programs * n_bytes(weight)
 
 
@@ -73,7 +73,7 @@ def test_norm_forward_of_every_form(audit, norm, bias):
     check_safe(launch)
     least = n_bytes(x, y, mean_square)
     assert least <= total(launch, without=("weight_ptr", "bias_ptr")) <= 1.05 * least
-    programs = math.ceil(ROWS / norm_blocks(d)["BLOCK_ROWS"])
+    programs = math.ceil(ROWS / norm_tile(d)[0])
     for name, vector in zip(("weight_ptr", "bias_ptr"), vectors, strict=True):
         assert launch.loaded[name] == (0 if vector is None else programs * n_bytes(vector))
 
@@ -97,17 +97,17 @@ def test_norm_backward_with_its_vectors(audit, norm):
 def test_norm_backward(audit, dtype, norm, add):
     d = 100
     dy, h, weight = torch.randn(ROWS, d).to(dtype), torch.randn(ROWS, d), torch.randn(d)
-    dmean_square, dtotal, scale = torch.randn(ROWS), torch.randn(ROWS, d), torch.ones(())
-    dh, dx, radial = torch.empty(ROWS, d), torch.empty(ROWS, d, dtype=dtype), torch.empty(2, ROWS)
+    row_weight, dmean_square, dtotal, scale = torch.ones(ROWS), torch.randn(ROWS), torch.randn(ROWS, d), torch.ones(())
+    dh, dx, radial = torch.empty(ROWS, d), torch.empty(ROWS, d, dtype=dtype), (torch.empty(ROWS), torch.empty(ROWS))
     dweight = None if norm == "none" else partial_sums(h)
     norm_backward(
         dy, h, None if norm == "none" else weight, eps=1e-6, norm=norm, dmean_square=dmean_square, dtotal=dtotal,
-        scale=scale, dh=dh, dx=dx, dweight=dweight, radial=radial, add=add,
+        row_weight=row_weight, scale=scale, dh=dh, dx=dx, dweight=dweight, radial=radial, add=add,
     )  # fmt: skip
     (launch,) = audit.launches
     check_safe(launch)
     vectors = ("weight_ptr", "dweight_ptr", "scale_ptr")
-    least = n_bytes(dy, h, dmean_square, dtotal, dh, dx, radial)
+    least = n_bytes(dy, h, row_weight, dmean_square, dtotal, dh, dx, *radial)
     assert least <= total(launch, without=vectors) <= 1.05 * least
     if dweight is not None:  # each program writes its sums to one row, or adds them
         assert launch.stored["dweight_ptr"] == launch.programs * 4 * d
@@ -123,111 +123,59 @@ def test_radial(audit, dtype):
     check_safe(forward)
     check_safe(backward)
     least = n_bytes(h, grad) + 12 * ROWS
-    assert least <= total(forward) <= 1.05 * least
+    assert least + 4 * ROWS <= total(forward) <= 1.05 * least  # the fraction
     assert least + n_bytes(h, grad) <= total(backward) <= 1.05 * (least + n_bytes(h, grad))
 
 
 def cross_entropy_launch(
-    audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, statistics: bool, backward: bool = True,
-    bias: torch.Tensor | None = None, options: LossOptions | None = None,
+    audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, *, statistics: bool = False, gradient: bool = True,
+    biased: bool = False, softcap: float | None = None,
 ) -> Launch:  # fmt: skip
     row_length = -(-n_columns // 16) * 16
     logits = torch.randn(n_rows, row_length).to(dtype)[:, :n_columns]
     targets = torch.arange(n_rows).mul(7).remainder(n_columns)
-    names = RowResults._fields if statistics else ("loss",)
-    results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if f == "top1" else torch.float32) for f in names))
-    omega = torch.ones(n_rows) if backward else None
-    cross_entropy_(logits, targets, omega, bias, options or LossOptions(), results, 0)
+    results = RowResults(torch.empty(n_rows))
+    if statistics:
+        results = RowResults(results.loss, torch.empty(6, n_rows), torch.empty(n_rows, dtype=torch.int64))
+    bias = torch.randn(n_columns) if biased else None
+    options = LossOptions(softcap=softcap)
+    cross_entropy_(logits, targets, torch.ones(n_rows), bias, options, results, 0, gradient=gradient)
     (launch,) = audit.launches
     check_safe(launch)
     return launch
 
 
-@pytest.mark.parametrize(
-    ("n_columns", "statistics", "dtype"),
-    [
-        (1003, False, torch.float32),
-        (1003, True, torch.bfloat16),
-        (16_384, False, torch.float32),
-        (8191, True, torch.float32),
-        (8192, True, torch.bfloat16),
-        (20_011, False, torch.bfloat16),
-        (24_576, False, torch.float16),
-    ],
-)
-def test_cross_entropy_of_rows_that_fit(audit, n_columns, statistics, dtype):
-    """The logits read once, their gradient written once over them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("n_columns", [1003, 20_011])
+def test_cross_entropy(audit, n_columns, gradient, statistics, dtype):
+    """The logits read twice, the second time from cache, and written once; without gradient and statistics once."""
     n_rows = 3
-    launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics)
-    least = n_rows * (2 * n_columns * dtype.itemsize + 8 + 4 + 4 + (20 if statistics else 0))
-    assert least <= total(launch) <= 1.05 * least
-
-
-@pytest.mark.parametrize(
-    ("n_columns", "statistics", "dtype"),
-    [(20_011, False, torch.float32), (10_000, True, torch.bfloat16), (24_577, False, torch.bfloat16)],
-)
-def test_cross_entropy_of_longer_rows(audit, n_columns, statistics, dtype):
-    """Longer rows are read twice and written once: 1.5 times the least, the second time from cache."""
-    n_rows = 2
-    launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics)
-    row = -(-n_columns // 16) * 16 * dtype.itemsize
-    assert launch.loaded["logits_ptr"] == 2 * n_rows * row
-    assert launch.stored["logits_ptr"] == n_rows * row
+    launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics=statistics, gradient=gradient)
+    row, passes = n_columns * dtype.itemsize, 1 + (gradient or statistics)
+    assert launch.loaded["logits_ptr"] == n_rows * (passes * row + dtype.itemsize)  # and the target's
+    assert launch.stored["logits_ptr"] == n_rows * -(-n_columns // 16) * 16 * dtype.itemsize * gradient
+    assert sum(launch.stored.values()) - launch.stored["logits_ptr"] == n_rows * (4 + 20 * statistics)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("n_columns", "backward", "passes"), [(1003, True, 1), (20_011, True, 2), (20_011, False, 1)])
-def test_cross_entropy_with_bias_and_softcap(audit, softcap, biased, n_columns, backward, passes):
-    """The bias once a pass and block of rows, from cache; a softcap moves nothing."""
-    n_rows, bias = 5, torch.randn(n_columns) if biased else None
-    options = LossOptions(softcap=softcap)
-    launch = cross_entropy_launch(audit, n_rows, n_columns, torch.float32, True, backward, bias, options)
-    row = -(-n_columns // 16) * 16 * 4
-    assert launch.loaded["logits_ptr"] == passes * n_rows * row
-    assert launch.stored["logits_ptr"] == n_rows * row * backward
-    blocks = cross_entropy_blocks(n_columns, False, True)
-    groups = math.ceil(n_rows / blocks["BLOCK_ROWS"])
-    assert launch.loaded["bias_ptr"] == (passes * groups * n_columns * 4 if biased else 0)
-
-
-def test_cross_entropy_without_gradient(audit):
-    launch = cross_entropy_launch(audit, 2, 30_011, torch.float32, True, backward=False)
-    assert launch.loaded["logits_ptr"] == 2 * 30_016 * 4
-    assert launch.stored["logits_ptr"] == 0
-
-
-@pytest.mark.parametrize(("n_rows", "n_columns"), [(70, 300), (5, 1000)])
-@pytest.mark.parametrize(("with_targets", "biased"), [(True, False), (True, True), (False, False), (False, True)])
-def test_statistics(audit, n_rows, n_columns, with_targets, biased):
-    """The head once a block of rows, and the bias; the rows once a tile of the vocabulary: no logits."""
-    d = 40
-    y, head, bias = torch.randn(n_rows, d), torch.randn(n_columns, d), torch.randn(n_columns) if biased else None
-    results = RowResults(*(torch.empty(n_rows, dtype=torch.int64 if i == 4 else torch.float32) for i in range(5)))
-    targets = torch.arange(n_rows) if with_targets else None
-    _stream_triton(y, head, bias, targets, LossOptions(softcap=30.0 if biased else None), results, n_rows)
-    stream, combine = audit.launches
-    check_safe(stream)
-    check_safe(combine)
-    blocks = stream_blocks(n_rows, d, y.dtype, "ieee")
-    row_blocks = math.ceil(n_rows / blocks["BLOCK_ROWS"])
-    assert stream.loaded["head_ptr"] == row_blocks * n_bytes(head)
-    assert stream.loaded["y_ptr"] == math.ceil(n_columns / blocks["BLOCK_VOCAB"]) * n_bytes(y)
-    assert stream.loaded["bias_ptr"] == (row_blocks * n_bytes(bias) if bias is not None else 0)
-    splits = stream.programs // row_blocks
-    assert 1 <= splits <= stream_splits(n_rows, n_columns, blocks, y.device)
-    assert stream.loaded["targets_ptr"] == 8 * n_rows * splits * with_targets
-    assert sum(stream.stored.values()) == 28 * n_rows * splits
-    assert sum(combine.loaded.values()) == (28 * splits + 8 * with_targets) * n_rows
-    assert sum(combine.stored.values()) == (20 + 4 * with_targets) * n_rows
+@pytest.mark.parametrize(("n_columns", "gradient", "passes"), [(1003, True, 2), (20_011, True, 2), (20_011, False, 1)])
+def test_cross_entropy_with_bias_and_softcap(audit, softcap, n_columns, gradient, passes):
+    """The bias once a pass and row, from cache, and the target's; a softcap moves nothing."""
+    n_rows = 5
+    launch = cross_entropy_launch(
+        audit, n_rows, n_columns, torch.float32, gradient=gradient, biased=True, softcap=softcap
+    )
+    assert launch.loaded["logits_ptr"] == launch.loaded["bias_ptr"] == n_rows * 4 * (passes * n_columns + 1)
+    assert launch.stored["logits_ptr"] == n_rows * -(-n_columns // 16) * 16 * 4 * gradient
 
 
 # The losses' weights and sums: one program each -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["none", "loops", "tokens"])
-def test_loss_weights(audit, form):
+def test_row_weights(audit, form):
     """Targets, and weights of tokens that are not ignored, twice: their maximum comes before what it divides.
 
     The weight of a loop once a block of tokens and pass.
@@ -236,7 +184,7 @@ def test_loss_weights(audit, form):
     targets = torch.arange(n_tokens).remainder(50)
     targets[::7] = -100
     weights = {"none": None, "loops": torch.rand(n_loops, 1), "tokens": torch.rand(n_loops, n_tokens)}[form]
-    scales = loss_weights(targets, weights, 50, ignore_index=-100, mean=True, dmean_square=0.5)
+    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=True)
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)
@@ -246,7 +194,7 @@ def test_loss_weights(audit, form):
     blocks = math.ceil(n_tokens / BLOCK_TOKENS)
     loads = {"none": 0, "loops": 2 * blocks * n_loops, "tokens": 2 * n_loops * valid}[form]
     assert launch.loaded["weights_ptr"] == 4 * loads
-    assert launch.stored["omega_ptr"] == (0 if scales.omega is None else n_bytes(scales.omega))
+    assert launch.stored["row_weight_ptr"] == (0 if scales.row_weight is None else n_bytes(scales.row_weight))
     assert launch.stored["factors_ptr"] == 12
     assert launch.stored["in_range_ptr"] == 1
 
@@ -257,14 +205,23 @@ def test_loss_sums(audit, weighted, penalised):
     """Everything once."""
     n_loops, n_tokens = 3, 3000
     loss, factors = torch.rand(n_loops, n_tokens), torch.ones(3)
-    omega = torch.rand(n_loops * n_tokens) if weighted else None
+    row_weight = torch.rand(n_loops * n_tokens) if weighted else None
     mean_square = torch.rand(n_loops + 1, n_tokens) if penalised else None
-    results = loss_sums(loss, Scales(omega, factors, None), mean_square, 0.01)
+    results = loss_sums(loss, LossScales(row_weight, factors), mean_square)
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)
-    read = [tensor for tensor in (loss, omega, mean_square) if tensor is not None]
-    assert total(launch) == n_bytes(*read, *results) + 8  # two factors
+    read = [tensor for tensor in (loss, row_weight, mean_square) if tensor is not None]
+    assert total(launch) == n_bytes(*read, *results) + 4 * (1 + n_loops + penalised)  # factors
+
+
+def test_scaled(audit):
+    """The sum once, its rounded product once, the scale once a program."""
+    x = torch.randn(37, 100)
+    out = scaled(x, torch.tensor(2.0), torch.bfloat16)
+    (launch,) = audit.launches
+    check_safe(launch)
+    assert total(launch) == n_bytes(x, out) + 4 * launch.programs
 
 
 def test_the_audit_sees_what_is_wrong():

@@ -91,23 +91,23 @@ def test_terminal_supervision_reads_one_loop(report):
 def test_the_main_job_runs_from_text_to_report_is_continued_and_diagnosed(report):
     run = report["run"]
     assert run["exit_codes"] == [0, 0, 0]
-    assert run["steps"] == [1, 3, 4]
+    assert run["steps"] == [1, 4, 8, 9]
     assert {"checkpoint/model.safetensors", "report.png", "summary.json", "diagnosis/index.html"} <= set(run["files"])
 
 
 def test_the_main_job_streams_the_vocabulary_in_evaluation(report):
-    launches, n_steps, n_evaluations = report["run"]["triton_launches"], 4, 2
+    launches, n_steps, n_evaluations = report["run"]["triton_launches"], 9, 2  # replays of graphs count
     assert launches["cross_entropy_kernel"] == n_steps * PRESETS["demo"].n_loops * 16 * 128 // CHUNK_ROWS
     assert launches["stream_kernel"] == launches["combine_kernel"] == n_evaluations
 
 
-def test_the_main_job_waits_in_logging_saving_and_evaluation_alone(report):
+def test_the_main_job_waits_in_logging_saving_capturing_and_evaluation_alone(report):
     """And where a model or a checkpoint is moved to the GPU; not in a step, nor where its batch is moved.
 
     One line each: of an evaluation, that is its end.
     """
     places = [wait.partition(", ")[2].partition(" (")[0] for wait in report["run"]["host_waits"]]
-    expected = ["_row", "save", "evaluate", "_synchronise", "prepare", "_load_file", "_restore_optimizer"]
+    expected = ["_row", "save", "evaluate", "_synchronise", "_capture", "prepare", "_load_file", "_restore_optimizer"]
     assert sorted(places) == sorted(expected)
 
 

@@ -2,8 +2,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from looped.kernels import looped_cross_entropy
 from readout_case import DTYPES, READOUTS, Case
+
+from looped.kernels import looped_cross_entropy
+from looped.kernels.readout import TENSORS
+from looped.kernels.readout_call import ReadoutCall
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (4, 33, 64, 257), (2, 129, 96, 1000), (2, 5, 40, 1), (1, 3, 8, 40000)]
@@ -137,24 +140,48 @@ def test_a_step_of_adaptive_supervision_through_per_token_weights(backend, devic
 # The op in PyTorch ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean", [True, False])
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[..., :1, :].expand(x.shape),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("formed", [True, False])
 @pytest.mark.parametrize("sequence", [True, False])
-def test_opcheck(sequence, mean):
-    states = (
-        [torch.randn(5, 8, requires_grad=True) for _ in range(2)]
-        if sequence
-        else [torch.randn(2, 5, 8, requires_grad=True)]
+def test_opcheck(sequence, formed, layout):
+    def tensor(*size):
+        return LAYOUTS[layout](torch.rand(size)).requires_grad_()
+
+    states = [tensor(5, 8) for _ in range(2)] if sequence else [tensor(2, 5, 8)]
+    parameters = dict(
+        head=tensor(11, 8), norm_weight=torch.rand(8).requires_grad_(), bias=torch.rand(11).requires_grad_()
     )
-    head, weight = torch.randn(11, 8, requires_grad=True), torch.rand(8, requires_grad=True)
-    bias, weights = torch.randn(11, requires_grad=True), torch.rand(2, 5, requires_grad=True)
-    needs = [mean] * 4
-    needs[2] = False
-    arguments = (
-        states, head, torch.randint(11, (5,)), weights if mean else None, weight, None, bias, [0, 1],
-        [mean] * len(states), needs, mean, "rmsnorm", 1e-6, 0.1 if mean else 0.0, mean, -100, 0.0, None, 0.0, 4,
-        torch.float32,
+    call = ReadoutCall("rmsnorm", 1e-6, n_loops=2, active=(0, 1), chunk_rows=4)
+    tensors = parameters | dict(targets=torch.randint(11, (5,)))
+    if formed:
+        call = call._replace(
+            differentiated=(0, 1), needs=("head", "norm_weight"), penalised=True, mean=True, statistics=True
+        )
+        tensors |= dict(weights=tensor(2, 5), penalty=torch.tensor(0.1), z_loss=torch.tensor(0.01))
+    arguments = (states, *(tensors.get(name) for name in TENSORS), *call.flat())
+    torch.library.opcheck(torch.ops.looped.readout.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_backward(layout):
+    states = [LAYOUTS[layout](torch.rand(2, 5, 8))]
+    call = ReadoutCall(
+        "layernorm", 1e-6, n_loops=2, active=(1,), differentiated=(0, 1), penalised=True,
+        needs=("head", "norm_weight", "norm_bias", "bias"),
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.looped.cross_entropy.default, arguments)
+    arguments = (
+        states, torch.rand(8), torch.rand(8), torch.rand(5, 8), torch.rand(11, 8), torch.rand(11), torch.rand(3),
+        torch.rand(5), torch.tensor(2.0), torch.float32, torch.bfloat16, *call.flat(),
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.looped.readout_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,7 +207,30 @@ def test_compiles_without_graph_breaks(reduction, dtype):
         (dict(states=[torch.ones(3, 8), torch.ones(4, 8)]), ValueError, "states must all have one shape"),
         (dict(states=torch.ones(2, 3, 8, dtype=torch.int64)), TypeError, "states must be float32"),
         (dict(head=torch.ones(5, 7)), ValueError, r"head must have shape \[V, 8\] with V >= 1. Got \(5, 7\)"),
-        (dict(head=torch.ones(5, 8, dtype=torch.bfloat16)), TypeError, "head must have the states' dtype"),
+        (
+            dict(head=torch.ones(5, 8, dtype=torch.float64)),
+            TypeError,
+            "head and states must both be float64 or neither",
+        ),
+        (dict(n_targets=-3), ValueError, "n_targets must be finite and >= 0. Got -3"),
+        (dict(n_targets=3, reduction="sum"), ValueError, "n_targets divides a mean .* reduction='sum'. Got 3"),
+        (dict(n_targets=torch.ones(2)), ValueError, r"n_targets must be a number or a real tensor \[\]. Got .*\(2,\)"),
+        (
+            dict(penalty=torch.ones((), device="meta")),
+            ValueError,
+            "penalty must be on the states' device cpu. Got meta",
+        ),
+        (dict(penalty=torch.ones(()), reduction="none"), ValueError, "penalty .* must be 0 for reduction='none'"),
+        (dict(penalty=1e39), ValueError, "penalty must be finite and >= 0. Got 1e[+]39"),
+        (dict(softcap=float("inf")), ValueError, "softcap must be finite and > 0. Got inf"),
+        (dict(weights=[1.0, -1e300]), ValueError, r"weights\[1\] must be finite. Got -1e[+]300"),
+        (
+            dict(ignore_index=-(2**63) - 1),
+            ValueError,
+            r"ignore_index must be in \[-9223372036854775808, 92.*807\]. Got",
+        ),
+        (dict(ignore_index=2**64), ValueError, r"ignore_index must be in \[-9223372036854775808, 92.*807\]. Got 184"),
+        (dict(chunk_rows=2**66), ValueError, r"chunk_rows must be in \[1, 2147483647\]. Got 737"),
         (dict(targets=torch.zeros(4, dtype=torch.int64)), ValueError, r"targets must have the tokens' shape \(3,\)"),
         (dict(targets=torch.zeros(3)), TypeError, "targets must be an int64 or int32 tensor. Got torch.float32"),
         (dict(readout="rms"), ValueError, "readout must be one of rmsnorm, .*Got 'rms'"),

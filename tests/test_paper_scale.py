@@ -1,34 +1,32 @@
 import pytest
 
-from train.config import complete, preset_config
-from train.paper_scale import GPUS, MFU, PAPER_PRESETS, RUNS, paper_scale, predict
-from train.sweep_plan import CONDITIONS
-
-# One step of paper-129m in the fused trainer, counted call by call on stand-in tensors.
-COUNTED_PEAK_MIB, COUNTED_TERAFLOPS = 17_664, 25.748865810432
+from train.paper.conditions import CONDITIONS
+from train.paper.paper_scale import PAPER_PRESETS, RUNS, STEP_GIB, STEP_SECONDS, estimate, paper_scale, step_flops
 
 
-def test_a_step_as_it_was_counted_call_by_call():
-    config, one = complete(preset_config("paper-129m")), predict("paper-129m")
-    assert one.bytes / 2**20 == pytest.approx(COUNTED_PEAK_MIB, rel=0.1)
-    assert one.flops * config.batch_size * config.seq_len / one.tokens == pytest.approx(
-        COUNTED_TERAFLOPS * 1e12, rel=1e-6
-    )
+def test_memory_is_that_of_the_measured_step():
+    assert estimate("paper-129m").bytes / 2**30 == pytest.approx(STEP_GIB, rel=0.1)
+
+
+def test_share_of_the_peak_is_that_of_the_measured_step():
+    """37.6% of the 989 TFLOP/s of dense bf16."""
+    assert step_flops() / STEP_SECONDS[0] / 989e12 == pytest.approx(0.376, abs=5e-4)
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("paper-44m", 43_934_208), ("paper-129m", 128_822_016)])
-def test_prediction(preset, parameters):
-    one = predict(preset)
-    assert one.parameters == parameters
-    assert one.tokens == 4 * 2 * 2 * 103_227_021  # epochs, overlapping windows, words and gaps
-    for gpu, rate in GPUS.items():
-        for hours, share in zip(one.hours[gpu], reversed(MFU[gpu]), strict=True):
-            assert hours * 3600 * rate * share == pytest.approx(one.flops)
+def test_estimate(preset, parameters):
+    run = estimate(preset)
+    assert run.parameters == parameters
+    assert run.tokens == 4 * 2 * 2 * 103_227_021  # epochs, overlapping windows, words and gaps
+    for hours, seconds in zip(run.hours, STEP_SECONDS, strict=True):
+        assert run.flops / (hours * 3600) == pytest.approx(step_flops() / seconds)
+    steps = estimate("paper-129m").tokens / (32 * 256)
+    assert estimate("paper-129m").hours[0] == pytest.approx(steps * STEP_SECONDS[0] / 3600)
 
 
 def test_terminal_supervision_reads_out_once():
     """Three readouts fewer, forward and backward, of 2 V d FLOPs a token each."""
-    per_loop, terminal = predict("paper-129m"), predict("paper-129m", "terminal")
+    per_loop, terminal = estimate("paper-129m"), estimate("paper-129m", "terminal")
     assert per_loop.flops - terminal.flops == 3 * 3 * 2 * 20_000 * 768 * per_loop.tokens
 
 
@@ -39,16 +37,16 @@ def test_runs_are_those_of_the_sweep():
 
 def test_only_lengths_in_epochs():
     with pytest.raises(ValueError, match=r"epochs\. Got preset='demo'"):
-        predict("demo")
+        estimate("demo")
 
 
 def test_section():
     text = paper_scale()
     for preset in PAPER_PRESETS:
-        assert f"train/sweep.py --preset {preset} " in text
+        assert f"train.paper sweep --preset {preset} " in text
         for supervision in RUNS:
-            assert f"| {preset} | {supervision} | {predict(preset).parameters:,} |" in text
+            assert f"| {preset} | {supervision} | {estimate(preset).parameters:,} |" in text
         assert f"| {preset} | all 27 runs |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
-    assert "*predicted*" in rows[0]
+    assert "*estimated*" in rows[0]

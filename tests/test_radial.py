@@ -1,8 +1,9 @@
 import pytest
 import torch
+from numerics import assert_no_worse_than
+
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
-from numerics import assert_no_worse_than
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

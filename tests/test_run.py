@@ -38,7 +38,8 @@ def test_what_a_run_leaves(finished):
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
         assert list(row) == [
-            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "tokens_per_second",
+            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "bad_steps",
+            "tokens_per_second", "mfu",
         ]  # fmt: skip
         assert row["tokens"] == row["step"] * 4 * 16
         assert len(row["ce"]) == len(row["state_norm"]) == len(row["radial_fraction"]) == 3
@@ -69,6 +70,17 @@ def test_last_lines_state_what_was_trained(tmp_path, capsys):
     assert "CE of loops 1..3" in last[2]
     assert [line.split()[0] for line in last[4:8]] == ["K", "1", "2", "3"]
     assert str(tmp_path / "run") in last[8]
+
+
+def test_log_says_which_attention_serves(tmp_path, capsys, monkeypatch):
+    assert main(arguments(tmp_path, "--steps", "1", "--out", str(tmp_path / "run"))) == 0
+    assert "\nattention blocks with dropout, on the CPU\n" in capsys.readouterr().out
+
+    def broken(*_, **__):
+        raise ImportError("flash-attn must be importable where it is installed.")
+
+    monkeypatch.setattr("train.trainer.attention_implementation", broken)
+    assert_rejected(arguments(tmp_path, "--out", str(tmp_path / "other")), tmp_path, "must be importable", capsys)
 
 
 def test_losses_fall_at_every_loop_and_the_paper_tokenizer_has_no_bits(tmp_path):
@@ -133,6 +145,8 @@ BAD_OPTIONS = {
     "window longer than the text": (["--seq-len", "50000"], "text is too short.*50001"),
     "vocabulary too large": (["--vocab-size", "50000"], r"vocab_size must be at most \d+.*50000"),
     "paper vocabulary too large": (["--tokenizer", "paper", "--vocab-size", "5000"], r"vocab_size must be at most \d+"),
+    "vocabulary beyond any": (["--vocab-size", "2000000000"], r"vocab_size must be .* at most 1,048,576 .*=2000000000"),
+    "vocabulary without bytes": (["--vocab-size", "200", "--data", "no"], "vocab_size must be at least 257 .*=200"),
     "heads": (["--n-heads", "3"], "d_model must be divisible by n_heads. Got d_model=32, n_heads=3"),
     "odd head": (["--n-heads", "32", "--positions", "rotary"], "must be even with rotary positions. Got 1"),
     "no loops": (["--n-loops", "0"], "n_loops must be at least 1. Got n_loops=0"),
@@ -141,6 +155,8 @@ BAD_OPTIONS = {
     "dropout": (["--dropout", "1"], "dropout must be in"),
     "accumulation": (["--grad-accumulation", "3"], "batch_size must be divisible by grad_accumulation"),
     "learning rate": (["--learning-rate", "0"], "learning_rate must be finite and above 0"),
+    "no bad steps": (["--max-bad-steps", "0"], "max_bad_steps must be at least 1. Got max_bad_steps=0"),
+    "no schedule": (["--schedule-steps", "-3"], "schedule_steps must be at least 1. Got schedule_steps=-3"),
     "unknown device": (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N. Got device='tpu'"),
     "half precision": (["--dtype", "fp16"], "invalid choice 'fp16'"),
 }

@@ -7,7 +7,7 @@ import torch
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import readout_logits
-from train.batches import Windows
+from train.batches import Windows, evaluation_windows
 from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
 
@@ -64,7 +64,7 @@ def test_fused_and_plain_train_alike(readout, supervision):
 @pytest.mark.parametrize("fused", [True, False])
 def test_accumulation_does_not_change_the_gradient(fused):
     models = [make(fused=fused) for _ in range(2)]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0, fused=True) for model in models]
     whole = take(models[0], optimizers[0], batch(0), measure=True)
     parts = take(models[1], optimizers[1], batch(0), measure=True, grad_accumulation=4)
     for a, b in zip(whole, parts, strict=True):
@@ -73,11 +73,83 @@ def test_accumulation_does_not_change_the_gradient(fused):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize(("n_rows", "n_parts"), [(4, 2), (4, 3), (5, 2), (5, 3)])  # 2 + 2, 2 + 2; 3 + 2, 2 + 2 + 1
+def test_accumulation_with_ignored_targets_and_unequal_parts(fused, supervision, n_parts, n_rows):
+    """Loss, what is measured, and gradients are those of the whole batch."""
+    tokens = torch.randint(0, V, (n_rows, T + 1), generator=torch.Generator().manual_seed(1))
+    targets = tokens[:, 1:].clone()
+    targets[0] = targets[1, 2:] = targets[-1, 5] = -100
+    models = [make(fused=fused, readout="raw") for _ in range(2)]
+    results = []
+    for model, n in zip(models, (1, n_parts), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+        options = {"supervision": supervision, "penalty": 0.5, "measure": True, "grad_accumulation": n}
+        results.append(take(model, optimizer, (tokens[:, :-1], targets), **options))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_ignored_targets_in_parts():
+    model = make(readout="raw")
+    inputs, targets = batch(0)
+    result = take(model, adamw(model), (inputs, torch.full_like(targets, -100)), penalty=0.0, grad_accumulation=2)
+    assert result.loss == result.grad_norm == 0
+    assert not result.bad
+
+
+def copied_state(model, optimizer) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [value.detach().clone() for value in (*model.parameters(), *moments)]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient", "overflow"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_not_finite_is_not_taken(poison, first):
+    """Weights, moments and step counts stay; the steps that follow are those that would have been taken anyway."""
+
+    def train_with(poisoned: bool) -> list[torch.Tensor]:
+        model = make()
+        optimizer = adamw(model)
+        bad = []
+        for step in range(4):
+            if poisoned and step == (0 if first else 2):
+                weight = model.blocks[1].mlp.w2.weight
+                options = {"penalty": 1e39} if poison == "loss" else {}
+                value = {"loss": 1.0, "gradient": math.nan, "overflow": 1e30}[poison]
+                hook = weight.register_hook(lambda gradient, value=value: gradient * value)
+                before = copied_state(model, optimizer)
+                result = take(model, optimizer, batch(9), **options)
+                hook.remove()
+                if not first:
+                    assert all(torch.equal(a, b) for a, b in zip(before, copied_state(model, optimizer), strict=True))
+                bad.append(bool(result.bad))
+                assert math.isfinite(result.loss) == (poison != "loss")
+                assert not math.isfinite(result.grad_norm)
+            assert not take(model, optimizer, batch(step)).bad
+        assert bad == [True] * poisoned
+        return copied_state(model, optimizer)
+
+    for a, b in zip(train_with(True), train_with(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimiser_that_cannot_leave_out_a_step_is_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"optimizer must be fused, .* Got AdamW\."):
+        take(model, torch.optim.AdamW(model.parameters()), batch(0))
+
+
 def test_gradient_is_clipped_and_its_norm_is_from_before():
     free, clipped = make(), make()
     before = [value.detach().clone() for value in clipped.parameters()]
-    norm = take(free, torch.optim.SGD(free.parameters(), lr=1.0), batch(0), grad_clip=1e9).grad_norm
-    same = take(clipped, torch.optim.SGD(clipped.parameters(), lr=1.0), batch(0), grad_clip=0.5 * norm.item()).grad_norm
+    norm = take(free, torch.optim.SGD(free.parameters(), lr=1.0, fused=True), batch(0), grad_clip=1e9).grad_norm
+    same = take(
+        clipped, torch.optim.SGD(clipped.parameters(), lr=1.0, fused=True), batch(0), grad_clip=0.5 * norm.item()
+    ).grad_norm
     assert norm == same
     change = [a.detach() - b for a, b in zip(clipped.parameters(), before, strict=True)]
     assert torch.cat([value.flatten() for value in change]).norm() == pytest.approx(0.5 * norm.item(), rel=1e-4)
@@ -110,32 +182,33 @@ def test_terminal_supervision_reads_the_last_loop_only():
     assert result.loss == pytest.approx(result.per_loop[2].item())
 
 
+@pytest.mark.parametrize("left_over", [0, 1, T - 1])
 @pytest.mark.parametrize("readout", ["rmsnorm", "raw", "final-only"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_evaluation_at_every_loop(fused, readout):
+def test_evaluation_at_every_loop(fused, readout, left_over):
     model = make(fused=fused, readout=readout, dropout=0.5)
-    tokens = np.random.default_rng(0).integers(0, V, 10 * T + 1)
-    windows = Windows(tokens, T, T)
-    sizes = np.arange(V)
+    tokens = np.random.default_rng(0).integers(0, V, 10 * T + 1 + left_over)
+    sizes = np.arange(1, V + 1)
     results = evaluate(
         model,
-        windows,
-        np.arange(10),
-        batch_size=4,  # 10 windows: the last batch is smaller
+        *evaluation_windows(tokens, T, None),
+        batch_size=4,  # 10 or 11 windows: the last batch is smaller
         device=torch.device("cpu"),
         dtype=torch.float32,
         bytes_per_token=sizes,
     )
-    inputs, targets = windows.gather(np.arange(10))
+    sequence = torch.from_numpy(tokens)[None]
+    parts = [sequence[:, start : start + T + 1] for start in range(0, len(tokens) - 1, T)]
+    targets = sequence[0, 1:]
     for n_loops, result in enumerate(results, start=1):
         with torch.no_grad():
-            state = model(inputs, n_loops=n_loops)[-1]
+            state = torch.cat([model(part[:, :-1], n_loops=n_loops)[-1][0] for part in parts])
             logits = readout_logits(model, state)
-        ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+        ce = torch.nn.functional.cross_entropy(logits, targets).item()
         assert result.n_loops == n_loops
         assert result.ce == pytest.approx(ce, rel=1e-5)
         assert result.ppl == pytest.approx(math.exp(ce), rel=1e-4)
-        bits = ce * targets.numel() / math.log(2) / sizes[targets.numpy()].sum()
+        bits = ce * len(targets) / math.log(2) / sizes[targets.numpy()].sum()
         assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
         assert result.state_norm == pytest.approx(state.norm(dim=-1).mean().item(), rel=1e-5)
         assert result.tokens_per_second > 0

@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import looped.kernels.device
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import looped.kernels.device
 from looped.config import LoopedConfig
 from looped.decoder import LoopedDecoder
 from looped.supervision import LoopedLoss, evaluation_losses, looped_loss, readout_logits

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import get_args
@@ -15,54 +14,34 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import MODEL, TRAINING, text
+from tiny_sweep import ENVIRONMENT, NAMES, PROGRAM, finished_sweep, sweep_words, tasks_of
 
-from train import sweep
 from train.config import TrainConfig
 from train.metrics import read_metrics
+from train.paper import judging, sweep
+from train.paper.__main__ import main
+from train.paper.conditions import CONDITIONS, Condition
+from train.paper.options import split_words
+from train.paper.plan import EXECUTION, SweepConfig, Task, plan, sweep_command
 from train.run import command_line, parse
 from train.run import main as train_main
-from train.sweep import main
-from train.sweep_plan import CONDITIONS, EXECUTION, Condition, SweepConfig, Task, plan, sweep_command
-
-PROGRAM = Path(__file__).parents[1] / "train" / "sweep.py"
-TWO = ("--conditions", "terminal-rmsnorm", "per-loop-raw", "--seeds", "7")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def sweep_arguments(directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:
-    """A command line that trains ``TWO`` tiny models of 8 steps, all of whose files stay under ``directory``."""
-    data = directory / "text.txt"
-    if not data.exists():
-        data.write_text(text(), encoding="utf-8")
-    steps = TRAINING.index("--steps")
-    training = TRAINING[:steps] + TRAINING[steps + 2 :]
-    paths = ["--cache", str(directory / "cache"), "--device", "cpu", "--dtype", "fp32"]
-    own = ["--out", str(directory / "sweep"), "--data", str(data), "--steps", "8", *TWO, *options]
-    return [*own, "--", *paths, *MODEL, *training, *extra]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
-    """A directory with a finished sweep in it, which the tests copy, and what the program printed."""
-    directory = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, str(PROGRAM), *sweep_arguments(directory)]
-    done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return directory, done.stdout
+def finished(tmp_path_factory) -> Path:
+    return finished_sweep(tmp_path_factory)
 
 
 @pytest.fixture
 def directory(finished, tmp_path) -> Path:
     """A copy of the finished sweep, to be damaged. Its text and cache stay where they are, so that configurations
     fit."""
-    shutil.copytree(finished[0] / "sweep", tmp_path / "sweep")
+    shutil.copytree(finished / "sweep", tmp_path / "sweep")
     return tmp_path
 
 
 def again(finished, directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:
-    return sweep_arguments(finished[0], "--out", str(directory / "sweep"), *options, extra=extra)
+    return sweep_words(finished, "--out", str(directory / "sweep"), *options, extra=extra)
 
 
 def test_every_condition_is_a_distinct_set_of_fields():
@@ -74,8 +53,8 @@ def test_every_condition_is_a_distinct_set_of_fields():
 
 
 def test_runs_are_what_their_directories_say(finished):
-    for condition in ("terminal-rmsnorm", "per-loop-raw"):
-        run = finished[0] / "sweep" / condition / "seed-7"
+    for condition in NAMES:
+        run = finished / "sweep" / condition / "seed-7"
         config = json.loads((run / "config.json").read_text())["train"]
         assert {name: config[name] for name in CONDITIONS[condition]} == CONDITIONS[condition]
         assert (config["seed"], config["steps"], config["d_model"]) == (7, 8, 32)
@@ -84,39 +63,37 @@ def test_runs_are_what_their_directories_say(finished):
 
 
 def test_one_line_a_run(finished):
-    lines = finished[1].splitlines()
+    lines = (finished / "printed.txt").read_text().splitlines()
     assert lines[0].endswith("0 done, 2 to train")
-    for line, condition, done in zip(
-        lines[1:3], ("terminal-rmsnorm", "per-loop-raw"), ("1 of 2", "2 of 2"), strict=True
-    ):
-        last = json.loads((finished[0] / "sweep" / condition / "seed-7" / "summary.json").read_text())["evaluation"][-1]
+    for line, condition, done in zip(lines[1:3], NAMES, ("1 of 2", "2 of 2"), strict=True):
+        last = json.loads((finished / "sweep" / condition / "seed-7" / "summary.json").read_text())["evaluation"][-1]
         assert line.startswith(f"{condition} ")
         assert f"PPL {last['ppl']:.4g} " in line
-        assert f"||H_3|| {last['state_norm']:.4g} " in line
+        assert f"||H_4|| {last['state_norm']:.4g} " in line
         assert f"{done} done" in line
     assert len(lines) == 4
 
 
 def test_report(finished):
-    out = finished[0] / "sweep"
+    out = finished / "sweep"
     record = json.loads((out / "sweep.json").read_text())
-    assert [run["condition"] for run in record["runs"]] == ["terminal-rmsnorm", "per-loop-raw"]
+    assert [run["condition"] for run in record["runs"]] == list(NAMES)
     table = (out / "sweep.md").read_text()
     for statistics in record["conditions"]:
         run = out / statistics["condition"] / "seed-7"
         rows = json.loads((run / "summary.json").read_text())["evaluation"]
         assert statistics["complete"] == 1
-        assert statistics["ppl"]["mean"] == rows[2]["ppl"]
-        assert statistics["exit_gap"]["mean"] == pytest.approx(rows[0]["ce"] - rows[2]["ce"])
+        assert statistics["ppl"]["mean"] == rows[3]["ppl"]
+        assert statistics["exit_gap"]["mean"] == pytest.approx(rows[0]["ce"] - rows[3]["ce"])
         line = next(line for line in table.splitlines() if line.startswith(f"| `{statistics['condition']}` | 1 |"))
         for value in (
-            f"{rows[2]['ppl']:.4g}",
-            f"{rows[2]['state_norm']:,.4g}",
-            f"{rows[0]['ce'] - rows[2]['ce']:+.4f}",
+            f"{rows[3]['ppl']:.4g}",
+            f"{rows[3]['state_norm']:,.4g}",
+            f"{rows[0]['ce'] - rows[3]['ce']:+.4f}",
         ):
             assert f"| {value} |" in line
     assert "--preset paper-129m" in table
-    command = ["python", "train/sweep.py", *sweep_arguments(finished[0])]
+    command = ["python", "-m", "train.paper", *sweep_words(finished)]
     assert record["command"] == command
     assert f"\n{shlex.join(command)}\n" in table
     assert sweep_command(out) == [shlex.join(command)]
@@ -125,10 +102,10 @@ def test_report(finished):
 
 def test_complete_runs_are_skipped(finished, directory, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_start", None)
-    before = contents(directory / "sweep" / "per-loop-raw")
+    before = contents(directory / "sweep" / NAMES[1])
     assert main(again(finished, directory)) == 0
     assert "2 done, 0 to train" in capsys.readouterr().out
-    assert contents(directory / "sweep" / "per-loop-raw") == before
+    assert contents(directory / "sweep" / NAMES[1]) == before
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -160,11 +137,13 @@ def test_other_settings_in_the_same_directory(finished, directory, capsys, optio
 
 
 def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
-    config = directory / "sweep" / "per-loop-raw" / "seed-7" / "config.json"
+    config = directory / "sweep" / NAMES[1] / "seed-7" / "config.json"
     config.write_text(config.read_text().replace('"penalty": 0.0', '"penalty": 0.5'))
-    message = r"penalty must be that .* Got penalty=0.0; .*per-loop-raw/seed-7 has 0.5"
+    message = r"penalty must be that .* Got penalty=0.0; .*per-loop-rmsnorm/seed-7 has 0.5"
     assert_rejected(again(finished, directory), directory, message, capsys)
-    assert_rejected(["--out", str(directory / "sweep"), "--report-only"], directory, "penalty must be that", capsys)
+    assert_rejected(
+        ["sweep", "--out", str(directory / "sweep"), "--report-only"], directory, "penalty must be that", capsys
+    )
     config.write_text("{")
     assert_rejected(again(finished, directory), directory, "config.json cannot be used: remove", capsys)
 
@@ -191,7 +170,7 @@ def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
 def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):
     """Found before there is a directory, so before it is locked."""
     monkeypatch.setattr(sweep, "_start", None)
-    argv = sweep_arguments(tmp_path, *options, extra=extra)
+    argv = sweep_words(tmp_path, *options, extra=extra)
     assert_rejected(argv, tmp_path, message, capsys)
 
 
@@ -202,10 +181,10 @@ def test_a_sweep_that_did_not_keep_its_command_has_one_that_trains_the_same(fini
     (out / "sweep.json").write_text(json.dumps(record))
     note, command = sweep_command(out)
     assert note.startswith("# the command was not kept")
-    words = shlex.split(command)[2:]
-    own, extra = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert command.startswith("python -m train.paper sweep ")
+    own, extra = split_words(shlex.split(command)[4:])
     derived = {task.condition: task.config for task in plan(command_line(own, SweepConfig()), extra)}
-    for task in tasks_of(sweep_arguments(finished[0])):
+    for task in tasks_of(sweep_words(finished)):
         carried_out = {name: getattr(task.config, name) for name in EXECUTION} | {"seed": 7}
         assert dataclasses.replace(derived[task.condition], **carried_out) == task.config
     assert sweep_command(directory / "nowhere") == []
@@ -216,10 +195,12 @@ def test_claims_are_judged_after_training(finished, directory):
     argv = again(finished, directory, "--claims", str(page))
     called = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.claims, "N_LOOPS", tasks_of(again(finished, directory))[0].config.n_loops)
-        patch.setattr(sweep.claims, "main", lambda words: called.append(words) or 0)
+        patch.setattr(judging, "run", lambda words: called.append(words) or 0)
         assert main(argv) == 0
-        assert main(["--out", str(directory / "sweep"), "--report-only", "--claims", str(page), "--seeds", "7"]) == 0
+        assert (
+            main(["sweep", "--out", str(directory / "sweep"), "--report-only", "--claims", str(page), "--seeds", "7"])
+            == 0
+        )
     out = str(directory / "sweep")
     assert called == [["--runs", out, "--out", str(page), "--jobs", "1", "--seeds", "7"]] * 2
 
@@ -230,15 +211,12 @@ def test_report_only(directory, capsys):
     before = [(out / name).read_bytes() for name in names[:2]]
     for name in names[1:]:  # the first one has the command
         (out / name).unlink()
-    assert main(["--out", str(out), "--report-only"]) == 0
+    assert main(["sweep", "--out", str(out), "--report-only"]) == 0
     assert [(out / name).read_bytes() for name in names[:2]] == before
     assert (out / "exit_gap.png").exists()
-    assert_rejected(["--out", str(directory / "empty"), "--report-only"], directory, "out must hold the runs", capsys)
-
-
-def tasks_of(argv: list[str]) -> list[Task]:
-    own, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    return plan(command_line(own, SweepConfig()), extra)
+    assert_rejected(
+        ["sweep", "--out", str(directory / "empty"), "--report-only"], directory, "out must hold the runs", capsys
+    )
 
 
 def stop_half_way(task: Task) -> None:
@@ -262,9 +240,9 @@ def test_stopped_runs_are_continued_or_begun_again(finished, directory, capsys):
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert re.search(r"terminal-rmsnorm +seed 7 +is continued", printed)
-    assert re.search(r"per-loop-raw +seed 7 +had no checkpoint yet: removed", printed)
+    assert re.search(r"per-loop-rmsnorm +seed 7 +had no checkpoint yet: removed", printed)
     for task in (stopped, unfinished):
-        whole = finished[0] / "sweep" / task.condition / "seed-7"
+        whole = finished / "sweep" / task.condition / "seed-7"
         weights = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, task.directory)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -273,7 +251,7 @@ def test_stopped_runs_are_continued_or_begun_again(finished, directory, capsys):
 
 
 def test_nothing_but_a_run_is_removed(finished, directory, capsys):
-    run = directory / "sweep" / "per-loop-raw" / "seed-7"
+    run = directory / "sweep" / NAMES[1] / "seed-7"
     shutil.rmtree(run)
     run.mkdir()
     (run / "thesis.tex").write_text("x")
@@ -284,22 +262,24 @@ def test_nothing_but_a_run_is_removed(finished, directory, capsys):
 
 def test_what_would_fail_after_training_is_found_before(finished, directory, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_start", None)  # nothing is trained
-    shutil.rmtree(directory / "sweep" / "terminal-rmsnorm" / "seed-7")
-    unknown = directory / "sweep" / "per-loop-raw" / "seed-7"
+    shutil.rmtree(directory / "sweep" / NAMES[0] / "seed-7")
+    unknown = directory / "sweep" / NAMES[1] / "seed-7"
     shutil.rmtree(unknown / "checkpoint")
     (unknown / "summary.json").unlink()
     (unknown / "thesis.tex").write_text("x")
     assert main(again(finished, directory)) == 2
     assert re.search(r"out must hold nothing but runs. .*seed-7 holds .*thesis.tex", capsys.readouterr().err)
-    assert main(again(finished, directory, "--claims", str(directory / "page"))) == 2
-    assert "n_loops must be 4, the paper's, for --claims. Got n_loops=" in capsys.readouterr().err
-    monkeypatch.setattr(sweep.claims, "N_LOOPS", tasks_of(again(finished, directory))[0].config.n_loops)
+    argv = sweep_words(
+        directory, "--claims", str(directory / "page"), "--out", str(directory / "x"), extra=("--n-loops", "3")
+    )
+    assert main(argv) == 2
+    assert "n_loops must be 4, the paper's, for --claims. Got n_loops=3" in capsys.readouterr().err
     assert main(again(finished, directory, "--claims", "/proc/page")) == 2
     assert "out must be a directory that can be written. Got out=/proc/page" in capsys.readouterr().err
 
 
 def test_divergence_is_a_result(tmp_path, capsys):
-    argv = sweep_arguments(tmp_path, "--conditions", "per-loop-raw", extra=("--learning-rate", "1e30"))
+    argv = sweep_words(tmp_path, "--conditions", "per-loop-raw", extra=("--learning-rate", "1e30"))
     assert main(argv) == 0
     assert re.search(r"per-loop-raw +seed 7 +diverged at step \d", capsys.readouterr().out)
     table = (tmp_path / "sweep" / "sweep.md").read_text()
@@ -319,7 +299,7 @@ def test_failure_of_one_run_does_not_end_the_sweep(finished, directory, capsys):
     assert main(argv) == 1
     printed = capsys.readouterr().out
     assert re.search(r"terminal-rmsnorm .* failed \(exit 2, see .*seed-7.log\): error: .* is torn", printed)
-    assert re.search(r"per-loop-raw .* PPL .* 2 of 2 done", printed)
+    assert re.search(r"per-loop-rmsnorm .* PPL .* 2 of 2 done", printed)
     record = json.loads((directory / "sweep" / "sweep.json").read_text())
     assert [run["status"] for run in record["runs"]] == ["checkpoint", "complete"]
 
@@ -333,10 +313,8 @@ def wait_until(holds, seconds: float = 240) -> None:
 
 def begin(directory: Path) -> subprocess.Popen[str]:
     """Two long runs at once, both in training when this returns."""
-    argv = sweep_arguments(directory, "--steps", "100000", "--jobs", "2")
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *argv], cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    argv = sweep_words(directory, "--steps", "100000", "--jobs", "2")
+    process = subprocess.Popen([*PROGRAM, *argv], cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     runs = [task.directory for task in tasks_of(argv)]
     wait_until(lambda: all(read_metrics(run / "metrics.jsonl") for run in runs))
     return process
@@ -345,7 +323,7 @@ def begin(directory: Path) -> subprocess.Popen[str]:
 def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeypatch):
     with begin(tmp_path) as process:
         monkeypatch.setattr(sweep, "_start", None)
-        argv = sweep_arguments(tmp_path, "--steps", "100000")
+        argv = sweep_words(tmp_path, "--steps", "100000")
         assert main(argv) == 2
         assert "out must not be in use" in capsys.readouterr().err
         process.send_signal(signal.SIGTERM)
@@ -353,9 +331,8 @@ def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeyp
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopping 2 running" in output
     command = shlex.split(output.splitlines()[-1])
-    assert command[0] == sys.executable
-    assert (tmp_path / command[1]).resolve() == PROGRAM
-    assert command[2:] == sweep_arguments(tmp_path, "--steps", "100000", "--jobs", "2")
+    assert command[:3] == PROGRAM
+    assert command[3:] == sweep_words(tmp_path, "--steps", "100000", "--jobs", "2")
     for task in tasks_of(argv):
         step = json.loads((task.directory / "checkpoint" / "checkpoint.json").read_text())["step"]
         assert 1 <= step < 100_000
@@ -368,7 +345,7 @@ def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
     with begin(tmp_path) as process:
         process.kill()
     monkeypatch.setattr(sweep, "_start", None)
-    argv = sweep_arguments(tmp_path, "--steps", "100000")
+    argv = sweep_words(tmp_path, "--steps", "100000")
     try:
         assert main(argv) == 2
         assert "out must not be in use" in capsys.readouterr().err
@@ -388,7 +365,7 @@ def _process_of(run: Path) -> int:
 
 
 def test_jobs_share_the_machine(monkeypatch, tmp_path):
-    config = tasks_of(sweep_arguments(tmp_path))[0].config
+    config = tasks_of(sweep_words(tmp_path))[0].config
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,10 @@
+import json
+import os
+import random
 import re
+import signal
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -7,10 +13,21 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import text
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from train.corpus import load_corpus
-from train.tokenizer import PAPER_REGEX, PAPER_SPECIALS, load_tokenizer, pieces, train_bpe, train_paper
+from train.interrupt import Interrupted, Interruptions
+from train.tokenizer import (
+    LONGEST_WORD,
+    MAX_VOCAB_SIZE,
+    PAPER_REGEX,
+    PAPER_SPECIALS,
+    interruptibly,
+    load_tokenizer,
+    pieces,
+    train_bpe,
+    train_paper,
+)
 
 DOCUMENTS = [text(2000, seed=0), text(2000, seed=0)[:5000]]
 
@@ -34,6 +51,54 @@ def test_bpe_loses_nothing(bpe, document):
     assert bpe.eos not in ids
 
 
+def test_words_of_ordinary_length_are_merged_as_ever():
+    documents = [*DOCUMENTS, "x" * LONGEST_WORD + " " + "ab" * 200 + "\n" * 80 + "." * 99 + " é" * 50 + "é" * 200]
+    plain = tokenizers.Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    plain.train_from_iterator(documents, trainer)
+    made = train_bpe(documents, 600)
+    assert json.loads(made.model.to_str())["model"] == json.loads(plain.to_str())["model"]
+    for ids, expected in zip(made.encode(documents), plain.encode_batch(documents), strict=True):
+        assert ids.tolist() == expected.ids
+
+
+RUNS = {
+    "letters": "".join(random.Random(0).choices("kmnz", k=600_000)),
+    "digits": "".join(random.Random(1).choices("0123456789", k=200_000)),
+    "signs": "".join(random.Random(2).choices("+-*/()", k=200_000)),
+    "blanks": "".join(random.Random(3).choices(" \t\n", k=200_000)),
+    "two bytes": "".join(random.Random(4).choices("äöüéèøå", k=100_000)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_text_without_ends_of_words_takes_seconds(name):
+    start = time.perf_counter()
+    made = train_bpe([RUNS[name]], 4096)
+    (ids,) = made.encode([RUNS[name]])
+    assert time.perf_counter() - start < 20
+    assert made.decode(ids) == RUNS[name]
+    assert max(len(word) for word, _ in made.model.pre_tokenizer.pre_tokenize_str(RUNS[name])) == LONGEST_WORD
+
+
+def test_a_signal_ends_training_at_once():
+    documents = ["".join(random.Random(5).choices("abcdefgh", k=4_000_000))]
+    with Interruptions().installed():
+        press = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        press.start()
+        start = time.perf_counter()
+        with pytest.raises(Interrupted):
+            train_bpe(documents, 4000)
+        assert time.perf_counter() - start < 2
+
+
+def test_an_error_of_the_library_is_raised_here():
+    with pytest.raises(TypeError, match="sequence item 0"):
+        interruptibly("".join, [1])
+
+
 def test_bpe_special_token_in_the_text_is_text(bpe):
     (ids,) = bpe.encode(["a<eos>b"])
     assert bpe.eos not in ids
@@ -48,7 +113,14 @@ def test_bpe_has_the_size_asked_for_and_is_deterministic(bpe):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "message"), [(256, "at least 257"), (100_000, r"at most \d+, .* Got vocab_size=")]
+    ("vocab_size", "message"),
+    [
+        (256, "at least 257 "),
+        (100_000, r"at most \d+, .* Got vocab_size="),
+        (MAX_VOCAB_SIZE + 1, "at most 1,048,576 for the tokenizer bpe. Got vocab_size=1048577"),
+        (2**40, "at most 1,048,576 "),
+        (-1, "at least 257 "),
+    ],
 )
 def test_bpe_vocabulary_out_of_range(vocab_size, message):
     with pytest.raises(ValueError, match=message):
@@ -73,6 +145,12 @@ def test_paper_words_must_occur_twice():
     with pytest.raises(ValueError, match=r"at most 6, "):  # four special tokens, "a" and " "
         train_paper(["a a b c"], 7)
     assert train_paper(["a a b c"], 6).encode(["a b"])[0].tolist() == [5, 4, 3]  # b is <unk>
+
+
+@pytest.mark.parametrize(("vocab_size", "rule"), [(4, "at least 5 "), (2**31, "at most 1,048,576 ")])
+def test_paper_vocabulary_out_of_range(vocab_size, rule):
+    with pytest.raises(ValueError, match=f"{rule}.*tokenizer paper. Got vocab_size={vocab_size}"):
+        train_paper(DOCUMENTS, vocab_size)
 
 
 def test_saved_tokenizers_load(bpe, paper, tmp_path):

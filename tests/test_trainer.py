@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from tiny_run import arguments
 
-from train import config, data, trainer
+from train import config, data, prepare, progress, trainer
 from train.metrics import read_metrics
 from train.run import main
 from train.tokenizer import load_tokenizer
@@ -128,7 +128,7 @@ def test_interrupted_evaluation_is_all_that_is_repeated(tmp_path, monkeypatch, c
     with monkeypatch.context() as context:
         context.setattr(trainer, "_evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
         assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
-    assert f"To continue from the checkpoint:\n  {trainer.resume_command(run)}" in capsys.readouterr().out
+    assert f"To continue from it: {progress.resume_command(run)}\n" in capsys.readouterr().out
     before = rows_of(run)
     assert main(["--resume", str(run)]) == 0
     assert rows_of(run) == before
@@ -159,7 +159,7 @@ def test_stopped_while_checkpoints_change_places(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_step", signals)
         assert main(arguments(tmp_path, "--out", str(run), "--save-every", "2")) == 128 + signal.SIGTERM
-    assert "To continue from the checkpoint" in capsys.readouterr().out
+    assert "checkpoint of step 4 is whole. To continue" in capsys.readouterr().out
     assert main(["--resume", str(run)]) == 0
 
 
@@ -219,7 +219,10 @@ def test_divergence_stops_with_one_line(tmp_path, capsys):
     options = ("--learning-rate", "1e30", "--grad-clip", "1e30", "--warmup-steps", "0")
     assert main(arguments(tmp_path, "--out", str(run), *options)) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the loss is")
+    assert error.startswith(
+        "error: the loss or the gradient was not finite in 5 steps in a row, 2 to 6, which were not "
+    )
+    assert "At step 2 it began in the norm penalty. Lower --learning-rate. That was before the first check" in error
     assert error.count("\n") == 1
     assert not (run / "summary.json").exists()
     assert not (run / "checkpoint").exists()
@@ -279,14 +282,14 @@ def test_a_directory_is_one_runs_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_of_two_runs_into_one_directory_the_first_stays(tmp_path, monkeypatch, capsys):
-    run, load = tmp_path / "run", trainer.load_data
+    run, load = tmp_path / "run", prepare.load_data
 
     def late(*arguments_, **options):
-        monkeypatch.setattr(trainer, "load_data", load)
+        monkeypatch.setattr(prepare, "load_data", load)
         assert main(arguments(tmp_path, "--out", str(run))) == 0  # begun later, with its text at hand
         return load(*arguments_, **options)
 
-    monkeypatch.setattr(trainer, "load_data", late)
+    monkeypatch.setattr(prepare, "load_data", late)
     assert main(arguments(tmp_path, "--out", str(run), "--seed", "8")) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert json.loads((run / "config.json").read_text())["train"]["seed"] != 8

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.multiprocessing
-from looped.kernels import looped_cross_entropy, readout_statistics
-from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from numerics import assert_no_worse_than
 from readout_case import Case
+
+from looped.kernels import looped_cross_entropy, readout_statistics
+from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -168,6 +170,136 @@ def test_trap_states_of_the_autocast_dtype(backend, device):
     expected, _ = looped_cross_entropy_reference(states.float(), case.tensors["head"], case.targets)
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
     assert torch.autograd.grad(loss, states)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 19, 37), (2, 7, 40, 23)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(softcap=4.0), dict(label_smoothing=0.2), dict(z_loss=0.1), dict(bias=True)]
+)
+def test_trap_nothing_lies_beyond_the_vocabulary(device, backend, shape, options):
+    """A chunk's rows are longer than V in memory; a product that reads them whole finds zeros there."""
+    n_loops, n_tokens, _, vocabulary = shape
+    length = -(-vocabulary // 16) * 16
+    buffer = torch.full((n_loops * n_tokens, length), torch.nan, device=device)
+    logits = buffer[:, :vocabulary].copy_(torch.randn(len(buffer), vocabulary, device=device) * 9)
+    z_loss = torch.tensor(options["z_loss"], device=device) if "z_loss" in options else None
+    bias = torch.randn(vocabulary, device=device) if "bias" in options else None
+    chosen = LossOptions(-100, options.get("label_smoothing", 0.0), options.get("softcap"), z_loss)
+    targets = torch.randint(vocabulary, (n_tokens,), device=device)
+    targets[1] = -100
+    results = RowResults(torch.empty(len(buffer), device=device))
+    cross_entropy_(logits, targets, None, bias, chosen, results, 0, gradient=True)
+    assert logits.isfinite().all()
+    assert backend == "cpu" or buffer[:, vocabulary:].eq(0).all()
+    Case(shape, device, torch.bfloat16, "raw", **options).check()
+
+
+@pytest.mark.parametrize("readout", ["rmsnorm", "layernorm", "final-only"])
+@pytest.mark.parametrize("n_tokens", [1, 5, 19])
+def test_trap_no_eps(device, backend, readout, n_tokens):
+    """Rows past the last one of a tile have no rstd that is finite, and add nothing all the same."""
+    Case((2, n_tokens, 24, 11), device, readout=readout, eps=0.0, penalty=0.1).check()
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("states_dtype", [torch.float32, torch.bfloat16])
+def test_trap_a_head_of_another_dtype(backend, device, states_dtype, head_dtype):
+    """Products in the states' dtype, each gradient in its tensor's: what FSDP2's mixed precision asks for."""
+    case = Case((2, 21, 24, 31), device)
+    leaves = {}
+    for name, dtype in (("actual", None), ("plain", None), ("truth", torch.float64)):
+        states, head = case.tensors["states"].to(states_dtype), case.tensors["head"].to(head_dtype)
+        states, head = (x.to(dtype or x.dtype).detach().requires_grad_() for x in (states, head))
+        function = looped_cross_entropy if name == "actual" else looped_cross_entropy_reference
+        loss = function(states, head, case.targets)[0]
+        leaves[name] = [loss.detach(), *torch.autograd.grad(loss, [states, head])]
+    assert leaves["actual"][2].dtype == head_dtype
+    for actual, plain, truth in zip(*leaves.values(), strict=True):
+        assert_no_worse_than(actual, plain, truth, dtype=torch.bfloat16 if states_dtype != torch.float32 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_trap_lightly_weighted_rows(backend, device, dtype, per_token):
+    """Each row keeps its gradient's precision, however small its weight is beside the others'."""
+    case = Case((3, 40, 24, 31), device, dtype)
+    weights = torch.tensor([3e-8, 1.0, 2e-6], device=device)
+    if per_token:
+        weights = torch.logspace(-8, 0, 40, device=device).expand(3, 40).contiguous()
+    case.options["weights"] = weights
+    scale = 2.0**15
+    actual, _ = case.run(looped_cross_entropy, upstream=scale)
+    plain, _ = case.run(looped_cross_entropy_reference, upstream=scale)
+    truth, _ = case.run(looped_cross_entropy_reference, torch.float64, upstream=scale)
+    for name in ("head", "norm_weight"):
+        assert_no_worse_than(actual[name], plain[name], truth[name], name=name)
+    light = truth["states"].abs().amax(-1) > 1e-4  # float16 holds less only as denormals
+    for loop in range(3):
+        for rows in light[loop].nonzero().squeeze(-1).split(10):
+            states = [values["states"][loop, rows] for values in (actual, plain, truth)]
+            assert_no_worse_than(*states, name=f"loop {loop}")
+
+
+@pytest.mark.parametrize("lost", [torch.inf, torch.nan])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_trap_a_row_without_weight_may_have_any_loss(backend, device, reduction, lost):
+    case = Case((2, 6, 24, 31), device, reduction=reduction)
+    weights = torch.rand(2, 6, device=device) + 0.1
+    weights[1, 4] = 0.0
+    case.options["weights"] = weights
+    expected, _ = case.run(looped_cross_entropy)
+    case.tensors["states"][1, 4] = lost
+    for function in (looped_cross_entropy, looped_cross_entropy_reference):
+        actual, _ = case.run(function, frozen=("states",) if function is looped_cross_entropy_reference else ())
+        torch.testing.assert_close(actual["loss"], expected["loss"])
+    actual, _ = case.run(looped_cross_entropy)
+    others = torch.ones(2, 6, dtype=torch.bool, device=device)
+    others[1, 4] = False
+    torch.testing.assert_close(actual["states"][others], expected["states"][others])
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize("weights", [None, "token"])
+def test_trap_the_mean_of_parts_is_that_of_the_whole(backend, device, weights, as_tensor):
+    """3 and 13 targets in two micro-batches: the sum of their losses over 16, not the mean of their means."""
+    case = Case((2, 20, 24, 31), device, weights=weights)
+    case.targets[3:7] = -100
+    expected, whole = case.run(looped_cross_entropy)
+    n_targets = torch.tensor(16, device=device) if as_tensor else 16
+    total, per_loop, gradients = 0.0, 0.0, []
+    for tokens in (slice(0, 7), slice(7, 20)):
+        part = Case((2, 20, 24, 31), device, weights=weights)
+        part.targets = case.targets[tokens]
+        for name in ("states", *(["weights"] if weights else [])):
+            part.tensors[name] = case.tensors[name][:, tokens]
+        values, _ = part.run(looped_cross_entropy, n_targets=n_targets)
+        reference, _ = part.run(looped_cross_entropy_reference, n_targets=n_targets)
+        torch.testing.assert_close(values["loss"], reference["loss"])
+        total, per_loop = total + values["loss"], per_loop + values["per_loop"]
+        gradients.append(values)
+    torch.testing.assert_close(total, expected["loss"])
+    torch.testing.assert_close(per_loop, whole.per_loop)
+    torch.testing.assert_close(gradients[0]["head"] + gradients[1]["head"], expected["head"], rtol=1e-4, atol=1e-7)
+    states = torch.cat([part["states"] for part in gradients], 1)
+    torch.testing.assert_close(states, expected["states"], rtol=1e-4, atol=1e-7)
+
+
+def test_trap_recompiles_for_every_penalty():
+    """An annealed penalty or z-loss, as a number or as a tensor, stays in one compiled graph."""
+    states, targets = torch.randn(2, 9, 16, requires_grad=True), torch.randint(31, (9,))
+    head = torch.randn(31, 16)
+
+    def function(penalty, z_loss):
+        return looped_cross_entropy(states, head, targets, penalty=penalty, z_loss=z_loss).loss
+
+    for kind, frames in ((torch.tensor, 1), (float, 2)):  # the second number makes it a symbol
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(function, backend=counter, fullgraph=True)
+        for step in range(12):
+            penalty, z_loss = kind(0.01 * 0.9**step), kind(1e-3 * 0.8**step)
+            torch.testing.assert_close(compiled(penalty, z_loss), function(penalty, z_loss))
+        assert counter.frame_count <= frames, kind
 
 
 def test_second_derivatives_are_refused():

@@ -5,7 +5,6 @@ other options and ``validate`` checks everything, both before anything is read o
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from looped.kernels.device import multiplies_faster
 
+from looped import run_directory
 from looped.config import PRESETS, LoopedConfig, Positions, Readout
-from looped.saved_run import check_writable, nearest_existing
+from looped.kernels.device import multiplies_faster
+from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Supervision
+from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]
@@ -83,13 +84,17 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """AdamW's learning rate, after warm-up."""
     schedule: Schedule = "constant"
-    """What the learning rate does after warm-up; warmup-cosine falls to a tenth at the last step."""
+    """What the learning rate does after warm-up; warmup-cosine falls to a tenth at schedule_steps."""
+    schedule_steps: int | None = None
+    """Steps over which the schedule runs. None: steps; when a run is continued, what they were."""
     warmup_steps: int = 40
     """Steps over which the learning rate rises linearly, with either schedule."""
     weight_decay: float = 0.01
     """AdamW's weight decay, on every parameter."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
+    max_bad_steps: int = 5
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops. They are not taken."""
     seed: int = 42
     """Seed of the weights, the dropout and the order of the windows."""
     stride: int | None = None
@@ -102,6 +107,8 @@ class TrainConfig:
     """auto (CUDA if there is one), cpu, cuda or cuda:N."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graph: bool = True
+    """On a GPU: capture a step once and launch it as one CUDA graph. A continued run decides anew."""
     checkpoint_loops: bool = False
     """Recompute each loop in the backward pass instead of keeping its activations."""
 
@@ -110,12 +117,12 @@ class TrainConfig:
     eval_tokens: int | None = 131_072
     """Validation tokens to evaluate on, in windows spread evenly over the split. None: all of it."""
     save_every: int = 1000
-    """Steps between two checkpoints; 0 for one at the end only."""
+    """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
     out: Path | None = None
     """Directory the run is left in. None: runs/<preset>-<time>."""
     resume: Path | None = None
-    """Directory of a run to continue with its own configuration; of the options only those of length and execution
-    may be given beside it."""
+    """Directory of a run to continue with its own configuration. Of the options only those of length, execution and
+    tuning may change, and where the same text is."""
     cache: Path | None = None
     """Directory for tokenizers and encoded text. None: looped-lm in $XDG_CACHE_HOME or ~/.cache."""
 
@@ -128,8 +135,14 @@ MODEL_FIELDS = (
 # What may change when a run is continued: how it is carried out and how long, not what is trained.
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
-    "log_every", "eval_tokens", "save_every", "resume", "cache",
+    "log_every", "eval_tokens", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
 )  # fmt: skip
+
+# What else may change then, because training may ask for it; the run says so.
+RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
+
+# Where text and tokenizer are may change; that they are the same is told by their fingerprint.
+MOVABLE = ("data", "tokenizer")
 
 # Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
 # 2606.24898); of Ouro only the shape is taken, with defaults for one large GPU. The demo's schedule is constant, so
@@ -168,7 +181,8 @@ def preset_config(preset: str) -> TrainConfig:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
-    be trained, from the preset; ``stride``; ``dtype``; and ``out``, named after the preset and the time.
+    be trained, from the preset; ``stride``; ``dtype``; ``cuda_graph``, off without a GPU; and
+    ``out``, named after the preset and the time.
 
     Raises ValueError if steps and epochs are both given, or ``device`` is not there.
     """
@@ -183,6 +197,8 @@ def complete(config: TrainConfig) -> TrainConfig:
         filled["stride"] = config.seq_len
     if config.dtype is None:
         filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
+    if device_of(config).type != "cuda":
+        filled["cuda_graph"] = False
     if config.out is None:
         filled["out"] = config.resume or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(config, **filled)
@@ -190,12 +206,14 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 def read_config(run: Path) -> TrainConfig:
     """The configuration in a run's config.json. Raises ValueError if there is none, or none of this version."""
-    path = run / "config.json"
+    path = run / CONFIG
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["train"]
+        stored = run_directory.read_config(run)["train"]
         cache = None if stored["cache"] is None else Path(stored["cache"])
         return TrainConfig(**(stored | {"cache": cache}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise ValueError(f"resume must be the directory of a run. {error}") from error
+    except (KeyError, TypeError) as error:
         raise ValueError(f"resume must be the directory of a run. {path} cannot be used ({error!r:.120}).") from error
 
 
@@ -234,7 +252,8 @@ def validate(config: TrainConfig) -> None:
 
     Raises ValueError naming the option, the rule and the value.
     """
-    for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "vocab_size"):
+    for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
+                 "max_bad_steps"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
     for name in ("seq_len", "n_loops", "d_model", "n_heads", "n_layers", "d_ff"):
         _check(config, name, lambda value: value >= 1, "at least 1")
@@ -254,6 +273,8 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(
             f"tokenizer must be bpe, paper or the path of a tokenizer.json. Got tokenizer={config.tokenizer!r}."
         )
+    if config.vocab_size is not None:
+        check_vocab_size(config.tokenizer, config.vocab_size)
     model_config(config, config.vocab_size or 1)
     device_of(config)
     if config.resume is None and config.out is not None:

@@ -3,13 +3,18 @@
 The documents of a split are joined, each followed by the end-of-document token, into one array of uint16 (uint32 above
 65,536 tokens); where each document begins is kept beside it, and so is the tokenizer. A cache entry is named by the
 hash of the text, the tokenizer asked for and FORMAT, and appears whole or not at all.
+
+An entry also knows the files that its text was read from, by name, size and times, so that a later start finds it
+without reading them: ``sources`` holds a small file for each state of the text that led here.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from train.corpus import Corpus
+from train.corpus import Corpus, FileState, file_state, load_corpus, text_state
 from train.tokenizer import Tokenizer, load_tokenizer, pieces, train_bpe, train_paper
 
-FORMAT = 2  # raise it when the files of an entry, or how ids come about, change
+FORMAT = 3  # raise it when the files of an entry, or how documents are read or ids come about, change
 CHARACTERS_AT_ONCE = 4 << 20
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,24 @@ def cache_directory(cache: Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looped-lm"
 
 
-def load_data(corpus: Corpus, *, tokenizer: str, vocab_size: int | None, seq_len: int, cache: Path) -> TokenData:
-    """Encode both splits, or find them in ``cache``.
+def load_data(data: str, *, tokenizer: str, vocab_size: int | None, seq_len: int, cache: Path) -> TokenData:
+    """The text of ``data``, encoded, for a run. If ``cache`` has it and no file has changed, no text is read.
+
+    Raises ValueError as ``load_corpus`` and ``encode_corpus`` do.
+    """
+    state = text_state(data)
+    asked = _asked(tokenizer, vocab_size)
+    entry = _entry_of(state, asked, cache)
+    if entry is None:
+        _let_the_clock_move_on(state)
+        corpus = load_corpus(data)
+        entry = encode_corpus(corpus, tokenizer=tokenizer, vocab_size=vocab_size, seq_len=seq_len, cache=cache)
+        _remember(state, asked, entry)  # the state from before reading: what was written since is another
+    return open_entry(entry, name=tokenizer, seq_len=seq_len)
+
+
+def encode_corpus(corpus: Corpus, *, tokenizer: str, vocab_size: int | None, seq_len: int, cache: Path) -> Path:
+    """Encode both splits, or find them in ``cache``. Returns the entry, whose tokens are checked.
 
     ``tokenizer``: ``bpe`` or ``paper``, trained on the training split to ``vocab_size`` tokens, or the path of a
     tokenizer.json, whose size ``vocab_size`` may exceed but not cut.
@@ -64,8 +86,7 @@ def load_data(corpus: Corpus, *, tokenizer: str, vocab_size: int | None, seq_len
     its range, or a split is too short for one window of ``seq_len`` + 1 tokens.
     """
     text = corpus.fingerprint()
-    asked = tokenizer.encode() if tokenizer in ("bpe", "paper") else Path(tokenizer).read_bytes()
-    entry = cache / f"tokens-{_hash(f'{FORMAT} {text} {vocab_size} '.encode() + asked)}"
+    entry = cache / _name(text, _asked(tokenizer, vocab_size))
     if not _is_whole(entry):
         made = _make_tokenizer(corpus, tokenizer, vocab_size)
         created = not cache.exists()
@@ -73,15 +94,59 @@ def load_data(corpus: Corpus, *, tokenizer: str, vocab_size: int | None, seq_len
         try:
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 whole = Path(scratch) / "whole"
-                whole.mkdir()
-                _encode(corpus, made, whole, seq_len=seq_len)
+                (whole / "sources").mkdir(parents=True)
+                _encode(corpus, text, made, whole, seq_len=seq_len)
                 _put(whole, entry, torn=Path(scratch) / "torn")
         except BaseException:
             if created:
                 with contextlib.suppress(OSError):  # another process has put something there
                     cache.rmdir()
             raise
-    return _open(entry, corpus, text, name=tokenizer, seq_len=seq_len)
+    _check_range(entry)
+    return entry
+
+
+def _asked(tokenizer: str, vocab_size: int | None) -> bytes:
+    """What tells one tokenizer from another before it is made."""
+    return f"{vocab_size} ".encode() + (
+        tokenizer.encode() if tokenizer in ("bpe", "paper") else Path(tokenizer).read_bytes()
+    )
+
+
+def _name(text: str, asked: bytes) -> str:
+    return f"tokens-{_hash(f'{FORMAT} {text} '.encode() + asked)}"
+
+
+def _entry_of(state: FileState, asked: bytes, cache: Path) -> Path | None:
+    """The entry that this state of the text has led to, if it is whole and its tokens are as they were then."""
+    for source in cache.glob(f"tokens-*/sources/{_source(state, asked)}"):
+        entry = source.parent.parent
+        if _is_whole(entry) and source.read_text(encoding="utf-8") == _tokens_state(entry):
+            return entry
+    return None
+
+
+def _remember(state: FileState, asked: bytes, entry: Path) -> None:
+    """Let ``_entry_of`` find an entry whose tokens have been checked. A cache that may not be written forgets it."""
+    with contextlib.suppress(OSError):
+        (entry / "sources" / _source(state, asked)).write_text(_tokens_state(entry), encoding="utf-8")
+
+
+def _source(state: FileState, asked: bytes) -> str:
+    return _hash(f"{FORMAT} {state.key} ".encode() + asked)
+
+
+def _tokens_state(entry: Path) -> str:
+    return file_state([entry / f"{split}.tokens" for split in SPLITS]).key
+
+
+def _let_the_clock_move_on(state: FileState) -> None:
+    """Wait until whatever is written from now on has another time than what was written last.
+
+    Clocks of file systems tick every few milliseconds; some keep whole seconds only.
+    """
+    tick = 2.0 if state.newest % 10**9 == 0 else 0.02
+    time.sleep(max(0.0, min(tick, state.newest / 1e9 + tick - time.time())))
 
 
 def _put(whole: Path, entry: Path, *, torn: Path) -> None:
@@ -111,10 +176,10 @@ def _make_tokenizer(corpus: Corpus, tokenizer: str, vocab_size: int | None) -> T
     return loaded
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, seq_len: int) -> None:
-    """Write an entry's files."""
+def _encode(corpus: Corpus, text: str, tokenizer: Tokenizer, directory: Path, *, seq_len: int) -> None:
+    """Write an entry's files. ``text``: the hash of the corpus."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    meta: dict[str, object] = {"dtype": dtype.name}
+    meta: dict[str, object] = {"text": text, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name}
     lossless = tokenizer.lossless
     total = sum(map(len, corpus.train)) + sum(map(len, corpus.validation))
     with tqdm(total=total, desc="encoding", unit="char", unit_scale=True, disable=None, leave=False) as bar:
@@ -167,25 +232,34 @@ def _is_whole(entry: Path) -> bool:
         size = np.dtype(meta["dtype"]).itemsize
         return (entry / "tokenizer.json").stat().st_size > 0 and all(
             (entry / f"{split}.tokens").stat().st_size == size * meta[split]
-            and np.load(entry / f"{split}.bounds.npy")[-1] == meta[split]
-            for split in ("train", "validation")
+            and np.load(entry / f"{split}.bounds.npy", mmap_mode="r")[-1] == meta[split]
+            for split in SPLITS
         )
     except (OSError, ValueError, KeyError, IndexError, EOFError):
         return False
 
 
-def _open(entry: Path, corpus: Corpus, text: str, *, name: str, seq_len: int) -> TokenData:
+def _check_range(entry: Path) -> None:
+    """Reads every token. Raises ValueError if one is not in the vocabulary: the file is damaged."""
     meta = json.loads((entry / "meta.json").read_text())
-    tokenizer = load_tokenizer(entry / "tokenizer.json", corpus.train, name=name)
+    for split in SPLITS:
+        largest = np.memmap(entry / f"{split}.tokens", dtype=meta["dtype"], mode="r").max()
+        if largest >= meta["vocab_size"]:
+            raise ValueError(
+                f"tokens must be below vocab_size={meta['vocab_size']}. Got {largest} in {entry}, which may be deleted "
+                "to encode the text again."
+            )
+
+
+def open_entry(entry: Path, *, name: str, seq_len: int) -> TokenData:
+    """Map an entry's files. ``name``: its tokenizer's. Raises ValueError if a split is too short for one window."""
+    meta = json.loads((entry / "meta.json").read_text())
+    tokenizer = load_tokenizer(entry / "tokenizer.json", [], name=name)
+    tokenizer = dataclasses.replace(tokenizer, lossless=meta["lossless"])
     splits = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         tokens = np.memmap(entry / f"{split}.tokens", dtype=meta["dtype"], mode="r")
         _check_length(split, len(tokens), seq_len)
-        if int(tokens.max()) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"tokens must be below vocab_size={tokenizer.vocab_size}. Got {tokens.max()} in {entry}, which may be "
-                "deleted to encode the text again."
-            )
         splits[split] = TokenSplit(tokens, np.load(entry / f"{split}.bounds.npy"))
-    fingerprint = _hash(f"{text} {tokenizer.model.to_str()}".encode())
+    fingerprint = _hash(f"{meta['text']} {tokenizer.model.to_str()}".encode())
     return TokenData(splits["train"], splits["validation"], tokenizer, meta["lossless"], fingerprint)

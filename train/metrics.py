@@ -3,9 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from looped.whole_file import replacing
+
+SCALARS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second")  # of every row
+PER_LOOP = ("ce", "state_norm", "radial_fraction")  # lists [K]
+# bad_steps (not taken so far) and mfu (a share) came later: rows of older runs are without them.
 
 
 def finite(value: Any) -> Any:
@@ -19,36 +25,73 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path``, which at no moment holds half of it."""
-    scratch = path.with_name(f"{path.name}.new")
-    scratch.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """The rows of a metrics.jsonl. Lines that are none, such as a last one that a kill cut short, are left out."""
+    return [row for _, row in _lines(path) if row is not None]
+
+
+def foreign_lines(path: Path) -> list[int]:
+    """Numbers, from 1, of the lines that are no rows. A last line without an end was cut short, and is not counted."""
+    found = [number for number, row in _lines(path) if row is None]
+    whole = path.read_bytes().count(b"\n") if path.exists() else 0
+    return [number for number in found if number <= whole]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number and row of every line that is not blank; None for one that is no row."""
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, nested without end
+                row = None
+            yield number, row if _is_row(row) else None
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(name in row for name in (*SCALARS, *PER_LOOP)):
+        return False
+    lists = [row[name] for name in PER_LOOP]
+    return (
+        type(row["step"]) is int
+        and row["step"] >= 1
+        and all(_is_number(row[name]) for name in SCALARS)
+        and all(isinstance(values, list) and all(map(_is_number, values)) for values in lists)
+        and len({len(values) for values in lists}) == 1
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 class MetricsLog:
     """metrics.jsonl, open for appending. Rows already there stay only where ``keep`` says so."""
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if keep(row)]
-        scratch = path.with_name(f"{path.name}.new")
-        scratch.write_text("".join(kept))
-        os.replace(scratch, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.kept = [row for row in read_metrics(path) if keep(row)]
+        with replacing(path) as scratch:
+            scratch.write_bytes(b"".join(map(_line, self.kept)))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row, so that a reader of the file sees it at once."""
-        self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write a row, so that a reader of the file sees it at once; or, if the disk is full, nothing of it."""
+        line, size = _line(row), self._file.tell()
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            os.truncate(self._file.fileno(), size)
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(finite(row), allow_nan=False).encode() + b"\n"

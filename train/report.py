@@ -2,9 +2,10 @@
 
 import os
 import platform
-import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -17,24 +18,40 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 from looped.provenance import package_version, processor, project_commit
+from looped.whole_file import replacing
 from train.step import LoopResult
+
+resource: ModuleType | None
+try:
+    import resource
+except ModuleNotFoundError:  # not a POSIX system
+    resource = None
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "datasets", "safetensors")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit of the project (None outside a git checkout) and peak memory of this process, bytes."""
+    """Device, versions, commit of the project (None outside a git checkout) and peak memory of this process, bytes
+    (None where the system does not say)."""
     if device.type == "cuda":
-        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+        name = torch.cuda.get_device_name(device)
     else:
         name = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "device": f"{device.type}: {name}",
         "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
         "commit": project_commit(),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": _peak_memory(device),
     }
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def table(results: Sequence[LoopResult]) -> str:
@@ -61,7 +78,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResul
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     plt.close(figure)
 
 

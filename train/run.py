@@ -6,7 +6,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 # OpenMP's threads wait for each other by spinning, by default for milliseconds. Where another program wants a core too,
 # a spinning thread holds the core that the awaited one needs, and a step takes several times as long; with no spinning
@@ -15,12 +16,29 @@ from typing import TypeVar
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+if not __package__:  # run by its path: with the packages of its own checkout, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import tyro
 
-from train import checkpoint
-from train.config import RESUMABLE, TrainConfig, comparable, complete, preset_config, read_config, validate
+from train.checkpoint import CheckpointError
+from train.config import (
+    MOVABLE,
+    RESUMABLE,
+    RETUNABLE,
+    TrainConfig,
+    comparable,
+    complete,
+    device_of,
+    preset_config,
+    read_config,
+    validate,
+)
 from train.interrupt import Interrupted, Interruptions
-from train.trainer import NotFiniteError, prepare, resume_command, train
+from train.output import lasting_output
+from train.prepare import prepare
+from train.progress import how_to_continue
+from train.trainer import NotFiniteError, train
 
 Options = TypeVar("Options")
 
@@ -28,28 +46,28 @@ Options = TypeVar("Options")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's).
 
-    Returns the exit code: 0; 1 if training diverged; 2 after one line on stderr if the input is bad, with nothing
-    left behind; 128 + n if signal n stopped it.
+    Returns the exit code: 0; 1 after one line on stderr if training diverged or a file could not be written; 2 after
+    one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
     """
     run = None
-    with Interruptions().installed() as interruptions:
+    with lasting_output(), Interruptions().installed() as interruptions:
         try:
             config = parse(sys.argv[1:] if argv is None else list(argv))
             validate(config)
             run = prepare(config)
-        except (ValueError, OSError) as error:
-            return _fail(error, 2)
+        except (ValueError, OSError, ImportError) as error:
+            return _fail(str(error), 2)
         except Interrupted as interrupted:
-            return _fail(interrupted, 128 + interrupted.signum)
+            return _fail(str(interrupted), 128 + interrupted.signum)
         try:
             return train(run, interruptions)
         except NotFiniteError as error:
-            return _fail(error, 1)
+            lower = ("--learning-rate", f"{config.learning_rate / 2:g}")
+            return _fail(f"{error} {how_to_continue(run.out, *lower)}", 1)
+        except (OSError, CheckpointError) as error:
+            return _fail(f"step {run.step} of {run.steps}: {error}. {how_to_continue(run.out)}", 1)
         except Interrupted as interrupted:
-            if checkpoint.find(run.out) is not None:
-                print(f"\nstopped at once. To continue from the checkpoint:\n  {resume_command(run.out)}")
-            else:
-                print(f"\nstopped at once, before the first checkpoint: {run.out} cannot be continued.")
+            print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum
         finally:
             run.close()
@@ -60,23 +78,30 @@ def parse(argv: list[str]) -> TrainConfig:
 
     Raises ValueError if an option is unknown, has no value of its type, or may not change on resuming.
     """
-    asked = command_line([word for word in argv if word not in ("-h", "--help")], TrainConfig())
+    asked = command_line([word for word in argv if word not in ("-h", "--help")], TrainConfig(cuda_graph=False))
     if asked.resume is None:
-        return complete(command_line(argv, preset_config(asked.preset)))
+        return _checked_graph(asked, complete(command_line(argv, preset_config(asked.preset))))
     stored = read_config(asked.resume)
-    length = {"steps": None, "epochs": None}
-    config = command_line(argv, dataclasses.replace(stored, **length))  # type: ignore[arg-type]
+    anew: dict[str, Any] = {"steps": None, "epochs": None, "cuda_graph": True}
+    config = command_line(argv, dataclasses.replace(stored, **anew))
     for field in dataclasses.fields(TrainConfig):
         before, now = comparable(stored, field.name), comparable(config, field.name)
         if field.name == "out" and now is not None and os.path.abspath(now) == os.path.abspath(asked.resume):
             continue
-        if now != before and field.name not in RESUMABLE:
+        if now != before and field.name not in (*RESUMABLE, *RETUNABLE, *MOVABLE):
             raise ValueError(
                 f"{field.name} cannot change when a run is continued. Got {field.name}={now}; it began with {before}."
             )
     if config.steps is None and config.epochs is None:
         config = dataclasses.replace(config, steps=stored.steps, epochs=stored.epochs)
-    return complete(config)
+    return _checked_graph(asked, complete(config))
+
+
+def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """Raises ValueError if CUDA graphs were asked for by name where there are none."""
+    if asked.cuda_graph and not config.cuda_graph:
+        raise ValueError(f"cuda_graph needs a CUDA device. Got --cuda-graph on device={device_of(config)}.")
+    return config
 
 
 def command_line(argv: list[str], defaults: Options, prog: str = "train/run.py") -> Options:
@@ -93,8 +118,8 @@ def command_line(argv: list[str], defaults: Options, prog: str = "train/run.py")
         raise ValueError(message.partition("For full helptext")[0]) from None
 
 
-def _fail(error: BaseException, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

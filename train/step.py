@@ -11,22 +11,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looped.decoder import LoopedDecoder
-from looped.supervision import Supervision, evaluation_losses, looped_loss, readout_logits
+from looped.supervision import IGNORE_INDEX, Supervision, evaluation_losses, looped_loss, readout_logits
 from train.batches import Windows
 from train.config import Schedule
+from train.graph import WARM_UP, Launch, eagerly
 
 FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends
 
 
 class StepResult(NamedTuple):
     """Tensors on the device, detached. loss: scalar, penalty included. per_loop: [K] cross-entropy in nats, nan for
-    loops that were not read. grad_norm: scalar, before clipping. Only when measured: state_norm [K], mean over tokens
-    of ||H_k||_2; radial_fraction [K], mean over tokens of the immediate gradient's radial share, nan where unread.
+    loops that were not read. grad_norm: scalar, before clipping. bad: scalar, whether loss or gradient norm is not
+    finite, so that the step was not taken. Only when measured: state_norm [K], mean over tokens of ||H_k||_2;
+    radial_fraction [K], mean over tokens of the immediate gradient's radial share, nan where unread.
     """
 
     loss: Tensor
     per_loop: Tensor
     grad_norm: Tensor
+    bad: Tensor
     state_norm: Tensor | None
     radial_fraction: Tensor | None
 
@@ -69,37 +72,62 @@ def training_step(
     targets: Tensor,
     *,
     supervision: Supervision,
-    penalty: float,
+    penalty: float | Tensor,
     dtype: torch.dtype,
     grad_accumulation: int = 1,
     grad_clip: float = 1.0,
     measure: bool = False,
 ) -> StepResult:
-    """One step of the optimiser on inputs and targets [B, T], taken in ``grad_accumulation`` equal micro-batches.
+    """One step of the optimiser on inputs and targets [B, T], taken in ``grad_accumulation`` micro-batches.
 
-    All micro-batches hold the same number of targets, so the mean of their gradients is the batch's gradient.
+    The micro-batches may differ in rows and in ignored targets. Each loss is a sum over the whole batch's targets, and
+    each penalty has the share of its rows, so that the sums are the batch's loss and gradient.
+
+    A step whose loss or gradient norm is not finite leaves weights, moments and step counts as they were, without the
+    host knowing. For that the optimiser must be a fused one; raises ValueError for another.
     """
+    if not optimizer.defaults.get("fused"):
+        raise ValueError(f"optimizer must be fused, so that it can leave out a step. Got {type(optimizer).__name__}.")
     optimizer.zero_grad(set_to_none=True)
+    whole = grad_accumulation == 1  # then the loss itself counts the targets
+    n_targets = None if whole else (targets != IGNORE_INDEX).sum().clamp(min=1)
     parts: list[list[Tensor]] = []
     for part_inputs, part_targets in zip(
         inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True
     ):
+        share = len(part_inputs) / len(inputs)
         with autocast(inputs.device, dtype):
             states = model(part_inputs)
             result = looped_loss(
-                model, states, part_targets, supervision=supervision, penalty=penalty, statistics=measure
+                model,
+                states,
+                part_targets,
+                supervision=supervision,
+                penalty=share * penalty,
+                statistics=measure,
+                n_targets=n_targets,
             )
-        (result.loss / grad_accumulation).backward()
+        result.loss.backward()
         parts.append([result.loss.detach(), result.per_loop])
         if measure:
             assert result.statistics is not None
             assert result.statistics.radial_fraction is not None
-            parts[-1] += [state_norms(states), result.statistics.radial_fraction.flatten(1).mean(1)]
+            radial_fraction = result.statistics.radial_fraction.flatten(1).mean(1)
+            parts[-1] += [share * state_norms(states), share * radial_fraction]
+    loss, per_loop, *measured = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    loss, per_loop, *measured = (torch.stack(values).mean(0) for values in zip(*parts, strict=True))
-    state_norm, radial_fraction = measured if measure else (None, None)
-    return StepResult(loss, per_loop, grad_norm, state_norm, radial_fraction)
+    bad = ~(loss.isfinite() & grad_norm.isfinite())
+    _step_unless(bad, optimizer)
+    return StepResult(loss, per_loop, grad_norm, bad, *(measured if measure else (None, None)))
+
+
+def _step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimiser's step where ``bad``, a tensor on the device, is false: as torch.amp.GradScaler does it."""
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -118,8 +146,11 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype,
     bytes_per_token: np.ndarray | None,
+    launch: Launch = eagerly,
 ) -> list[LoopResult]:
     """Evaluate the windows ``indices`` at K = 1..n_loops; one pass gives the losses of all K.
+
+    What a window is filled up with counts nowhere.
 
     ``bytes_per_token``: [V], or None if bits per byte are not defined. Bits per byte charge the end-of-document
     tokens, which stand for no bytes, to the text: all bits over all bytes.
@@ -132,13 +163,15 @@ def evaluate(
     groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
         inputs, targets = windows.gather(group)
-        n_tokens += targets.numel()
-        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[targets.numpy()].sum())
-        with autocast(device, dtype):
-            states = model(to_device(inputs, device))
-            losses += evaluation_losses(model, states, to_device(targets, device)).flatten(1).double().sum(1)
-        norms += state_norms(states).double() * targets.numel()
-    rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype)
+        counted = targets[targets != IGNORE_INDEX]
+        n_tokens += len(counted)
+        n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[counted.numpy()].sum())
+        batch_losses, batch_norms = launch(
+            _evaluate_batch, model, dtype, to_device(inputs, device), to_device(targets, device)
+        )
+        losses += batch_losses
+        norms += batch_norms
+    rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype, launch=launch)
     results = []
     for loop, (total, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
         ce = total / n_tokens
@@ -147,25 +180,41 @@ def evaluate(
     return results
 
 
+def _evaluate_batch(model: LoopedDecoder, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] float64 each: sums over the tokens of their losses and of ||H_k||_2."""
+    with autocast(inputs.device, dtype):
+        states = model(inputs)
+        losses = evaluation_losses(model, states, targets).flatten(1).double().sum(1)
+    ignored = targets == IGNORE_INDEX
+    norms = [torch.linalg.vector_norm(state.float(), dim=-1).double().masked_fill(ignored, 0).sum() for state in states]
+    return losses, torch.stack(norms)
+
+
 @torch.no_grad()
-def throughput(model: LoopedDecoder, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5) -> list[float]:
+def throughput(
+    model: LoopedDecoder, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5, launch: Launch = eagerly
+) -> list[float]:
     """Tokens per second at K = 1..n_loops: the forward pass of K loops and the logits of the last state, [B, T, V].
 
     The K take turns, so that a machine that is busy for a while is so for all of them; the median round counts, after
-    one that warms up.
+    one that warms up, or as many as it takes to replay a graph.
     """
-
     loops = range(1, model.config.n_loops + 1)
+    warm_up = 1 if launch is eagerly else WARM_UP + 1
     seconds: list[list[float]] = [[] for _ in loops]
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_up):
         for loop in loops:
             _synchronise(inputs.device)
             start = time.perf_counter()
-            with autocast(inputs.device, dtype):
-                readout_logits(model, model(inputs, n_loops=loop)[-1])
+            launch(_forward, model, loop, dtype, inputs)
             _synchronise(inputs.device)
             seconds[loop - 1].append(time.perf_counter() - start)
-    return [inputs.numel() / median(times[1:]) for times in seconds]
+    return [inputs.numel() / median(times[warm_up:]) for times in seconds]
+
+
+def _forward(model: LoopedDecoder, n_loops: int, dtype: torch.dtype, inputs: Tensor) -> None:
+    with autocast(inputs.device, dtype):
+        readout_logits(model, model(inputs, n_loops=n_loops)[-1])
 
 
 def _synchronise(device: torch.device) -> None:

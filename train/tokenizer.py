@@ -6,15 +6,19 @@
   ``<unk>``) and letters outside the regex, so its perplexity compares with nothing else.
 - the path of a tokenizer.json of the ``tokenizers`` library.
 
-Both trained kinds see the training split only.
+Both trained kinds see the training split only. What the library takes long for runs in a thread of its own, so that a
+signal is handled meanwhile.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -25,13 +29,24 @@ PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 # What tokenizers call the token that ends a document; the first one in the vocabulary is taken.
 EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "[SEP]")
 PIECE = 1 << 20  # characters encoded at once
+# Bytes that bpe merges at most into one token. Every merge goes through every word that has its pair, so that the time
+# grows with the length of the longest word too: blanks, letters or digits without end (DNA, base64) are cut here.
+LONGEST_WORD = 512
+# The largest published vocabularies have about a million tokens. The library reserves memory for as many as are asked
+# for, and where it gets none it aborts the process.
+MAX_VOCAB_SIZE = 1 << 20
+# What a vocabulary holds at least: 256 bytes and <eos>; the special tokens and a word.
+MIN_VOCAB_SIZE = {"bpe": 257, "paper": len(PAPER_SPECIALS) + 1}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A ``tokenizers`` tokenizer, its end-of-document token and the bytes that each token stands for.
 
-    ``lossless``: byte-level, and decoding gave back what was encoded, on the sample that it was made with.
+    ``lossless``: byte-level, and decoding gave back what was encoded: of the sample that it was made with, or, for one
+    from a cache entry, of the whole text.
     ``vocab_size``: one more than the largest id.
     """
 
@@ -56,7 +71,7 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int64, without special tokens. Raises ValueError for text that has none."""
         try:
-            encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = interruptibly(self.model.encode_batch_fast, texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer {self.name} cannot encode the text ({error}).") from error
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
@@ -64,6 +79,37 @@ class Tokenizer:
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, special tokens included."""
         return self.model.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def check_vocab_size(tokenizer: str, vocab_size: int) -> None:
+    """Raises ValueError unless some text could give ``tokenizer`` (bpe, paper or a path) so many tokens."""
+    least = MIN_VOCAB_SIZE.get(tokenizer, 1)
+    if not least <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {least} and at most {MAX_VOCAB_SIZE:,} for the tokenizer {tokenizer}. "
+            f"Got vocab_size={vocab_size}."
+        )
+
+
+def interruptibly(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """What ``function`` returns or raises. Signals are handled while it runs.
+
+    Python handles signals in the main thread, and only between two of its own instructions: not in a call that takes
+    minutes. An exception that a signal raises leaves the call behind, in a thread that does not outlive the program.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # Windows handles signals only when a wait is over
+    return future.result()
 
 
 def pieces(document: str, size: int = PIECE) -> Iterator[str]:
@@ -87,12 +133,12 @@ def pieces(document: str, size: int = PIECE) -> Iterator[str]:
 def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with ``vocab_size`` tokens, ``<eos>`` among them.
 
-    Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, or the text has too few pairs to merge.
+    Raises ValueError if ``vocab_size`` is out of range, or the text has too few pairs to merge.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 for bpe: 256 bytes and <eos>. Got vocab_size={vocab_size}.")
+    check_vocab_size("bpe", vocab_size)
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False), cut])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -100,7 +146,7 @@ def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    model.train_from_iterator(documents, trainer, length=len(documents))
+    interruptibly(model.train_from_iterator, documents, trainer, length=len(documents))
     _check_size(model, vocab_size)
     return _finish("bpe", model, documents)
 
@@ -108,8 +154,9 @@ def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
 def train_paper(documents: list[str], vocab_size: int) -> Tokenizer:
     """Count the words of the paper's regex and keep the ``vocab_size`` most frequent, special tokens included.
 
-    Raises ValueError if fewer words occur twice.
+    Raises ValueError if ``vocab_size`` is out of range, or fewer words occur twice.
     """
+    check_vocab_size("paper", vocab_size)
     model = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
     # Inverted: what the regex does not match is removed, as in re.findall.
     model.pre_tokenizer = pre_tokenizers.Split(Regex(PAPER_REGEX), behavior="removed", invert=True)
@@ -117,7 +164,7 @@ def train_paper(documents: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=PAPER_SPECIALS, show_progress=sys.stderr.isatty()
     )
-    model.train_from_iterator(documents, trainer, length=len(documents))
+    interruptibly(model.train_from_iterator, documents, trainer, length=len(documents))
     _check_size(model, vocab_size)
     return _finish("paper", model, documents)
 
@@ -161,7 +208,7 @@ def _gives_back(model: tokenizers.Tokenizer, sample: list[str]) -> bool:
     if "ByteLevel" not in json.dumps(json.loads(model.to_str())["decoder"]):
         return False
     texts = [next(pieces(document)) for document in sample[:: max(1, len(sample) // 8)]]
-    encodings = model.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = interruptibly(model.encode_batch_fast, texts, add_special_tokens=False)
     return all(
         model.decode(encoding.ids, skip_special_tokens=False) == text
         for encoding, text in zip(encodings, texts, strict=True)

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import rms_norm_penalty
-from looped.kernels.device import accumulator
-from looped.kernels.rms_norm import rms_norm_penalty_reference
 from torch import Tensor
 
 from bench.competitors.libraries import (
@@ -20,6 +17,9 @@ from bench.competitors.libraries import (
 )
 from bench.measure.implementation import Implementation, by_name, compiled
 from bench.shapes import DEVICE, RowsShape
+from looped.kernels import rms_norm_penalty
+from looped.kernels.device import accumulator
+from looped.kernels.rms_norm import rms_norm_penalty_reference
 
 EPS = 1e-6
 

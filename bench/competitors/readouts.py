@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import looped_cross_entropy
 from torch import Tensor
 
 from bench.competitors.libraries import (
@@ -30,6 +29,7 @@ from bench.competitors.norms import torch_norm
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
 from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
 from bench.shapes import DEVICE, ReadoutShape
+from looped.kernels import looped_cross_entropy
 
 EPS = 1e-6
 Norm = Callable[[Tensor, Tensor, float], Tensor]  # rows [N, d], weight [d], eps

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from looped.kernels import looped_cross_entropy, readout_statistics
 from torch import Tensor
 
 from bench.competitors.libraries import CUT_MISSING, cut_cross_entropy
 from bench.competitors.readouts import EPS, Inputs, concatenated
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
 from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
+from looped.kernels import looped_cross_entropy, readout_statistics
 
 Statistics = dict[str, Tensor]  # each [K, N]
 

@@ -6,11 +6,11 @@ from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from looped.kernels.device import product_dtype
 from torch import Tensor
 
 from bench.measure.timing import Call, seconds_of
 from bench.shapes import BF16_IS_EMULATED, DEVICE, ReadoutShape
+from looped.kernels.device import product_dtype
 
 CHUNK_ROWS = (512, 2048, 8192) if DEVICE.type == "cuda" else (512, 2048)
 CHUNK_VOCABULARY = 8192  # rows of the head of one product at most: larger ones run at the same rate

@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 from torch import Tensor
+
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
 
 CHANNELS = (512, 768, 2048)
 WIDE_CHANNELS = (4096,)

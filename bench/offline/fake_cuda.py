@@ -3,13 +3,14 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.offline.record import Call, Record, bytes_of
+from bench.offline.record import Call, Record, bytes_of, caller
 
 
 class Autocast:
@@ -82,36 +83,47 @@ class Event:
         return later.milliseconds - self.milliseconds
 
 
+class Graph:
+    """torch.cuda.CUDAGraph: the calls of its capture, which a replay records again."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.calls: list[Call] = []
+
+    @contextlib.contextmanager
+    def capture(self, pool: Any = None) -> Iterator[None]:
+        """torch.cuda.graph: it waits for the device once, and what is captured must not."""
+        self.record.host_copies.append(f"capture, {caller()}")
+        n_calls, n_waits = len(self.record.calls), len(self.record.host_copies)
+        yield
+        if self.record.host_copies[n_waits:]:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {self.record.host_copies[n_waits]}")
+        self.calls = self.record.calls[n_calls:]
+        del self.record.calls[n_calls:]
+
+    def replay(self) -> None:
+        self.record.calls += self.calls
+
+
 class Stream:
-    """torch.cuda.Stream: all work is in one queue, in which nothing waits."""
+    """torch.cuda.Stream: there is one order of everything."""
 
     def wait_stream(self, other: "Stream") -> None:
         pass
 
 
-class Graph:
-    """torch.cuda.CUDAGraph: the calls that were made while it was captured, made again by a replay."""
-
-    def __init__(self) -> None:
-        self.record = Record()
-        self.calls: list[Call] = []
-
-    def replay(self) -> None:
-        self.record.calls.extend(self.calls)
-
-
-def capturing(record: Record) -> Callable[..., Any]:
-    """torch.cuda.graph: fails, as on a GPU, where the host would wait for the device."""
-
-    @contextlib.contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
-        first, waits = len(record.calls), len(record.host_copies)
-        yield
-        if record.host_copies[waits:]:
-            raise RuntimeError(f"a capture must not wait for the device. Got {record.host_copies[waits:]}")
-        graph.record, graph.calls = record, record.calls[first:]
-
-    return capture
+def graph_patches(record: Record) -> dict[str, Any]:
+    """What the capture of a CUDA graph calls."""
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    return {
+        "torch.cuda.CUDAGraph": lambda: Graph(record),
+        "torch.cuda.graph": Graph.capture,
+        "torch.cuda.graph_pool_handle": object,
+        "torch.cuda.Stream": Stream,
+        "torch.cuda.current_stream": Stream,
+        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
+        "torch.cuda.default_generators": [generator],
+    }
 
 
 def lock_pages(tensor: Tensor) -> Tensor:

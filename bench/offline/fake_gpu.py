@@ -22,7 +22,6 @@ What a CPU build of PyTorch lacks is imitated, here and in bench/offline/fake_cu
 """
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,8 +40,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.offline.fake_cuda import Autocast, Event, Graph, Stream, apply, capturing, copied, lock_pages, numbered
+from bench.offline.fake_cuda import Autocast, Event, apply, copied, graph_patches, lock_pages, numbered
 from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
+from looped.kernels.registration import BODIES
 
 
 @dataclass(frozen=True)
@@ -107,34 +107,31 @@ class StubDriver:
         return torch.cpu
 
 
-NO_META = {torch.ops.aten._fused_adamw_.tensor_lr}  # in place, and PyTorch has them for real tensors alone
-
-
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": torch.device("cuda")}
-        if func in NO_META:
-            return None
         return super().dispatch(func, types, args, kwargs or {})
 
 
 def body_of(func: Any) -> Callable[..., Any] | None:
-    """What a custom op runs on a device; None for PyTorch's own ops.  Ours may be registered without `custom_op`."""
-    registration = sys.modules.get("looped.kernels.registration")
-    ours = {} if registration is None else registration.BODIES
-    name = func._schema.name
-    if name.startswith("looped::") and name.partition("::")[2] in ours:
-        return ours[name.partition("::")[2]]
-    return OPDEFS[name]._init_fn if name in OPDEFS else None
+    """What a custom op runs on a device; None for PyTorch's own ops."""
+    package, _, name = func._schema.name.partition("::")
+    if package == "looped":
+        return BODIES.get(name)
+    return OPDEFS[func._schema.name]._init_fn if func._schema.name in OPDEFS else None
 
 
 # Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
 OPENED = ("looped", "torch", "liger_kernel", "cut_cross_entropy")
 
 Answers = dict[Any, Callable[..., Any]]  # by op: what a read of values returns, given the op's arguments
+
+
+def is_page_locked(x: Tensor) -> bool:
+    return getattr(x, "is_page_locked", False)
 
 
 class Recorder(TorchDispatchMode):
@@ -180,6 +177,8 @@ class Recorder(TorchDispatchMode):
         if func in self.answers:
             self.record.host_copies.append(f"{func}, {caller()}")
             out = self.answers[func](*args, **kwargs)
+        elif func is torch.ops.aten._fused_adamw_.tensor_lr:
+            out = None  # PyTorch has no fake implementation; it works in place
         else:
             out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -189,7 +188,8 @@ class Recorder(TorchDispatchMode):
         copies = "copy" in str(func)  # other ops take a number on the host along as an argument
         placed = [t for t in given if copies or t.dim() > 0 or t.device.type == "cuda"]
         devices = {t.device.type for t in (*placed, *returned)}
-        if "cuda" in devices and "cpu" in devices:
+        unwaited = func is torch.ops.aten.copy_.default and args[2:] == (True,) and is_page_locked(args[0])
+        if "cuda" in devices and "cpu" in devices and not unwaited:
             self.record.host_copies.append(f"{func}, {caller()}")
         known = {id(t.untyped_storage()) for t in given}
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
@@ -212,7 +212,7 @@ class Recorder(TorchDispatchMode):
                 return func(*args, **kwargs)
         source = args[0]
         out = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=kwargs["device"])
-        if not (kwargs.get("non_blocking") and getattr(source, "is_page_locked", False)):
+        if not (kwargs.get("non_blocking") and is_page_locked(source)):
             self.record.host_copies.append(f"{func}, {caller()}")
         self.watch(out)
         self.record.calls.append(Call(str(func), out.nbytes, 0))
@@ -294,11 +294,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
         "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
         "torch.cuda.Event": Event,
-        "torch.cuda.Stream": Stream,
-        "torch.cuda.stream": contextlib.nullcontext,
-        "torch.cuda.current_stream": lambda *_: Stream(),
-        "torch.cuda.CUDAGraph": Graph,
-        "torch.cuda.graph": capturing(record),
+        **graph_patches(record),
         "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {caller()}"),
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.version.hip": "6.4" if target.is_amd else None,
@@ -310,7 +306,8 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.nn.functional.linear": autocast.linear,
         "torch.nn.functional.rms_norm": autocast.rms_norm,
         "torch.nn.functional.scaled_dot_product_attention": autocast.attention,
-        "looped.attention.flash_attention_serves": lambda _: False,
+        "looped.flash_attention.flash_2_serves": lambda _: False,
+        "looped.flash_attention.flash_4_head_dim": lambda _: 0,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
     with contextlib.ExitStack() as stack:

@@ -20,7 +20,6 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
-from looped.kernels import looped_cross_entropy
 from torch import Tensor
 
 from bench.offline.fake_gpu import TARGETS, fake_gpu
@@ -28,6 +27,7 @@ from bench.offline.record import Record
 from looped.config import PRESETS
 from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose
+from looped.kernels import looped_cross_entropy
 from looped.supervision import Supervision
 from train import run
 from train.metrics import read_metrics
@@ -193,8 +193,8 @@ def run_report(target_name: str) -> dict[str, Any]:
         text, out = Path(folder, "text.txt"), Path(folder, "run")
         text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
         begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]
-        begin += ["--device", "cuda", "--steps", "3", "--log-every", "3", "--eval-tokens", "2048"]
-        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "4"])]
+        begin += ["--device", "cuda", "--steps", "8", "--log-every", "4", "--eval-tokens", "2048"]
+        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "9"])]
         report = {
             "steps": [row["step"] for row in read_metrics(out / "metrics.jsonl")],
             "triton_launches": _triton(record),

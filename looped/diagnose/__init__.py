@@ -7,6 +7,7 @@
 from looped.diagnose.diagnosis import Diagnosis, diagnose, diagnose_run, validation_batches
 from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.page import write_diagnosis
+from looped.diagnose.record import read_diagnosis_of_run, read_record, write_record
 
 __all__ = [
     "Batch",
@@ -15,6 +16,9 @@ __all__ = [
     "diagnose",
     "diagnose_run",
     "from_decoder",
+    "read_diagnosis_of_run",
+    "read_record",
     "validation_batches",
     "write_diagnosis",
+    "write_record",
 ]

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
+from looped.diagnose.findings import findings
 from looped.diagnose.page import write_diagnosis
-from looped.saved_run import check_writable, load_run
+from looped.diagnose.record import record_of_run
+from looped.run_directory import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr if the input is bad, with nothing written."""
+    """Returns the exit code: 0, or 2 if the input is bad. Then nothing is written but one line on stderr, why."""
     options = _parser().parse_args(argv)
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
@@ -36,17 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for diagnosis in diagnoses:
-        print(f"\n{diagnosis.name}: {diagnosis.verdict.text}")
+        print(f"\n{diagnosis.name}: {diagnosis.verdict.advice}")
+        for finding in findings(diagnosis.measured):
+            print(f"  {finding.question:58} {finding.answer}")
     print(f"\npage {out / 'index.html'}")
     return 0
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell all of them apart. Raises ValueError if two are the same directory."""
+    """A short name for each run: the ends of the paths, as long as is needed to tell them apart.
+
+    Raises ValueError if two of them are the same directory.
+    """
     paths = [directory.resolve().parts for directory in directories]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise ValueError(f"every run may be given once. Got {Path(*twice)} again.")
+    repeated = next((path for path in paths if paths.count(path) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"every run may be given once. Got {Path(*repeated)} again.")
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-length:]) for path in paths]
         if len(set(names)) == len(names):
@@ -58,7 +65,7 @@ def _out_directory(runs: Sequence[Path], out: Path | None) -> Path:
     if out is None:
         if len(runs) > 1:
             raise ValueError(f"out must be given for a page of several runs. Got {len(runs)} runs.")
-        return runs[0] / "diagnosis"
+        return record_of_run(runs[0]).parent
     return out
 
 

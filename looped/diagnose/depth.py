@@ -1,4 +1,4 @@
-"""Cross-entropy, perplexity and bits per byte of stopping after any number of loops, beyond the trained depth too."""
+"""What stopping after K loops costs: cross-entropy, perplexity and bits per byte, beyond the trained depth too."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,13 @@ from looped.diagnose.model import Batch, LoopedModel
 
 @dataclass(frozen=True)
 class Depth:
-    """After loops 1..n, each read as the last, [n]. ce: nats per token. ppl: its exponential. bits_per_byte: all bits
-    over all bytes of the targets, nan where bytes are not known.
+    """The quality of the predictions after loops 1..n. Every loop is read as the last one is.
 
-    as_trained: [K], ce with each of the trained loops read as training reads it. It differs from `ce` where training
-    normalises the last loop only: those before were trained through no norm.
+    ce: [n], cross-entropy in nats per token. ppl: [n], its exponential. bits_per_byte: [n], the bits of all targets
+    divided by their bytes; nan where the bytes of a token are not known.
+
+    as_trained: [K], the cross-entropy with each of the trained loops read as training reads it. It differs from `ce`
+    where training normalises the last loop only, so that the earlier ones were trained without a norm.
     """
 
     ce: list[float]
@@ -26,7 +28,7 @@ class Depth:
 
     @property
     def two_readings(self) -> bool:
-        """Whether some loop is read in another way when it is the last."""
+        """Whether training reads some loop in another way than the last one."""
         return self.as_trained != self.ce[: len(self.as_trained)]
 
 
@@ -34,7 +36,10 @@ class Depth:
 def measure_depth(
     model: LoopedModel, batches: Sequence[Batch], n_loops: int, bytes_per_token: Tensor | None = None
 ) -> Depth:
-    """`n_loops`: at least the trained ones. `bytes_per_token`: [V] int64, UTF-8 bytes that each token stands for."""
+    """Depth after loops 1..n_loops, which include at least the trained ones.
+
+    bytes_per_token: [V] int64, how many UTF-8 bytes each token stands for.
+    """
     as_last = torch.zeros(n_loops, dtype=torch.float64)
     as_trained = torch.zeros(model.n_loops, dtype=torch.float64)
     n_tokens = n_bytes = 0
@@ -50,4 +55,9 @@ def measure_depth(
                 as_trained[loop] += loss
     ce = as_last / n_tokens
     bits = as_last / math.log(2) / (n_bytes or math.nan)
-    return Depth(ce.tolist(), ce.exp().tolist(), bits.tolist(), (as_trained / n_tokens).tolist())
+    return Depth(
+        ce=ce.tolist(),
+        ppl=ce.exp().tolist(),
+        bits_per_byte=bits.tolist(),
+        as_trained=(as_trained / n_tokens).tolist(),
+    )

@@ -1,4 +1,4 @@
-"""Everything that is measured of a model and the verdict on it, for any LoopedModel and for a saved run."""
+"""A diagnosis: everything that is measured of a model, and the verdict. Of any LoopedModel, or of a saved run."""
 
 import copy
 import math
@@ -16,15 +16,19 @@ from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
-from looped.saved_run import SavedRun, Validation
+from looped.run_directory import SavedRun, Validation
 
-DEPTH_FACTOR, LEAST_DEPTH = 4, 16  # depth is measured to this times the trained loops, and at least to this
-BATCH_TOKENS = 1024  # of a batch of `validation_batches`: the logits of one loop are the largest tensor
+DEPTH_FACTOR = 4  # depth is measured up to this times the trained loops
+LEAST_DEPTH = 16  # and at least up to this
+BATCH_TOKENS = 1024  # tokens of a batch of `validation_batches`; it bounds the logits, the largest tensor
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """name: the model's, in figures and tables. n_tokens: targets that were measured on. origin: of the numbers."""
+    """name: what figures and tables call the model. n_tokens: the targets that were measured on.
+
+    origin: where the numbers come from, as facts by name.
+    """
 
     name: str
     n_tokens: int
@@ -47,15 +51,18 @@ def diagnose(
     double: LoopedModel | None = None,
     run: SavedRun | None = None,
 ) -> Diagnosis:
-    """Measure a model on batches of (inputs, targets), int64 [B, T] each, where the model is; every target counts.
+    """Measure a model and judge it.
 
-    name: for figures and tables. horizon: loops over which norms and updates are followed. bytes_per_token: [V] int64,
-    for bits per byte. double: the same model in float64, whose readout shows the radial gradient without rounding.
-    run: where the model is from, for the record.
+    batches: inputs and targets, int64 [B, T] each, on the model's device. Every target counts.
+    name: what figures and tables call the model.
+    horizon: the loops over which norms and updates are followed.
+    bytes_per_token: [V] int64, for bits per byte.
+    double: the same model in float64. Its readout shows the radial gradient without rounding.
+    run: the saved run that the model is from, for the record.
 
-    Raises ValueError, before anything is computed, without batches or with a single window, for inputs and targets of
-    different shapes, for negative targets, or a horizon that does not go beyond the trained loops; and DivergedError,
-    which is one, for a model without a finite loss.
+    Raises ValueError before anything is computed: without batches, for a single window, for inputs and targets of
+    different shapes, for negative targets, and for a horizon that does not go beyond the trained loops. Raises
+    DivergedError, which is a ValueError, for a model without a finite loss.
     """
     _check(model, batches, horizon)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
@@ -81,7 +88,7 @@ def diagnose(
 
 def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
     if not batches or any(tokens.numel() == 0 for tokens, _ in batches):
-        raise ValueError("batches must hold at least one batch, and none that is empty.")
+        raise ValueError("batches must hold at least one batch, and no empty one.")
     for tokens, targets in batches:
         if tokens.shape != targets.shape or tokens.dim() != 2:
             raise ValueError(
@@ -89,10 +96,12 @@ def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
                 f"Got inputs {list(tokens.shape)}, targets {list(targets.shape)}."
             )
         if int(targets.min()) < 0:
-            raise ValueError(f"targets must not be negative: every one is measured on. Got {int(targets.min())}.")
+            raise ValueError(f"targets must not be negative: no target is ignored. Got {int(targets.min())}.")
     n_windows = sum(len(tokens) for tokens, _ in batches)
     if n_windows < 2:
-        raise ValueError(f"batches must hold two windows, to calibrate halting and to report it. Got {n_windows}.")
+        raise ValueError(
+            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
+        )
     _check_horizon(model.n_loops, horizon)
 
 
@@ -107,11 +116,13 @@ def _diverged(name: str, model: LoopedModel, ce: float) -> str:
 
 @torch.no_grad()
 def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30) -> None:
-    """Raise what `diagnose_run` would, at the cost of one window: ValueError, or DivergedError for a run without a
-    finite loss on it."""
+    """Raise what `diagnose_run` would raise, at the cost of one window.
+
+    Raises ValueError for a bad argument, and DivergedError for a run without a finite loss on that window.
+    """
     _check_horizon(run.model.config.n_loops, horizon)
     batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
-    tokens, targets = (part[:1] for part in batches[0])
+    tokens, targets = (rows[:1] for rows in batches[0])
     model = from_decoder(run.model)
     loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
     if not loss.isfinite().all():
@@ -121,7 +132,7 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
 def diagnose_run(
     run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30, device: str = "cpu"
 ) -> Diagnosis:
-    """Measure a saved run on at most `n_tokens` of its validation split, on a device that PyTorch knows.
+    """Diagnose a saved run on at most `n_tokens` tokens of its validation split. device: as PyTorch names it.
 
     Raises ValueError as `diagnose` and `validation_batches` do.
     """
@@ -143,9 +154,10 @@ def diagnose_run(
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:
-    """Windows of `seq_len` tokens that do not overlap, evenly spread over the split: `n_tokens // seq_len`, or all.
+    """Windows of `seq_len` tokens, evenly spread over the validation split without overlap.
 
-    Raises ValueError if those are fewer than two: halting is calibrated on half of them and reported on the rest.
+    There are `n_tokens // seq_len` of them, or as many as the split has. Raises ValueError if those are fewer than two:
+    halting is calibrated on half of them and reported on the rest.
     """
     available = (len(validation.tokens) - 1) // seq_len
     count = min(available, n_tokens // seq_len)
@@ -156,4 +168,4 @@ def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -
         )
     starts = torch.arange(count) * available // count * seq_len
     rows = validation.tokens[starts[:, None] + torch.arange(seq_len + 1)]
-    return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(1, BATCH_TOKENS // seq_len))]
+    return [(batch[:, :-1], batch[:, 1:]) for batch in rows.split(max(1, BATCH_TOKENS // seq_len))]

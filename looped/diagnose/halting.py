@@ -16,10 +16,13 @@ TOLERANCE = 1.01  # times the perplexity at K
 
 @dataclass(frozen=True)
 class Halt:
-    """Halting with one way of reading the loops. tau: None if no token may leave before K.
+    """Halting with one way of reading the loops.
 
-    loops: mean number of loops until a token leaves. ratio: perplexity over that at K. exits: [K], the share of tokens
-    that leaves after each loop. All three on the report slice; the first two on the calibration slice as well.
+    tau: the margin at which a token leaves; None if no token may leave before K.
+    loops: the mean number of loops until a token leaves, on the report slice.
+    ratio: the perplexity of what is predicted so, divided by that of K loops, on the report slice.
+    exits: [K], the share of the report slice's tokens that leaves after each loop.
+    calibration_loops, calibration_ratio: the first two on the calibration slice.
     """
 
     tau: float | None
@@ -32,8 +35,11 @@ class Halt:
 
 @dataclass(frozen=True)
 class Halting:
-    """as_trained: each loop read as training reads it. as_last: each as if it were the last; the same unless training
-    normalises the last loop only. windows and tokens: of the two slices, which share none."""
+    """as_trained: halting with each loop read as training reads it.
+
+    as_last: halting with each loop read as if it were the last. The two differ only where training normalises the last
+    loop alone. The windows and tokens are those of the two slices, which do not overlap.
+    """
 
     tolerance: float
     calibration_windows: int
@@ -51,25 +57,29 @@ def measure_halting(model: LoopedModel, batches: Sequence[Batch], tolerance: flo
     """
     n_windows = sum(len(tokens) for tokens, _ in batches)
     if n_windows < 2:
-        raise ValueError(f"batches must hold two windows, to calibrate halting and to report it. Got {n_windows}.")
+        raise ValueError(
+            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
+        )
     half = n_windows // 2
-    trained = _windows(model, batches, as_last=False)
-    last = trained if model.norm_every_loop else _windows(model, batches, as_last=True)
-    as_trained = _halt(trained[:half], trained[half:], tolerance)
+    windows = _windows(model, batches, as_last=False)
+    as_trained = as_last = _halt(windows[:half], windows[half:], tolerance)
+    if not model.norm_every_loop:
+        read_as_last = _windows(model, batches, as_last=True)
+        as_last = _halt(read_as_last[:half], read_as_last[half:], tolerance)
     return Halting(
-        tolerance,
-        half,
-        sum(window.shape[-1] for window in trained[:half]),
-        n_windows - half,
-        sum(window.shape[-1] for window in trained[half:]),
-        as_trained,
-        as_trained if model.norm_every_loop else _halt(last[:half], last[half:], tolerance),
+        tolerance=tolerance,
+        calibration_windows=half,
+        calibration_tokens=sum(window.shape[-1] for window in windows[:half]),
+        report_windows=n_windows - half,
+        report_tokens=sum(window.shape[-1] for window in windows[half:]),
+        as_trained=as_trained,
+        as_last=as_last,
     )
 
 
 @torch.no_grad()
 def _windows(model: LoopedModel, batches: Sequence[Batch], *, as_last: bool) -> list[Tensor]:
-    """Cross-entropy and margin of every loop and token, [2, K, T] for each window."""
+    """For each window [2, K, T]: the cross-entropy of every loop and token, and the margin."""
     windows: list[Tensor] = []
     for tokens, targets in batches:
         loops = []
@@ -88,12 +98,22 @@ def _halt(calibration: Sequence[Tensor], report: Sequence[Tensor], tolerance: fl
     calibration_loops, calibration_ratio, _ = _outcome(loss, margin, tau)
     loss, margin = torch.cat(list(report), dim=-1)
     loops, ratio, exits = _outcome(loss, margin, tau)
-    return Halt(tau if math.isfinite(tau) else None, calibration_loops, calibration_ratio, loops, ratio, exits)
+    return Halt(
+        tau=tau if math.isfinite(tau) else None,
+        calibration_loops=calibration_loops,
+        calibration_ratio=calibration_ratio,
+        loops=loops,
+        ratio=ratio,
+        exits=exits,
+    )
 
 
 def _outcome(loss: Tensor, margin: Tensor, tau: float) -> tuple[float, float, list[float]]:
-    """Mean loops, perplexity over that at K, and the share of tokens at each loop, of [K, tokens] each."""
+    """What stopping by `tau` gives: mean loops, perplexity over that at K, and the share of tokens at each loop.
+
+    loss and margin: [K, tokens].
+    """
     exits = exit_loops(margin, tau)
-    halted = loss.gather(0, exits.unsqueeze(0) - 1).mean()
+    loss_at_exit = loss.gather(0, exits.unsqueeze(0) - 1).mean()
     shares = torch.bincount(exits - 1, minlength=len(loss)).double() / exits.numel()
-    return exits.double().mean().item(), math.exp(halted - loss[-1].mean()), shares.tolist()
+    return exits.double().mean().item(), math.exp(loss_at_exit - loss[-1].mean()), shares.tolist()

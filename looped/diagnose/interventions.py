@@ -1,4 +1,4 @@
-"""What changes when the scale of the state is changed by hand: before the readout, before a loop, or at every loop."""
+"""What changes when somebody changes the scale of the state: before the readout, before a loop, or at every loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,17 @@ class AlphaSweep:
 
     @property
     def ranges(self) -> list[float]:
-        """[K]: largest minus smallest cross-entropy over alpha, in nats; 0 for a readout that cannot see the scale."""
+        """[K], nats: the largest cross-entropy over alpha minus the smallest. 0 if the readout cannot see the scale."""
         return [max(row) - min(row) for row in self.ce]
 
 
 @dataclass(frozen=True)
 class Clamped:
-    """change: [K], of the cross-entropy in nats after loops 1..K. error: [K], its standard error, from the differences
-    of the windows' means, since the tokens of a window share their text; nan for a single window."""
+    """What a clamp does to the cross-entropy after loops 1..K.
+
+    change: [K], in nats. error: [K], its standard error. It is taken from the differences of the windows' means, since
+    the tokens of a window share their text; nan for a single window.
+    """
 
     change: list[float]
     error: list[float]
@@ -35,13 +38,15 @@ class Clamped:
 
 @dataclass(frozen=True)
 class RadialClamp:
-    """The radial clamp in its parts. free: [K], cross-entropy of the model as it is, each loop read as the last.
+    """The radial clamp, which stops the loops from changing the scale, in its parts and whole.
 
-    With `s u` the state before a loop, `b` its update, `a = <u, b> / d`, `b_perp = b - a u` and s_1 the scale after
-    loop 1, the state after every loop from the second on becomes
-    frozen: `s_1 v / rms(v)`, `v = s u + b`: the scale is held, updates are whole.
-    tangential: `s u + b_perp`: updates lose their radial part, the scale grows by what b_perp adds.
-    both: `s_1 v / rms(v)`, `v = s u + b_perp`.
+    free: [K], the cross-entropy of the model as it is, each loop read as the last.
+
+    A loop from the second on takes the state `s u` and adds the update `b = a u + b_perp`, with `a = <u, b> / d`. s_1
+    is the scale after loop 1. What the state becomes instead of `s u + b`:
+    frozen: `s_1 v / rms(v)` with `v = s u + b`. The scale is held; updates keep their radial part.
+    tangential: `s u + b_perp`. Updates lose their radial part; the scale still grows by what b_perp adds.
+    both: `s_1 v / rms(v)` with `v = s u + b_perp`.
     """
 
     free: list[float]
@@ -51,7 +56,7 @@ class RadialClamp:
 
     @property
     def change(self) -> float:
-        """Of the cross-entropy at K under both, nats."""
+        """The change of the cross-entropy at K under `both`, in nats."""
         return self.both.change[-1]
 
 
@@ -69,33 +74,44 @@ def sweep_alpha(model: LoopedModel, batches: Sequence[Batch], alphas: Sequence[f
 
 @torch.no_grad()
 def clamp_radially(model: LoopedModel, batches: Sequence[Batch]) -> RadialClamp:
-    """Hold the scale of every token at what it is after loop 1, take the radial part from each later update, and both
-    (arXiv 2606.24898, section on the radial clamp)."""
-    forms = ((False, False), (True, False), (False, True), (True, True))
-    windows: list[list[Tensor]] = [[] for _ in forms]
-    for tokens, targets in batches:
-        for freeze, remove in forms:
-            path = _clamped_states(model, tokens, freeze=freeze, remove=remove)
-            loss = torch.stack([model.cross_entropy(state, targets, final=True) for state in path])
-            windows[2 * remove + freeze].append(loss.double().mean(-1).cpu())  # [K, B]
-    free, *clamped = (torch.cat(parts, dim=1) for parts in windows)
-    sizes = torch.cat([torch.full((len(tokens),), float(tokens.shape[1])) for tokens, _ in batches]).double()
-    shares = sizes / sizes.sum()
-    return RadialClamp((free @ shares).tolist(), *(_paired(one - free, shares) for one in clamped))
+    """Run the model without the clamp and under each of its forms (arXiv 2606.24898, section on the radial clamp)."""
+    lengths = torch.cat([torch.full((len(tokens),), float(tokens.shape[1])) for tokens, _ in batches]).double()
+    shares = lengths / lengths.sum()  # [windows], of all tokens
+    free = _clamped_losses(model, batches, freeze=False, remove=False)
+
+    def clamped(*, freeze: bool, remove: bool) -> Clamped:
+        return _paired(_clamped_losses(model, batches, freeze=freeze, remove=remove) - free, shares)
+
+    return RadialClamp(
+        free=(free @ shares).tolist(),
+        frozen=clamped(freeze=True, remove=False),
+        tangential=clamped(freeze=False, remove=True),
+        both=clamped(freeze=True, remove=True),
+    )
 
 
 def _paired(difference: Tensor, shares: Tensor) -> Clamped:
-    """Mean and standard error over windows of [K, windows]; `shares`: [windows], of the tokens."""
+    """The mean over windows of a difference [K, windows], and its standard error. shares: [windows], of the tokens."""
     mean, count = difference @ shares, len(shares)
     spread = (shares * (difference - mean.unsqueeze(-1))).square().sum(-1)
     return Clamped(mean.tolist(), (spread * count / (count - 1) if count > 1 else spread * torch.nan).sqrt().tolist())
 
 
+def _clamped_losses(model: LoopedModel, batches: Sequence[Batch], *, freeze: bool, remove: bool) -> Tensor:
+    """The mean cross-entropy of every window after loops 1..K, [K, windows] float64."""
+    windows = []
+    for tokens, targets in batches:
+        states = _clamped_states(model, tokens, freeze=freeze, remove=remove)
+        loss = torch.stack([model.cross_entropy(state, targets, final=True) for state in states])
+        windows.append(loss.double().mean(-1).cpu())
+    return torch.cat(windows, dim=1)
+
+
 def _clamped_states(model: LoopedModel, tokens: Tensor, *, freeze: bool, remove: bool) -> list[Tensor]:
-    """H_1..H_K. freeze: at the scale after loop 1. remove: the radial part of every update."""
+    """H_1..H_K. freeze: keep the scale that is there after loop 1. remove: the radial part of every later update."""
     embedded = model.embed(tokens)
     state = model.loop(embedded, embedded, 0)
-    frozen = rms(state).unsqueeze(-1)
+    first_scale = rms(state).unsqueeze(-1)
     states = [state]
     for done in range(1, model.n_loops):
         moved = model.loop(state, embedded, done)
@@ -103,7 +119,7 @@ def _clamped_states(model: LoopedModel, tokens: Tensor, *, freeze: bool, remove:
             direction = state / rms(state).unsqueeze(-1)
             moved = moved - (direction * (moved - state)).mean(-1, keepdim=True) * direction
         if freeze:
-            moved = frozen * moved / rms(moved).unsqueeze(-1)
+            moved = first_scale * moved / rms(moved).unsqueeze(-1)
         state = moved.to(state.dtype)
         states.append(state)
     return states
@@ -113,8 +129,8 @@ def _clamped_states(model: LoopedModel, tokens: Tensor, *, freeze: bool, remove:
 def scale_response(model: LoopedModel, batches: Sequence[Batch]) -> list[float]:
     """How much of a state's scale the next loop F sees, [K-1].
 
-    `rms(F(2 H_k) - F(H_k)) / rms(F(H_k))`, mean over tokens. About 1 for a residual stack, which hands twice
-    the state on; 0 where a norm between loops removes the scale.
+    `rms(F(2 H_k) - F(H_k)) / rms(F(H_k))`, mean over tokens. It is about 1 for a residual stack, which passes on the
+    state that it gets; it is 0 where a norm between loops removes the scale.
     """
     total = torch.zeros(model.n_loops - 1, dtype=torch.float64)
     for tokens, _ in batches:

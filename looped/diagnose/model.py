@@ -1,4 +1,4 @@
-"""What is diagnosed: any model with a repeated loop, as four functions; and a LoopedDecoder seen as one."""
+"""What is diagnosed: a model with a repeated loop, described by four functions. A LoopedDecoder can be seen as one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LoopedModel:
-    """A recurrent-depth model: `H_0 = embed(tokens)`, `H_{k+1} = loop(H_k, H_0, k)`, logits `head(norm(H_k))`.
+    """A recurrent-depth model: `H_0 = embed(tokens)`, `H_{k+1} = loop(H_k, H_0, k)`, logits = `head(norm(H_k))`.
 
     n_loops: K, the loops that it was trained with.
     embed: tokens [B, T] int64 -> H_0 [B, T, d].
-    loop: (H_k, H_0, k) -> H_{k+1}, the state that would be read out, k = 0, 1, ... the loops done before. H_0 is for
-        models that feed the embedding to every loop.
-    head: what norm gave, [B, T, d] -> logits [B, T, V].
-    norm: the readout's norm, None for none. For an nn.RMSNorm or nn.LayerNorm the exact radial gradient is known.
+    loop: (H_k, H_0, k) -> H_{k+1}, the state that would be read out. k = 0, 1, ... counts the loops done before. H_0 is
+        for models that feed the embedding to every loop.
+    head: a normalised state [B, T, d] -> logits [B, T, V].
+    norm: the readout's norm, or None. For an nn.RMSNorm or nn.LayerNorm the exact radial gradient is known.
     norm_every_loop: False if training normalises the last loop's state only.
-    between: what a loop makes of H_k before its own work, k >= 1, if it removes the scale: a norm between loops. None:
-        a loop works on H_k itself. Only for measuring what a loop adds to the scale that it starts from.
-    weights: of each loop's cross-entropy in the training loss, [K], 0 for loops that are not read; None: 1/K each.
+    between: the norm between loops: what a loop does to H_k, k >= 1, before anything else. None if a loop works on H_k
+        itself. It is used only to measure what a loop adds to the scale that it starts from.
+    weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
 
-    The functions must be in evaluation mode (no dropout), all in one dtype; gradients flow through all but embed.
+    The functions must be in evaluation mode (no dropout) and in one dtype. Gradients flow through all but embed.
     Raises ValueError for n_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a negative penalty.
     """
 
@@ -56,7 +56,7 @@ class LoopedModel:
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
-        """[K], of each loop's cross-entropy in the training loss."""
+        """[K], the weights of the loops' cross-entropies in the training loss."""
         return (1 / self.n_loops,) * self.n_loops if self.weights is None else tuple(self.weights)
 
     def states(self, tokens: Tensor, n_loops: int) -> list[Tensor]:
@@ -73,20 +73,20 @@ class LoopedModel:
         return states
 
     def entered(self, embedded: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-        """What each of the loops that gave `states` began with: H_0, then H_k or what `between` makes of it."""
+        """The state that each loop of `states` began with: H_0 for the first, H_k or `between(H_k)` for the others."""
         later = states[:-1] if self.between is None else [self.between(state) for state in states[:-1]]
         return [embedded, *later]
 
     def normalised(self, state: Tensor, *, final: bool) -> Tensor:
-        """What the head sees of a state; `final`: it is read as the last loop's."""
+        """The state as the head sees it. final: read it as the last loop's state is read."""
         return state if self.norm is None or not (final or self.norm_every_loop) else self.norm(state)
 
     def cross_entropy(self, state: Tensor, targets: Tensor, *, final: bool) -> Tensor:
-        """[B, T], nats, at least fp32."""
+        """The cross-entropy of a state's predictions, [B, T] in nats, at least fp32."""
         return self.head_loss(self.normalised(state, final=final), targets)
 
     def head_loss(self, normalised: Tensor, targets: Tensor) -> Tensor:
-        """The same of what `normalised` gave."""
+        """The cross-entropy of a state that has been through `normalised`, [B, T] in nats, at least fp32."""
         logits = wide(self.head(normalised)).flatten(0, -2)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
@@ -105,12 +105,13 @@ def from_decoder(
 ) -> LoopedModel:
     """A LoopedDecoder as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
 
-    With an inter-loop norm, loop k+1 starts from RMSNorm(H_k); its input and output are still the states that are
-    read, so an update is `H_{k+1} - H_k` and includes what the norm takes away. Raises ValueError if the decoder is
-    not in evaluation mode.
+    With an inter-loop norm, loop k+1 starts from RMSNorm(H_k). Its input and output are still the states that are read,
+    so an update is `H_{k+1} - H_k` and includes what the norm takes away.
+
+    Raises ValueError if the decoder is not in evaluation mode.
     """
     if decoder.training:
-        raise ValueError("decoder must be in evaluation mode, or dropout is part of every measurement. Call .eval().")
+        raise ValueError("decoder must be in evaluation mode: dropout would be part of every number. Call .eval().")
     return LoopedModel(
         n_loops=decoder.config.n_loops,
         embed=decoder.embed,

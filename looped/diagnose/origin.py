@@ -8,27 +8,26 @@ from pathlib import Path
 import torch
 
 from looped.provenance import package_version, project_commit
-from looped.saved_run import SavedRun
+from looped.run_directory import SavedRun
 
 PACKAGES = ("torch", "triton", "numpy")
 
 
 def origin(device: torch.device, run: SavedRun | None = None) -> dict[str, str]:
-    """Words by what they are of: date, commit of this project, versions, device; and the run's directory, data,
-    tokenizer and step."""
-    versions = [f"{package} {found}" for package in PACKAGES if (found := package_version(package))]
+    """Facts by name: date, commit, versions and device; for a run its directory, step, data and tokenizer too."""
+    versions = [f"{package} {version}" for package in PACKAGES if (version := package_version(package))]
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
-    words = {
+    facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": project_commit() or "not known",
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
         "device": f"{device.type}: {name}",
     }
     if run is None:
-        return words
+        return facts
     training = run.config["train"]
-    return words | {
+    return facts | {
         "run": run.name,
         "step": _step(run.directory),
         "data": Path(training["data"]).name,

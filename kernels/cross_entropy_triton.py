@@ -1,0 +1,169 @@
+"""The Triton kernel of kernels/cross_entropy.py: one program a row of logits, which is read twice.
+
+The first read finds the row's maximum and sum, the second leaves the gradient.  A row fits the second-level cache, so
+that memory sees one read and one write.  No row is held in registers: 32 to 64 registers a thread let several programs
+share a multiprocessor, and while one computes the others load.
+
+Exponentials are powers of two of `z * log2(e) - shift`, one fused multiply-add a column.  `shift` is the maximum times
+log2(e), rounded.  All columns lose the same by that rounding; `residue` puts it back where it counts.  `shift` is
+itself a fused multiply-add, of 0: so no compiler fuses its product, unrounded, into what it is subtracted from.
+
+Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cross_entropy import LossOptions, RowResults
+from .launch import launch
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+BLOCK_VOCAB = 4096  # columns of a step of plain rows; half of it with bias or softcap, half of that with statistics
+NUM_WARPS = 8
+
+
+@triton.jit
+def tanh(x):
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+    square = x * x  # 1 - decay cancels for small x: the series is exact to float32 there
+    small = x * (
+        1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)))
+    )
+    return tl.where(square < 0.09, small, large)
+
+
+@triton.jit
+def load_logits(logits_row, bias_ptr, column, n_columns, softcap):
+    """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary."""
+    in_columns = column < n_columns
+    z = tl.load(logits_row + column, mask=in_columns, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
+    if softcap is not None:
+        z = tl.where(in_columns, softcap * tanh(z / softcap), float("-inf"))
+    return z
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, loss_ptr, statistics_ptr, top1_ptr,
+    n_columns, row_length, n_tokens, n_results, first_row, ignore_index, smoothing, softcap,
+    GRADIENT: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
+    logits_row = logits_ptr + row * row_length
+    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+    target = tl.load(targets_ptr + out % n_tokens)
+    in_range = (target >= 0) & (target < n_columns)
+    counts = target != ignore_index
+    if row_weight_ptr is not None:
+        counts = counts & (tl.load(row_weight_ptr + out) != 0.0)
+
+    # the target's logit, loaded before any gradient is stored
+    z_target = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z_target += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
+    if softcap is not None:
+        z_target = softcap * tanh(z_target / softcap)
+
+    maximum = tl.full((), -1.0e38, tl.float32)
+    shift = tl.fma(maximum, LOG2E, 0.0)
+    total = tl.zeros((), tl.float32)  # sum_j exp2(z_j * log2(e) - shift)
+    pivot = maximum  # the first block's maximum: sums of z - pivot stay exact
+    sum_z = tl.zeros((), tl.float32)
+    for start in range(0, n_columns, BLOCK_VOCAB):
+        column = start + block_column
+        z = load_logits(logits_row, bias_ptr, column, n_columns, softcap)
+        maximum = tl.maximum(maximum, tl.max(z, axis=0))
+        new_shift = tl.fma(maximum, LOG2E, 0.0)
+        total = total * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(tl.fma(z, LOG2E, -new_shift)), axis=0)
+        shift = new_shift
+        if smoothing is not None:
+            pivot = tl.where(start == 0, maximum, pivot)
+            sum_z += tl.sum(tl.where(column < n_columns, z - pivot, 0.0), axis=0)
+    residue = tl.fma(maximum, LOG2E, -shift)
+    log_total = LN2 * (tl.log2(total) - residue)  # log sum_j exp(z_j - maximum)
+    lse = maximum + log_total
+
+    # differences from the maximum, not from lse, which a large common offset would round
+    loss = log_total + (maximum - z_target)
+    scale = tl.full((), 1.0, tl.float32)  # of the softmax in the gradient
+    if smoothing is not None:
+        uniform = log_total + (maximum - pivot - sum_z / n_columns)
+        loss = (1.0 - smoothing) * loss + smoothing * uniform
+    if z_loss_ptr is not None:
+        z_loss = tl.load(z_loss_ptr)
+        loss += z_loss * lse * lse
+        scale += 2.0 * z_loss * lse
+    loss = tl.where(in_range, loss, float("nan"))
+    tl.store(loss_ptr + out, tl.where(target == ignore_index, 0.0, loss))
+
+    lane_top1 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
+    lane_top2 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
+    lane_best = tl.full((BLOCK_VOCAB,), 2147483647, tl.int32)
+    lane_moment = tl.zeros((BLOCK_VOCAB,), tl.float32)
+    tl.debug_barrier()  # every thread has read the target's logit
+    if GRADIENT or statistics_ptr is not None:
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + block_column
+            z = load_logits(logits_row, bias_ptr, column, n_columns, softcap)
+            exponent = tl.fma(z, LOG2E, -shift)
+            e = tl.exp2(exponent)
+            if statistics_ptr is not None:
+                lane_moment += tl.where(e > 0, e * (exponent - residue), 0.0)
+                lane_top2 = tl.maximum(lane_top2, tl.minimum(lane_top1, z))
+                lane_best = tl.where(z > lane_top1, column, lane_best)
+                lane_top1 = tl.maximum(lane_top1, z)
+            if GRADIENT:
+                hit = tl.where(column == target, -1.0, 0.0)
+                if smoothing is not None:
+                    hit = hit * (1.0 - smoothing) - smoothing / n_columns
+                g = tl.fma(e, scale / total, hit)
+                if softcap is not None:
+                    g *= 1.0 - (z / softcap) * (z / softcap)
+                if smoothing is not None or softcap is not None:
+                    g = tl.where(column < n_columns, g, 0.0)
+                g = tl.where(counts, g, 0.0)
+                tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
+
+    if statistics_ptr is not None:
+        top1 = tl.max(lane_top1, axis=0)
+        best = tl.min(tl.where(lane_top1 == top1, lane_best, 2147483647), axis=0)
+        top2 = tl.max(tl.where(lane_best == best, lane_top2, lane_top1), axis=0)
+        entropy = log_total - LN2 * tl.sum(lane_moment, axis=0) / total
+        tl.store(statistics_ptr + out, lse)
+        tl.store(statistics_ptr + n_results + out, entropy)
+        tl.store(statistics_ptr + 2 * n_results + out, top1 - top2)
+        tl.store(top1_ptr + out, best.to(tl.int64))
+
+
+def block_vocab(n_columns: int, finished: bool, statistics: bool) -> int:
+    """Columns of a step, for rows of `n_columns`; finished: with a bias or a softcap.
+
+    What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident.
+    """
+    block = BLOCK_VOCAB // (2 if finished else 1) // (2 if statistics else 1)
+    return max(128, min(block, triton.next_power_of_2(n_columns)))
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
+    results: RowResults, first_row: int, gradient: bool,
+) -> None:  # fmt: skip
+    n_rows, n_columns = logits.shape
+    statistics = results.statistics
+    block = block_vocab(n_columns, bias is not None or options.softcap is not None, statistics is not None)
+    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
+    registers = {"maxnreg": 128} if statistics is not None and logits.is_cuda and not torch.version.hip else {}
+    launch(
+        cross_entropy_kernel, (n_rows,), logits,
+        logits, targets, row_weight, bias, options.z_loss, results.loss, statistics, results.top1,
+        n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
+        options.label_smoothing or None, options.softcap, gradient, block,
+        num_warps=max(1, min(NUM_WARPS, block // 128)), **registers,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""What a call of the readout is, apart from the values of its tensors: decided once, then carried."""
+
+import ast
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .row_norm import Norm
+
+
+class ReadoutCall(NamedTuple):
+    """One readout of K states [N, d].  Public functions make it; `flat` and `of` take it through the op's border.
+
+    readout, eps: the norm before the head.  n_loops: K.  active: the loops that are read out, 0-based.
+    differentiated: the loops whose states' gradients are formed.  needs: which of "head", "norm_weight", "norm_bias"
+    and "bias" need a gradient.  penalised: whether there is a norm penalty.
+    weight: of every row, where there is no tensor of weights.  mean: whether the loss is divided by n.
+    ignore_index, label_smoothing, softcap: of the loss of a row (kernels/cross_entropy.py).
+    statistics: whether they are wanted.  chunk_rows: rows whose logits are in memory at once.
+    dtype: in which the products' operands are, by name.
+    """
+
+    readout: str
+    eps: float
+    n_loops: int
+    active: tuple[int, ...]
+    differentiated: tuple[int, ...] = ()
+    needs: tuple[str, ...] = ()
+    penalised: bool = False
+    weight: float = 1.0
+    mean: bool = False
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    statistics: bool = False
+    chunk_rows: int = 1
+    dtype: str = "float32"
+
+    def flat(self) -> tuple[str, list[float]]:
+        """The call as arguments of an op: its numbers, which torch.compile may trace, and the rest as a string."""
+        rest = self._replace(eps=0.0, weight=0.0, label_smoothing=0.0, softcap=None if self.softcap is None else 0.0)
+        return repr(tuple(rest)), [self.eps, self.weight, self.label_smoothing, self.softcap or 0.0]
+
+    @staticmethod
+    def of(rest: str, numbers: list[float]) -> "ReadoutCall":
+        """The call that `flat` gave as (rest, numbers)."""
+        call = _read(rest)
+        eps, weight, label_smoothing, softcap = numbers
+        softcap = None if call.softcap is None else softcap
+        return call._replace(eps=eps, weight=weight, label_smoothing=label_smoothing, softcap=softcap)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch's."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def norm(self, loop: int) -> Norm:
+        """The norm before the head at `loop`."""
+        if self.readout == "raw" or (self.readout == "final-only" and loop < self.n_loops - 1):
+            return "none"
+        return "layernorm" if self.readout == "layernorm" else "rmsnorm"
+
+    @property
+    def needs_dy(self) -> bool:
+        """Whether the gradient of the normed rows is needed: for a state that is read, or the norm's parameters."""
+        if not set(self.active).isdisjoint(self.differentiated):
+            return True
+        of_norm = "norm_weight" in self.needs or "norm_bias" in self.needs
+        return of_norm and any(self.norm(loop) != "none" for loop in self.active)
+
+    @property
+    def needs_dlogits(self) -> bool:
+        """Whether the gradient of the logits is formed at all."""
+        return self.needs_dy or "head" in self.needs or "bias" in self.needs
+
+
+@functools.cache
+def _read(rest: str) -> ReadoutCall:
+    return ReadoutCall(*ast.literal_eval(rest))

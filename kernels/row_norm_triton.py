@@ -1,0 +1,177 @@
+"""The Triton kernels of kernels/row_norm.py, which has their equations and is their only caller.
+
+All matrices are contiguous [rows, d].  A tensor that is not there is None, which Triton compiles for.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import multiprocessors
+from .launch import launch, radial_fraction
+
+NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
+TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
+RESIDENT_WARPS = 24  # of a backward pass on a multiprocessor, which 80 registers a thread let be there
+
+
+@triton.jit
+def norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_square_ptr, n_rows, n_columns, eps,
+    NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    column = tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+    in_rows, in_columns = row < n_rows, column < n_columns
+    inside = in_rows[:, None] & in_columns[None, :]
+    at = row[:, None] * n_columns + column[None, :]
+
+    h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        h += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        h = h.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, h, mask=inside)
+        h = h.to(tl.float32)
+
+    mean_square = tl.sum(h * h, axis=1) / n_columns  # [BLOCK_ROWS]
+    y = h
+    if NORM == 1:
+        y = h * tl.math.rsqrt(mean_square + eps)[:, None]
+    if NORM == 2:
+        centred = tl.where(inside, h - (tl.sum(h, axis=1) / n_columns)[:, None], 0.0)
+        y = centred * tl.math.rsqrt(tl.sum(centred * centred, axis=1) / n_columns + eps)[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+
+    if y_ptr is not None:
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if mean_square_ptr is not None:
+        tl.store(mean_square_ptr + row, mean_square, mask=in_rows)
+
+
+@triton.jit
+def norm_backward_kernel(
+    dy_ptr, h_ptr, weight_ptr, row_weight_ptr, scale_ptr, dmean_square_ptr, dsum_ptr,
+    dh_ptr, dx_ptr, dweight_ptr, dbias_ptr, dot_ptr, fraction_ptr,
+    n_rows, n_columns, eps, stride_dmean_square,
+    NORM: tl.constexpr, ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+    in_columns = column < n_columns
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    weight = tl.full((BLOCK_COLUMNS,), 1.0, tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
+    # Sums over rows stay a tile until the end, so that no iteration waits for a reduction between warps.
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        in_rows = row < n_rows
+        inside = in_rows[:, None] & in_columns[None, :]
+        at = row[:, None] * n_columns + column[None, :]
+        h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+
+        if dy_ptr is not None:
+            dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
+            if row_weight_ptr is not None:
+                dy *= tl.load(row_weight_ptr + row, mask=in_rows, other=0.0)[:, None]
+            dxhat = dy * weight[None, :]
+            if NORM == 0:
+                dh = dxhat
+            if NORM == 1:
+                rstd = tl.math.rsqrt(tl.sum(h * h, axis=1) / n_columns + eps)
+                rstd = tl.where(in_rows, rstd, 0.0)[:, None]  # inf without eps, off the rows
+                xhat = h * rstd
+                dh = rstd * (dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / n_columns)[:, None])
+            if NORM == 2:
+                centred = tl.where(inside, h - (tl.sum(h, axis=1) / n_columns)[:, None], 0.0)
+                rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=1) / n_columns + eps)
+                rstd = tl.where(in_rows, rstd, 0.0)[:, None]
+                xhat = centred * rstd
+                mean_dxhat = (tl.sum(dxhat, axis=1) / n_columns)[:, None]
+                dh = rstd * (dxhat - mean_dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / n_columns)[:, None])
+                dh = tl.where(inside, dh, 0.0)
+            if dweight_ptr is not None:
+                dweight += dy * xhat
+            if dbias_ptr is not None:
+                dbias += dy
+        if dot_ptr is not None:
+            tl.store(dot_ptr + row, tl.sum(dh * h, axis=1), mask=in_rows)
+            tl.store(fraction_ptr + row, radial_fraction(dh, h), mask=in_rows)
+        if dmean_square_ptr is not None:
+            dmean_square = tl.load(dmean_square_ptr + row * stride_dmean_square, mask=in_rows, other=0.0)
+            dh += (2.0 / n_columns) * dmean_square[:, None] * h
+        if dsum_ptr is not None:
+            dh += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+        if dh_ptr is not None:
+            tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + at, dh.to(dx_ptr.dtype.element_ty), mask=inside)
+
+    partial = tl.program_id(0).to(tl.int64) * n_columns + column
+    if dweight_ptr is not None:
+        total = tl.sum(dweight, axis=0)
+        if ADD:
+            total += tl.load(dweight_ptr + partial, mask=in_columns, other=0.0)
+        tl.store(dweight_ptr + partial, total, mask=in_columns)
+    if dbias_ptr is not None:
+        total_bias = tl.sum(dbias, axis=0)
+        if ADD:
+            total_bias += tl.load(dbias_ptr + partial, mask=in_columns, other=0.0)
+        tl.store(dbias_ptr + partial, total_bias, mask=in_columns)
+
+
+def norm_tile(n_columns: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile, for rows of `n_columns`."""
+    block_columns = max(16, triton.next_power_of_2(n_columns))
+    return max(1, min(16, TILE // block_columns)), block_columns
+
+
+def backward_warps(tile: tuple[int, int]) -> int:
+    """Warps of a backward program: eight elements of the tile a thread, so that 80 registers hold what it needs."""
+    return min(16, max(1, tile[0] * tile[1] // 256))
+
+
+def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
+    """How many programs share the rows of a backward pass: as many as are resident at once."""
+    tile = norm_tile(n_columns)
+    resident = RESIDENT_WARPS // backward_warps(tile)
+    return min(triton.cdiv(n_rows, tile[0]), resident * multiprocessors(device))
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str,
+    residual: Tensor | None, y: Tensor | None, total: Tensor | None, mean_square: Tensor | None,
+) -> None:  # fmt: skip
+    n_rows, n_columns = x.shape
+    rows, columns = norm_tile(n_columns)
+    launch(
+        norm_forward_kernel, (triton.cdiv(n_rows, rows),), x,
+        x, residual, weight, bias, y, total, mean_square, n_rows, n_columns, eps, NORMS[norm], rows, columns,
+        num_warps=min(16, max(4, rows * columns // 512)),
+    )  # fmt: skip
+
+
+def norm_backward(
+    dy: Tensor | None, h: Tensor, weight: Tensor | None, eps: float, norm: str, row_weight: Tensor | None,
+    scale: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, dh: Tensor | None, dx: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, radial: tuple[Tensor, Tensor] | None, add: bool,
+) -> None:  # fmt: skip
+    n_rows, n_columns = h.shape
+    rows, columns = tile = norm_tile(n_columns)
+    dot, fraction = (None, None) if radial is None else radial
+    launch(
+        norm_backward_kernel, (backward_programs(n_rows, n_columns, h.device),), h,
+        dy, h, weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, dot, fraction,
+        n_rows, n_columns, eps, 0 if dmean_square is None else dmean_square.stride(0), NORMS[norm], add, rows, columns,
+        num_warps=backward_warps(tile),
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""The weights of a readout's row losses, before its chunks, and the sums of the losses, after them.
+
+For weights w[a, t] of A loops and N tokens, and n, by default the number of tokens that are not ignored (at least 1):
+
+    c[a, t]     = w[a, t] [t is not ignored] / n                        for a sum instead of a mean: without / n
+    c           = row_weight * unit,   unit = max finite |c|, or where that is 0 the c of w = 1
+    total       = sum_{a, t} c[a, t] CE[a, t] + penalty * mean_{k, t} ms[k, t];   c = 0 counts 0, even if CE is inf
+    per_loop[a] = sum_t CE[a, t] / n
+
+`row_weight` is of order one in every dtype and waits for the rows' gradients, `unit` for the products of all rows.
+Shapes: targets [N] int64; w [A, 1] or [A, N]; CE [A, N]; ms [K, N] of all loops; all floats float32 (on the CPU also
+float64).  Each kernel is one program, so that sums need no second launch: it moves 12 to 20 bytes a row of logits,
+whose products take thousands of times as long on the whole device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .device import cpu_blocks, uses_triton
+
+
+@dataclass(frozen=True)
+class LossScales:
+    """The weights and units of a pass.
+
+    row_weight: [A * N], or None where all rows that are not ignored weigh the same.
+    factors: [3]: unit, share and dmean_square, each [] below.
+    in_range: [] bool, whether all targets are; None on the CPU.
+    """
+
+    row_weight: Tensor | None
+    factors: Tensor
+    in_range: Tensor | None = None
+
+    @property
+    def unit(self) -> Tensor:
+        """The c of a row whose row_weight is 1."""
+        return self.factors[0]
+
+    @property
+    def share(self) -> Tensor:
+        """1 / n, a token's share in a mean."""
+        return self.factors[1]
+
+    @property
+    def dmean_square(self) -> Tensor:
+        """The gradient of the penalty in a row's mean square."""
+        return self.factors[2]
+
+
+def _row_weights_cpu(
+    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, wide: torch.dtype,
+    ignore_index: int, mean: bool, weight: float, n_penalised: int,
+) -> LossScales:  # fmt: skip
+    valid = targets != ignore_index
+    n = (valid.sum() if n_targets is None else n_targets).to(wide)
+    n = torch.where(n > 0, n, 1.0)
+    peak, row_weight = n.new_full((), weight), None
+    if weights is not None:
+        weights = torch.where(valid, weights, 0.0)  # [A, N]
+        magnitude = weights.abs()
+        largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * n
+        peak = torch.where(largest > 0, largest, 1.0)
+        row_weight = (weights / peak).flatten()
+    dmean_square = n.new_zeros(()) if penalty is None else penalty.to(wide) / max(1, n_penalised)
+    return LossScales(row_weight, torch.stack([peak / n if mean else peak, 1 / n, dmean_square]))
+
+
+def row_weights(
+    targets: Tensor,
+    weights: Tensor | None,
+    *,
+    n_columns: int,
+    ignore_index: int,
+    mean: bool,
+    weight: float = 1.0,
+    penalty: Tensor | None = None,
+    n_targets: Tensor | None = None,
+    n_penalised: int = 0,
+    wide: torch.dtype = torch.float32,
+) -> LossScales:
+    """The scales of targets [N] and weights [A, 1] or [A, N], or of the one `weight` of all rows.
+
+    mean: the loss is divided by n.  n_targets []: n, where it is not the number of these targets.
+    n_penalised: rows K * N whose mean squares the penalty is a mean of.  wide: the dtype of the scales.
+    """
+    if not uses_triton(targets):
+        return _row_weights_cpu(
+            targets, weights, penalty, n_targets, wide, ignore_index, mean, weight, n_penalised
+        )  # fmt: skip
+    from . import row_weights_triton
+
+    row_weight = None
+    if weights is not None:
+        row_weight = torch.empty(weights.shape[0] * targets.shape[0], dtype=wide, device=targets.device)
+        weights = weights.contiguous()
+    factors = torch.empty(3, dtype=wide, device=targets.device)
+    in_range = torch.empty((), dtype=torch.bool, device=targets.device)
+    row_weights_triton.row_weights(
+        targets, weights, penalty, n_targets, row_weight, factors, in_range, n_columns=n_columns,
+        ignore_index=ignore_index, mean=mean, weight=weight, n_penalised=n_penalised,
+    )  # fmt: skip
+    return LossScales(row_weight, factors, in_range)
+
+
+def loss_sums(loss: Tensor, scales: LossScales, mean_square: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`total` [] and `per_loop` [A] of loss [A, N]; with the penalty, where the mean_square [K, N] is given."""
+    row_weight = scales.row_weight
+    if uses_triton(loss):
+        from . import row_weights_triton
+
+        total, per_loop = loss.new_empty(()), loss.new_empty(loss.shape[0])
+        row_weights_triton.loss_sums(loss, row_weight, mean_square, scales.factors, total, per_loop)
+        return total, per_loop
+    weighted = loss.flatten()
+    if row_weight is not None:
+        weighted = torch.where(row_weight == 0, 0.0, row_weight * weighted)
+    total = weighted.sum() * scales.unit
+    if mean_square is not None:
+        total = total + scales.dmean_square * mean_square.sum()
+    return total, loss.sum(1) * scales.share
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale [], the product formed in float32 and rounded once; a new contiguous tensor, whatever the scale."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if uses_triton(x):
+        from . import row_weights_triton
+
+        row_weights_triton.scaled(x.contiguous(), scale, out)
+        return out
+    for rows in cpu_blocks(x.shape[0], 2 * x.nbytes // max(1, x.shape[0])):
+        torch.mul(x[rows], scale.item(), out=out[rows])  # in float32, whatever the dtype of `out`
+    return out
+
+
+def loop_weights(
+    weights: Tensor | Sequence[float] | None, active: Sequence[int], n_loops: int, like: Tensor, wide: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """w of the active loops, [A, 1] or [A, N], differentiable in a weights tensor; or None and the weight of all."""
+    if isinstance(weights, Tensor):
+        return weights.to(wide).reshape(n_loops, weights.numel() // n_loops), 1.0
+    numbers = [1.0 / n_loops] if weights is None else [float(weights[k]) for k in active]
+    if len(set(numbers)) == 1:
+        return None, numbers[0]
+    # not from the list, whose copy to a GPU the host would wait for
+    return torch.stack([torch.full((1,), number, dtype=wide, device=like.device) for number in numbers]), 1.0

@@ -1,0 +1,185 @@
+"""A run's directory, written and read: its lock, tokenizer, configuration, validation text and model.
+
+config.json has the run's configuration under ``train`` and the model's under ``model``. validation.safetensors is the
+whole validation split, so that whoever has the directory can measure on its text: tokens [n]; bounds [documents + 1],
+where documents begin and end; and, if bits per byte are defined, bytes_per_token [V]; each in the smallest unsigned
+integers that hold it. tokenizer.json is of the tokenizers library. The checkpoint is described in looped/checkpoint.py.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from looped import checkpoint
+from looped.config import LoopedConfig
+from looped.decoder import LoopedDecoder
+from looped.whole_file import replacing
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system
+    fcntl = None
+
+CONFIG, TOKENIZER, VALIDATION = "config.json", "tokenizer.json", "validation.safetensors"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A run's whole validation split.
+
+    tokens: [n] int64. bounds: [documents + 1] int64; document i is tokens[bounds[i] : bounds[i + 1]], its
+    end-of-document token included. bytes_per_token: [V] int64, UTF-8 bytes that each token stands for, 0 for special
+    tokens; None if the tokenizer loses text, so that bits per byte are not defined.
+    """
+
+    tokens: Tensor
+    bounds: Tensor
+    bytes_per_token: Tensor | None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """name: of the directory. config: its config.json. model: in evaluation mode, on the CPU, in fp32, after ``step``
+    optimisation steps. weights_hash: of the model's weights, as `looped.checkpoint.weights_hash` gives it."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    model: LoopedDecoder
+    validation: Validation
+    step: int
+    weights_hash: str
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest of the directories above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
+def check_writable(out: Path) -> None:
+    """Raise ValueError unless ``out`` is, or could become, a directory to write in.
+
+    Tried, not asked: os.access lets root write anywhere.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest_existing(out)):
+            pass
+    except OSError as error:
+        raise ValueError(f"out must be a directory that can be written. Got out={out} ({error.strerror}).") from error
+
+
+def hold(out: Path) -> int | None:
+    """Lock a directory until the returned descriptor is closed, at the latest when this process ends.
+
+    Raises ValueError if another process has it. On a system or file system without locks everybody has it.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"out directory {out} must not be in use. Another process trains there.") from None
+    except OSError:
+        pass
+    return handle
+
+
+def write_config(out: Path, train: dict[str, Any], model: LoopedConfig) -> None:
+    """``train``: fields that JSON can write."""
+    with replacing(out / CONFIG) as scratch:
+        content = json.dumps({"train": train, "model": asdict(model)}, indent=2, allow_nan=False)
+        scratch.write_text(content + "\n", encoding="utf-8")
+
+
+def write_tokenizer(out: Path, content: str) -> None:
+    with replacing(out / TOKENIZER) as scratch:
+        scratch.write_text(content, encoding="utf-8")
+
+
+def write_validation(out: Path, tokens: np.ndarray, bounds: np.ndarray, bytes_per_token: np.ndarray | None) -> None:
+    """``bytes_per_token``: None if bits per byte are not defined."""
+    arrays = {"tokens": tokens, "bounds": bounds}
+    if bytes_per_token is not None:
+        arrays["bytes_per_token"] = bytes_per_token
+    small = {name: array.astype(np.min_scalar_type(array.max())) for name, array in arrays.items()}
+    with replacing(out / VALIDATION) as scratch:
+        scratch.write_bytes(safetensors.numpy.save(small))
+
+
+def remove_beginnings(out: Path) -> None:
+    """Remove what the functions above have written."""
+    for name in (CONFIG, VALIDATION, TOKENIZER):
+        (out / name).unlink(missing_ok=True)
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The config.json of a run. Raises ValueError if there is none, or it is damaged."""
+    path = out / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {"train": dict(config["train"]), "model": dict(config["model"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used ({error!r:.120}).") from error
+
+
+def load_run(directory: Path) -> SavedRun:
+    """The run that training left in ``directory``, from its config.json, checkpoint/ and validation.safetensors.
+
+    The random generators are left as they were. Raises ValueError, in one line, naming what is missing or wrong.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"a run must be a directory that training wrote. {directory} is none.")
+    config = read_config(directory)
+    try:
+        shape = LoopedConfig(**config["model"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
+    with torch.random.fork_rng(devices=[]):
+        model = LoopedDecoder(shape)
+    place = checkpoint.found(directory)
+    progress = checkpoint.check_whole(place, [checkpoint.WEIGHTS])
+    model.load_state_dict(checkpoint.read_weights(place, model))
+    return SavedRun(
+        name=directory.resolve().name,
+        directory=directory,
+        config=config,
+        model=model.eval().requires_grad_(False),
+        validation=_read_validation(directory / VALIDATION, shape.vocab_size),
+        step=progress.step,
+        weights_hash=checkpoint.weights_hash(directory) or "",
+    )
+
+
+def _read_validation(path: Path, vocab_size: int) -> Validation:
+    try:
+        arrays = safetensors.numpy.load_file(path)
+        tensors = {name: torch.from_numpy(array.astype("int64")) for name, array in arrays.items()}
+        tokens, bounds, sizes = tensors["tokens"], tensors["bounds"], tensors.get("bytes_per_token")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} cannot be used ({error!r:.160}).") from error
+    if len(tokens) == 0 or int(tokens.max()) >= vocab_size:
+        found = "none" if len(tokens) == 0 else int(tokens.max())
+        raise ValueError(f"{path} must hold tokens below vocab_size={vocab_size}. Got {found}.")
+    if len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != len(tokens) or bool((bounds.diff() < 0).any()):
+        raise ValueError(
+            f"{path} must hold bounds that rise from 0 to its {len(tokens)} tokens. Got {bounds.tolist()!s:.80}."
+        )
+    if sizes is not None:
+        # The model's vocabulary may be larger than the tokenizer's; what it adds stands for nothing.
+        sizes = F.pad(sizes, (0, max(0, vocab_size - len(sizes))))
+    return Validation(tokens, bounds, sizes)

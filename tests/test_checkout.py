@@ -1,0 +1,249 @@
+"""Our names beside Hugging Face's package `kernels`: in a checkout, in wheels, and whatever is first on the path."""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from looped import checkout
+
+ROOT = Path(__file__).parents[1]
+SITE = Path(torch.__file__).parents[1]
+
+# Hugging Face's package in small: a version from its metadata, a submodule imported by its full name, a function.
+HUGGING_FACE = {
+    "kernels/__init__.py": """
+        import importlib.metadata
+        __version__ = importlib.metadata.version("kernels")
+        from kernels.load import get_kernel
+        __all__ = ["__version__", "get_kernel"]
+    """,
+    "kernels/load.py": "def get_kernel(name): return name",
+    "kernels/layer/__init__.py": "class LayerRepository: pass",
+    "kernels-0.17.9.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.9\n",
+    "kernels-0.17.9.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+}
+
+BOTH = """
+    import importlib.metadata, importlib.util
+    assert importlib.util.find_spec("kernels") is not None
+    {first}
+    from kernels import get_kernel, looped_cross_entropy
+    from kernels.layer import LayerRepository
+    import kernels, kernels.load, looped.kernels
+    from looped.kernels import radial_gradient
+    assert get_kernel("a") == "a" and kernels.load.get_kernel is get_kernel
+    assert kernels.__version__ == importlib.metadata.version("kernels") == "0.17.9"
+    assert kernels.__spec__.name == "kernels" and list(kernels.__path__) == [{directory!r}], kernels.__path__
+    for name in looped.kernels.__all__:
+        assert getattr(kernels, name) is getattr(looped.kernels, name)
+    assert looped_cross_entropy.__module__ == "looped.kernels.looped_cross_entropy"
+    print(looped.kernels.__file__)
+"""
+
+
+def write(directory: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return directory
+
+
+def run(program: str, *path: Path, cwd: Path, python: str = sys.executable) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [python, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+# In a checkout --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["import looped", "import kernels", "from kernels import get_kernel"])
+def test_both_packages_are_served_by_the_shared_name(tmp_path, first):
+    stub = write(tmp_path / "site", HUGGING_FACE)
+    program = BOTH.format(first=first, directory=str(stub / "kernels"))
+    run(program, stub, cwd=ROOT)  # the current directory, a checkout, is first on the path
+    run(program, ROOT, stub, cwd=tmp_path)
+
+
+def test_our_own_name_needs_no_place_on_the_path(tmp_path):
+    stub = write(tmp_path / "site", HUGGING_FACE)
+    program = """
+        from looped.kernels import looped_cross_entropy
+        import kernels
+        print(kernels.__file__)
+    """
+    assert run(program, stub, ROOT, cwd=tmp_path) == f"{stub / 'kernels' / '__init__.py'}\n"
+
+
+@pytest.mark.skipif(checkout.hugging_face() is not None, reason="Hugging Face's package is installed")
+@pytest.mark.parametrize("first", ["kernels", "looped.kernels"])
+def test_alone_the_shared_name_is_ours(tmp_path, first):
+    program = f"""
+        import importlib, importlib.util, sys
+        from pathlib import Path
+        assert importlib.util.find_spec("kernels") is not None
+        import {first}
+        import kernels, looped.kernels
+        assert not hasattr(kernels, "__version__")  # by which transformers tells Hugging Face's
+        assert sorted(kernels.__all__) == sorted(looped.kernels.__all__)
+        for name in kernels.__all__:
+            assert getattr(kernels, name) is getattr(looped.kernels, name)
+        for path in Path({str(ROOT)!r}, "kernels").glob("[!_]*.py"):
+            try:
+                module = importlib.import_module("kernels." + path.stem)
+            except ModuleNotFoundError:
+                assert "looped.kernels." + path.stem not in sys.modules
+            else:
+                assert module is importlib.import_module("looped.kernels." + path.stem)
+    """
+    run(program, ROOT, cwd=tmp_path)
+
+
+def test_which_package_is_hugging_faces(tmp_path, monkeypatch):
+    stub = write(tmp_path / "site", HUGGING_FACE)
+    second = tmp_path / "second"
+    shutil.copytree(ROOT / "kernels", second / "kernels")
+    (tmp_path / "data" / "kernels").mkdir(parents=True)
+
+    def found(*path: str | Path) -> str | None:
+        monkeypatch.setattr(sys, "path", [str(entry) for entry in path])
+        spec = checkout.hugging_face()
+        return None if spec is None else spec.origin
+
+    monkeypatch.chdir(ROOT)
+    assert found("", ROOT, second, tmp_path / "data") is None
+    assert found("", second, stub) == str(stub / "kernels" / "__init__.py")
+    assert found(stub, ROOT) == str(stub / "kernels" / "__init__.py")
+
+
+def test_a_checkout_without_links(tmp_path):
+    """As git leaves it on Windows: a file with the link's target in the link's place."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "looped", tmp_path / "looped", ignore=lambda *_: ["kernels"])
+    (tmp_path / "looped" / "kernels").write_text("../kernels")
+    program = """
+        import looped.kernels.radial, kernels
+        print(looped.kernels.__file__, kernels.radial is looped.kernels.radial)
+    """
+    assert run(program, cwd=tmp_path) == f"{tmp_path / 'kernels' / '__init__.py'} True\n"
+
+
+@pytest.mark.parametrize("program", ["run.py", "sweep.py"])
+def test_programs_use_their_own_checkout(tmp_path, program):
+    """From elsewhere, with other packages of all our names first on the path."""
+    others = write(
+        tmp_path, {f"{name}/__init__.py": "raise OSError('not ours')" for name in ("kernels", "looped", "train")}
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train" / program), "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(others)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# Installed ------------------------------------------------------------------------------------------------------------
+
+
+def build(source: Path, directory: Path) -> Path:
+    """The wheel of a source directory or a source archive."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(directory)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True)
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packaged, so that nothing is built in the checkout."""
+    directory = tmp_path_factory.mktemp("source")
+    for name in ("kernels", "looped", "train"):
+        shutil.copytree(ROOT / name, directory / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+def modules_of(archive: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name}
+
+
+def test_a_wheel_has_every_module_and_nothing_under_kernels(wheel):
+    expected = {
+        ("looped/" if package == "kernels" else "") + path.relative_to(ROOT).as_posix()
+        for package in ("kernels", "looped", "train")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules_of(wheel) == {name for name in expected if not name.startswith("kernels/")}
+    assert "looped/kernels/__init__.py" in modules_of(wheel)
+
+
+def test_a_source_archive_makes_the_same_wheel(source, wheel, tmp_path):
+    program = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert modules_of(build(archive, tmp_path)) == modules_of(wheel)
+
+
+def hugging_face_wheel(directory: Path) -> Path:
+    path = directory / "kernels-0.17.9-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in HUGGING_FACE.items():
+            archive.writestr(name, textwrap.dedent(text))
+        record = "kernels-0.17.9.dist-info/RECORD"
+        archive.writestr(record, "".join(f"{name},,\n" for name in [*HUGGING_FACE, record]))
+    return path
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_installed_in_either_order_both_are_whole(wheel, tmp_path, ours_first):
+    theirs = hugging_face_wheel(tmp_path)
+    venv.create(tmp_path / "env", with_pip=False)
+    python = str(tmp_path / "env" / "bin" / "python")
+    for each in (wheel, theirs) if ours_first else (theirs, wheel):
+        options = ["--no-deps", "--no-index", "--quiet", "--no-compile"]
+        subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *options, str(each)], check=True)
+    (site,) = (tmp_path / "env" / "lib").glob("*/site-packages")
+    (site / "dependencies.pth").write_text(f"{SITE}\n")  # after the environment's own, and without its .pth files
+    for each in (wheel, theirs):
+        archive = zipfile.ZipFile(each)
+        for name in modules_of(each):
+            digest = hashlib.sha256((site / name).read_bytes()).hexdigest()
+            assert digest == hashlib.sha256(archive.read(name)).hexdigest(), name
+    program = """
+        import kernels, looped.kernels
+        from kernels.layer import LayerRepository
+        from looped.kernels import looped_cross_entropy
+        assert kernels.__version__ == "0.17.9" and not hasattr(kernels, "looped_cross_entropy")
+        print(looped.kernels.__file__)
+    """
+    assert run(program, cwd=tmp_path, python=python) == f"{site / 'looped' / 'kernels' / '__init__.py'}\n"
+
+
+def test_no_other_distribution_is_named_as_ours_is(wheel):
+    """importlib.metadata.version("kernels") is Hugging Face's or nobody's."""
+    assert wheel.name.startswith("looped_lm-")
+    assert importlib.metadata.version("looped-lm")
+    top_level = zipfile.ZipFile(wheel).read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/top_level.txt")
+    assert top_level.decode().split() == ["looped", "train"]

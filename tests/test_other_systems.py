@@ -1,0 +1,71 @@
+"""macOS and Windows: without Triton, and without what Python has on POSIX alone, everything works on a CPU."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from tiny_run import arguments
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAMS = {
+    "kernels": """
+        import torch
+        import looped.kernels
+        from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+        states, head, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 7, 12), (31, 12), (12,)))
+        targets = torch.randint(31, (7,))
+        loss = looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.1).loss
+        y = rms_norm_penalty(states[0], weight, residual=states[1]).y
+        (loss + y.sum() + radial_gradient(states[0], states[1]).dot.sum()).backward()
+        assert all(x.grad.isfinite().all() and x.grad.any() for x in (states, head, weight))
+        assert readout_statistics(states, head, targets).loss.isfinite().all()
+    """,
+    "decoder": """
+        import torch
+        import looped
+        shape = dict(vocab_size=31, d_model=12, n_heads=2, n_layers=1, d_ff=16, max_seq_len=9, n_loops=2)
+        tokens = torch.randint(31, (2, 9))
+        for fused in (True, False):
+            model = looped.LoopedDecoder(looped.LoopedConfig(**shape), fused=fused)
+            states = model(tokens)
+            sum(state.square().mean() for state in states).backward()
+            assert model.embedding.weight.grad.any()
+    """,
+    "trainer and diagnosis": """
+        from train.run import main
+        assert main(ARGUMENTS + ["--out", "run"]) == 0
+        from looped.diagnose.__main__ import main as diagnose
+        assert diagnose(["run", "--tokens", "128", "--loops", "5", "--device", "cpu"]) == 0
+    """,
+}
+
+needs_triton = pytest.mark.xfail(strict=True, reason="looped.kernels imports triton before a kernel is launched")
+needs_posix = pytest.mark.xfail(strict=True, reason="and the trainer imports fcntl and resource")
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param("kernels", marks=needs_triton),
+        pytest.param("decoder", marks=needs_triton),
+        pytest.param("trainer and diagnosis", marks=[needs_triton, needs_posix]),
+    ],
+)
+def test_without_triton_and_posix(subject, tmp_path):
+    absent = ("triton", "fcntl", "resource", "pwd", "grp", "termios")
+    # None in sys.modules: importing it raises ModuleNotFoundError
+    start = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+    given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + given + textwrap.dedent(PROGRAMS[subject])],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -1,0 +1,117 @@
+"""Steps that are not taken because the loss or the gradient is not finite: how many, and where the first began."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looped.decoder import LoopedDecoder
+from looped.supervision import Supervision, looped_loss
+from train.step import autocast
+
+
+class BadSteps:
+    """Counts bad steps on the device. The host sees the count a step or two late, and never waits for it.
+
+    total: 0-dim int64 on the device, all so far. limit: how many in a row end the run.
+    """
+
+    def __init__(self, limit: int, device: torch.device, total: int = 0) -> None:
+        self.limit = limit
+        self.total = torch.full((), total, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        seen = torch.zeros((), dtype=torch.int64)
+        self._seen = seen.pin_memory() if device.type == "cuda" else seen
+
+    def add(self, bad: Tensor) -> None:
+        """Count a step. Once the limit is reached, every later step counts as one of the row."""
+        self.total += bad
+        self._in_a_row.add_(1).mul_(bad | (self._in_a_row > self.limit))
+        self._seen.copy_(self._in_a_row, non_blocking=True)
+
+    def in_a_row(self) -> int:
+        """Bad steps up to the last one that the host knows of."""
+        return int(self._seen)
+
+
+def locate(
+    model: LoopedDecoder,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    supervision: Supervision,
+    penalty: float,
+    dtype: torch.dtype,
+    grad_accumulation: int,
+) -> str:
+    """Where the first number that is not finite appears when a bad step is repeated, its update left out.
+
+    Waits for the device. Dropout draws other numbers than it did.
+    """
+    for name, weight in model.named_parameters():
+        if not _is_finite(weight):
+            return f"in the weight {name}"
+    for part_inputs, part_targets in zip(
+        inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True
+    ):
+        model.zero_grad(set_to_none=True)
+        with autocast(inputs.device, dtype):
+            outputs, states = _watched(model, part_inputs)
+            for place, tensor in outputs:
+                if not _is_finite(tensor):
+                    return f"in the forward pass at {place}"
+            result = looped_loss(model, states, part_targets, supervision=supervision, penalty=penalty)
+        read = range(len(states)) if supervision == "per-loop" else [len(states) - 1]
+        for loop in read:
+            if not _is_finite(result.per_loop[loop]):
+                return f"in the readout of loop {loop + 1}"
+        if not _is_finite(result.loss):
+            return "in the norm penalty"
+        began = _first_of_backward(result.loss, outputs)
+        if began is not None:
+            return f"in the backward pass at {began}"
+        for name, weight in model.named_parameters():
+            if weight.grad is not None and not _is_finite(weight.grad):
+                return f"in the gradient of {name}"
+    return "at a place that did not show again: the step, repeated, was finite"
+
+
+def _watched(model: LoopedDecoder, inputs: Tensor) -> tuple[list[tuple[str, Tensor]], tuple[Tensor, ...]]:
+    """What the blocks give in a forward pass, in order and with loop and layer, both from 1; and the states."""
+    outputs: list[tuple[str, Tensor]] = []
+    blocks = list(model.blocks)
+    n_calls = 0
+
+    def note(block: nn.Module, given: Any, output: tuple[Tensor, Tensor]) -> None:
+        nonlocal n_calls
+        loop, layer = divmod(n_calls, len(blocks))
+        outputs.extend((f"loop {loop + 1}, layer {layer + 1}", tensor) for tensor in output)
+        n_calls += 1
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    try:
+        states = model.forward(inputs)  # not model(inputs), which may be compiled and call no hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs += [(f"the end of loop {loop}", state) for loop, state in enumerate(states, start=1)]
+    return outputs, states
+
+
+def _first_of_backward(loss: Tensor, outputs: list[tuple[str, Tensor]]) -> str | None:
+    """The first of the outputs, on the way back, whose gradient is not finite."""
+    found: list[str] = []
+
+    def note(place: str) -> Callable[[Tensor], None]:
+        return lambda gradient: None if _is_finite(gradient) else found.append(place)
+
+    for place, tensor in outputs:
+        if tensor.requires_grad:
+            tensor.register_hook(note(place))
+    loss.backward()
+    return found[0] if found else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.detach().isfinite().all())

@@ -1,0 +1,161 @@
+"""What a claim of the paper is here: numbers taken from runs, some of which have to obey rules.
+
+Thresholds come from the paper's numbers, not from any of ours. A claim is *reproduced* if its rules hold for every seed
+that has all the runs it needs, and *not reproduced* if one fails for one seed; with no such seed it is *not measured*.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from looped.diagnose.verdict import Measurements
+from train.paper.evidence import Evidence
+
+Seed = Mapping[str, Evidence]  # the complete runs of one seed, by condition
+Mark = Literal["reproduced", "not reproduced", "not measured", "not testable at this scale"]
+Reading = Literal["both", "decisive", "other"]
+Relation = Literal["below", "above", "at most", "at least", "within"]  # within: of 0
+RELATIONS: dict[Relation, Callable[[float, float], bool]] = {
+    "below": operator.lt,
+    "above": operator.gt,
+    "at most": operator.le,
+    "at least": operator.ge,
+    "within": lambda value, limit: abs(value) <= limit,
+}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of complete runs of one seed. value: of a run of each condition. form: how the number is printed."""
+
+    label: str
+    value: Callable[..., float]
+    form: str = "{:.4g}"
+    conditions: tuple[str, ...] = ()
+    rules: tuple["Rule", ...] = ()
+
+    def of(self, condition: str) -> "Quantity":
+        """The number of one condition, which the label names if it has a place for it."""
+        return replace(self, label=self.label.format(f"`{condition}`"), conditions=(condition,))
+
+    def must_be(
+        self,
+        relation: Relation,
+        limit: "float | Quantity",
+        unit: str = "",
+        *,
+        times: float = 1,
+        reading: Reading = "both",
+    ) -> "Quantity":
+        """With one rule more."""
+        return replace(self, rules=(*self.rules, Rule(relation, limit, unit, times, reading)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a quantity must be. limit: a number of this unit, or so many times another quantity
+    of the claim. reading: in which of two readings of the same runs it has to be so, where a claim has two."""
+
+    relation: Relation
+    limit: float | Quantity
+    unit: str
+    times: float
+    reading: Reading
+
+    def holds(self, value: float, numbers: Mapping[str, float]) -> bool:
+        """Of a value, and all the quantities of the seed by label."""
+        limit = numbers[self.limit.label] if isinstance(self.limit, Quantity) else self.limit
+        return RELATIONS[self.relation](value, self.times * limit)
+
+    def __str__(self) -> str:
+        if isinstance(self.limit, Quantity):
+            limit = f"{self.times:g} times {self.limit.label}" if self.times != 1 else self.limit.label
+        else:
+            limit = f"{self.limit:.0%}" if self.unit == "%" else f"{self.limit:g} {self.unit}".strip()
+        return f"{self.relation} {limit}{' of 0' if self.relation == 'within' else ''}"
+
+
+def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{:.4g}") -> Quantity:
+    """A number of the diagnosis of a run."""
+    return Quantity(label, lambda run: value(run.measured), form)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """title: the paper's statement. paper: its numbers. figure: a file beside the page. note: on how it is measured.
+    other_reading: of the same runs, which does not decide."""
+
+    title: str
+    paper: str
+    quantities: tuple[Quantity, ...]
+    figure: str
+    note: str = ""
+    other_reading: str = ""
+
+    @property
+    def conditions(self) -> list[str]:
+        """Those whose runs are needed."""
+        return list(dict.fromkeys(name for quantity in self.quantities for name in quantity.conditions))
+
+    def holds(self, row: list[float], reading: Reading) -> bool:
+        """Whether the numbers of a seed obey the rules of a reading. One that is not finite confirms nothing."""
+        numbers = {quantity.label: value for quantity, value in zip(self.quantities, row, strict=True)}
+        return all(map(math.isfinite, row)) and all(
+            rule.holds(numbers[quantity.label], numbers)
+            for quantity in self.quantities
+            for rule in quantity.rules
+            if rule.reading in ("both", reading)
+        )
+
+
+@dataclass(frozen=True)
+class Untestable:
+    """A claim that no run of a sweep can confirm or deny, and why. The reason has a place for the sweep's preset."""
+
+    title: str
+    paper: str
+    why: str
+
+
+def judge(claim: Claim, seeds: Mapping[int, Seed]) -> dict[str, Any]:
+    """The claim as it stands in claims.json, from the runs of every seed."""
+    values = {
+        number: [quantity.value(*(runs[name] for name in quantity.conditions)) for quantity in claim.quantities]
+        for number, runs in seeds.items()
+        if all(condition in runs for condition in claim.conditions)
+    }
+    return judge_values(claim, values)
+
+
+def judge_values(claim: Claim, values: Mapping[int, list[float]]) -> dict[str, Any]:
+    """The same, from the numbers of every seed alone."""
+    held = [seed for seed, row in values.items() if claim.holds(row, "decisive")]
+    judged = {
+        "title": claim.title,
+        "paper": claim.paper,
+        "mark": mark_of(len(held), len(values)),
+        "conditions": claim.conditions,
+        "quantities": [quantity.label for quantity in claim.quantities],
+        "rules": [rules_of(quantity) for quantity in claim.quantities],
+        "values_by_seed": values,
+        "seeds_that_hold": held,
+    }
+    if claim.other_reading:
+        held = [seed for seed, row in values.items() if claim.holds(row, "other")]
+        judged["alternative"] = {"reading": claim.other_reading, "seeds_that_hold": held}
+    return judged
+
+
+def rules_of(quantity: Quantity) -> str:
+    """What a quantity must be, in English; empty if it is only given."""
+    text = " and ".join(map(str, quantity.rules))
+    return f"in the other reading: {text}" if any(rule.reading == "other" for rule in quantity.rules) else text
+
+
+def mark_of(n_held: int, n_seeds: int) -> Mark:
+    """Of rules that hold for ``n_held`` of the seeds that have the runs."""
+    if n_seeds == 0:
+        return "not measured"
+    return "reproduced" if n_held == n_seeds else "not reproduced"

@@ -1,0 +1,88 @@
+"""Speed of prefill at K = 1..n_loops: a decoder of each architecture that was trained, and its competitors.
+
+What is timed: tokens [B, T] through K loops of the decoder, and the logits [B, T, V] of the last state, without
+gradients.  Conditions that differ in training alone have one architecture and so one speed.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from looped.config import LoopedConfig
+from looped.decoder import LoopedDecoder
+from looped.supervision import readout_logits
+from train.step import autocast
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NORMS = {"raw": "no norm", "layernorm": "LayerNorm"}  # before the head; otherwise RMSNorm, at the last loop at least
+
+
+class Rate(NamedTuple):
+    """Tokens per second: the median round, and the rounds at the lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def architecture(config: LoopedConfig) -> str:
+    """What of a condition prefill depends on."""
+    between = ", RMSNorm between loops" if config.inter_loop_norm else ""
+    return f"fused, {NORMS.get(config.readout, 'RMSNorm')} before the head{between}"
+
+
+def competitors(model: LoopedDecoder) -> dict[str, LoopedDecoder]:
+    """The same decoder in plain PyTorch, and with its blocks by torch.compile."""
+    plain, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    plain.fused = compiled.fused = False
+    for block in compiled.blocks:
+        block.compile(dynamic=False)
+    return {"plain PyTorch": plain, "plain PyTorch, blocks compiled": compiled}
+
+
+def seconds_of(call: Callable[[], None]) -> float:
+    """Time of one call, until the device has done its work."""
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def throughput(
+    models: dict[str, LoopedDecoder], inputs: Tensor, dtype: torch.dtype, rounds: int
+) -> dict[str, list[Rate]]:
+    """Of every model, at K = 1..n_loops, on ``inputs`` [B, T].
+
+    In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
+    while is so for all of them.
+    """
+
+    def prefill(name: str, n_loops: int) -> None:
+        with autocast(DEVICE, dtype):
+            readout_logits(models[name], models[name](inputs, n_loops=n_loops)[-1])
+
+    torch.compiler.reset()  # a block may have only so many graphs
+    depths = range(1, next(iter(models.values())).config.n_loops + 1)
+    seconds: dict[tuple[str, int], list[float]] = {(name, depth): [] for depth in depths for name in models}
+    for _ in range(rounds + 1):
+        for (name, depth), times in seconds.items():
+            times.append(seconds_of(partial(prefill, name, depth)))
+
+    def rate(times: list[float]) -> Rate:
+        slow, middle, fast = np.quantile(times[1:], (0.75, 0.5, 0.25))
+        return Rate(*(float(inputs.numel() / quantile) for quantile in (middle, slow, fast)))
+
+    return {name: [rate(seconds[name, depth]) for depth in depths] for name in models}

@@ -1,0 +1,220 @@
+"""A run, ready to train: text loaded, model built, checkpoint restored, and only then its directory written."""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looped.decoder import LoopedDecoder
+from looped.flash_attention import attention_implementation
+from looped.run_directory import hold, remove_beginnings, write_config, write_tokenizer, write_validation
+from train import checkpoint
+from train.batches import Windows
+from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
+from train.data import TokenData, cache_directory, load_data
+from train.graph import CudaGraphs, Launch, eagerly
+
+
+@dataclass(eq=False)
+class Run:
+    """A run that is ready to train: everything is checked, loaded and built, and its directory is there.
+
+    step: optimisation steps done. steps: those to do, all told. schedule_steps: the length of the learning rate's
+    schedule. attention: what serves it in training, in words. penalty: the configuration's, on the device if it is to
+    be captured. capture_refusal: why a training step cannot be captured, though the device could. changes: what is
+    trained otherwise than before, in words.
+    """
+
+    config: TrainConfig
+    out: Path
+    data: TokenData
+    model: LoopedDecoder
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype
+    windows: Windows
+    attention: str
+    launch: Launch
+    penalty: float | Tensor
+    capture_refusal: str | None
+    steps: int
+    schedule_steps: int
+    step: int = 0
+    changes: Sequence[str] = ()
+    lock: int | None = None  # a descriptor of the directory, which no other process may train in
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    @property
+    def graphs_used(self) -> bool:
+        return isinstance(self.launch, CudaGraphs) and self.launch.refusal is None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.windows.seq_len
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Load the text, build the model, restore a checkpoint; then, and only then, write the run's directory.
+
+    ``config``: resolved and validated. Raises ValueError or OSError, leaving nothing behind.
+    """
+    # Saturated softmaxes make denormals, which x86 computes with several times slower.
+    torch.set_flush_denormal(True)
+    device = device_of(config)
+    data = load_data(
+        config.data,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        seq_len=config.seq_len,
+        cache=cache_directory(config.cache),
+    )
+    torch.manual_seed(config.seed)
+    shape = model_config(config, config.vocab_size or data.tokenizer.vocab_size)
+    model = LoopedDecoder(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
+    if config.compile:
+        model.compile()  # in place, so that parameters keep their names
+    launch = launcher(config, device)
+    graphs = launch is not eagerly
+    windows = Windows(data.train.tokens, config.seq_len, config.stride or config.seq_len)
+    before = config if config.resume is None else read_config(config.resume)
+    schedule_steps = config.schedule_steps or before.schedule_steps or _length(before, windows)
+    assert config.out is not None  # complete
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    run = Run(
+        config=config,
+        out=config.out,
+        data=data,
+        model=model,
+        optimizer=_optimizer(model, config, device, capturable=graphs),
+        device=device,
+        dtype=dtype,
+        windows=windows,
+        attention=attention_implementation(device, dtype, shape.head_dim, shape.dropout, compiled=config.compile),
+        launch=launch,
+        penalty=torch.full((), config.penalty, device=device) if graphs and config.penalty > 0 else config.penalty,
+        capture_refusal=_capture_refusal(config) if graphs else None,
+        steps=_length(config, windows),
+        schedule_steps=schedule_steps,
+    )
+    try:
+        if config.resume is None:
+            _write_directory(run)
+        else:
+            _restore(run, before)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def launcher(config: TrainConfig, device: torch.device) -> Launch:
+    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted."""
+    return CudaGraphs(device) if device.type == "cuda" and config.cuda_graph else eagerly
+
+
+def _capture_refusal(config: TrainConfig) -> str | None:
+    if config.checkpoint_loops and config.dropout > 0:
+        return "recomputing a loop with its dropout sets the random generator back, which no capture allows"
+    return None
+
+
+def _length(config: TrainConfig, windows: Windows) -> int:
+    return config.steps or math.ceil((config.epochs or 0) * len(windows) / config.batch_size)
+
+
+def _optimizer(
+    model: LoopedDecoder, config: TrainConfig, device: torch.device, *, capturable: bool
+) -> torch.optim.Optimizer:
+    """AdamW; if it is to be captured, with a learning rate on the device, which a graph reads anew each time."""
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True, capturable=capturable)
+    for group in optimizer.param_groups if capturable else []:
+        group["lr"] = torch.full((), rate, device=device)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _write_directory(run: Run) -> None:
+    created = not run.out.exists()
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = hold(run.out)
+        check_out_directory(run.out)  # another process may have been first while the text was loaded
+    except OSError as error:
+        raise _not_writable(run, error) from error
+    data = run.data
+    try:
+        write_tokenizer(run.out, data.tokenizer.model.to_str(pretty=True))
+        sizes = data.tokenizer.bytes_per_token if data.lossless else None
+        write_validation(run.out, data.validation.tokens, data.validation.bounds, sizes)
+        _write_config(run)
+    except BaseException as error:
+        remove_beginnings(run.out)
+        if created:
+            shutil.rmtree(run.out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _not_writable(run, error) from error
+        raise
+
+
+def _not_writable(run: Run, error: OSError) -> ValueError:
+    return ValueError(f"out directory {run.out} is not writable ({error}).")
+
+
+def _write_config(run: Run) -> None:
+    """The resolved configuration, with what belongs to this directory and this process left out."""
+    config = dataclasses.asdict(run.config) | {"out": None, "resume": None}
+    for name, names in (("data", ("sotu", "wikitext-103")), ("tokenizer", ("bpe", "paper"))):
+        if config[name] not in names:
+            config[name] = os.path.abspath(config[name])  # a run may be continued from another directory
+    config["cache"] = None if run.config.cache is None else str(run.config.cache.absolute())
+    if run.schedule_steps != run.steps:
+        config["schedule_steps"] = run.schedule_steps
+    write_config(run.out, config, run.model.config)
+
+
+def _restore(run: Run, before: TrainConfig) -> None:
+    """Continue from the checkpoint. ``before``: the configuration that the run had."""
+    run.lock = hold(run.out)
+    progress = checkpoint.load(run.out, run.model, run.optimizer)
+    if progress.fingerprint != run.data.fingerprint:
+        raise ValueError(f"the text or the tokenizer is not the one that {run.out} was begun with.")
+    if run.steps < progress.step:
+        raise ValueError(
+            f"steps must be at least those that {run.out} has done. Got steps={run.steps}, done {progress.step}."
+        )
+    if run.steps == progress.step and (run.out / "summary.json").exists():
+        raise ValueError(f"{run.out} is complete at step {run.steps}. Continue it with --steps above that.")
+    run.step = progress.step
+    run.changes = _changes(run, before)
+    _write_config(run)
+    for name in ("summary.json", "report.png"):
+        (run.out / name).unlink(missing_ok=True)  # of the steps done so far
+
+
+def _changes(run: Run, before: TrainConfig) -> list[str]:
+    """What is trained otherwise from here on."""
+    old: dict[str, Any] = {name: getattr(before, name) for name in RETUNABLE}
+    new: dict[str, Any] = {name: getattr(run.config, name) for name in RETUNABLE}
+    old["schedule_steps"] = before.schedule_steps or _length(before, run.windows)
+    new["schedule_steps"] = run.schedule_steps
+    return [f"{name} from {old[name]:g} to {new[name]:g}" for name in RETUNABLE if old[name] != new[name]]

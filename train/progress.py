@@ -1,0 +1,154 @@
+"""What a run says: the lines at its start and end, the latest row, and the speed."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from train import checkpoint, report
+from train.graph import eagerly
+from train.prepare import Run
+from train.step import LoopResult
+from train.utilisation import peak_flops
+
+
+class Clock:
+    """Tokens per second since the last call, and the time left at the mean rate; pauses count in neither."""
+
+    def __init__(self, run: Run) -> None:
+        self._first_step = self._last_step = run.step
+        self._first = self._last = time.perf_counter()
+
+    def tokens_per_second(self, run: Run) -> float:
+        now = time.perf_counter()
+        rate = (run.step - self._last_step) * run.tokens_per_step / (now - self._last)
+        self._last, self._last_step = now, run.step
+        return rate
+
+    def left(self, run: Run) -> str:
+        per_step = (time.perf_counter() - self._first) / (run.step - self._first_step)
+        seconds = round(per_step * (run.steps - run.step))
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        pause = time.perf_counter() - start
+        self._first += pause
+        self._last += pause
+
+
+def utilisation(run: Run, tokens_per_second: float) -> float | None:
+    """The share of the GPU's dense bf16 FLOP/s that the model's own FLOPs make up; None where that is not known."""
+    peak = peak_flops(run.device)
+    if peak is None:
+        return None
+    n_readouts = None if run.config.supervision == "per-loop" else 1
+    return tokens_per_second * run.model.flops_per_token(n_readouts=n_readouts, seq_len=run.config.seq_len) / peak
+
+
+def progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.steps,
+        initial=run.step,
+        desc="training",
+        disable=None,
+        bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:12}| {remaining} left{postfix}",
+    )
+
+
+def show(bar: tqdm, row: dict[str, Any], left: str) -> None:
+    """The latest row: beside the progress bar on a terminal, as a line of its own elsewhere."""
+    ce = "/".join(f"{value:.2f}" for value in row["ce"])
+    state = f"loss {row['loss']:.3f}  CE {ce}  |H_{len(row['ce'])}| {row['state_norm'][-1]:.4g}"
+    rate = f"{row['tokens_per_second']:,.0f} tokens/s"
+    if row["mfu"] is not None:
+        rate += f"  MFU {row['mfu']:.1%}"
+    if row["bad_steps"]:
+        rate += f"  bad steps {row['bad_steps']}"
+    if bar.disable:
+        print(f"step {row['step']}/{bar.total}  {state}  {rate}  {left} left", flush=True)
+    else:
+        bar.set_postfix_str(f"{state}  {rate}", refresh=False)
+
+
+def print_start(run: Run) -> None:
+    print(f"training  {model_line(run)}\non        {data_line(run)}")
+    if run.config.schedule == "warmup-cosine":
+        after = "" if run.schedule_steps >= run.steps else f", then constant to step {run.steps}"
+        print(f"schedule  {run.config.schedule} over {run.schedule_steps} steps{after}")
+    for change in run.changes:
+        print(f"changed   {change}, from step {run.step + 1} on")
+    print(f"attention {run.attention}")
+    if run.device.type == "cuda":
+        print(f"launched  {launch_line(run)}")
+    print(f"into      {run.out}, from step {run.step}", flush=True)
+
+
+def launch_line(run: Run) -> str:
+    if run.launch is eagerly:
+        return "kernel by kernel"
+    if run.capture_refusal is not None:
+        return f"kernel by kernel ({run.capture_refusal}); evaluation as CUDA graphs"
+    return "as CUDA graphs"
+
+
+def model_line(run: Run) -> str:
+    config = run.config
+    return (
+        f"{config.preset}: {run.model.parameter_count():,} parameters, K = {config.n_loops} loops, {config.readout} "
+        f"readout, {config.supervision} supervision, penalty {config.penalty:g}, "
+        f"{'fused' if config.fused else 'plain PyTorch'}, {config.dtype} on {run.device.type}"
+    )
+
+
+def data_line(run: Run) -> str:
+    config, tokenizer = run.config, run.data.tokenizer
+    return (
+        f"{Path(config.data).name}, {Path(config.tokenizer).name} tokenizer ({tokenizer.vocab_size:,} tokens): "
+        f"{run.steps} steps x {config.batch_size} x {config.seq_len} = {run.steps * run.tokens_per_step:,} tokens "
+        f"of {len(run.data.train.tokens):,}"
+    )
+
+
+def print_end(run: Run, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], took: str) -> None:
+    def losses(row: dict[str, Any]) -> str:
+        return " ".join("-" if value is None else f"{value:.3f}" for value in row["ce"])
+
+    print(f"\ntrained   {model_line(run)}")
+    print(f"on        {data_line(run)}; {took}")
+    if rows:
+        print(f"learning  CE of loops 1..{run.config.n_loops}: {losses(rows[0])} at step {rows[0]['step']}, ", end="")
+        print(f"{losses(rows[-1])} at step {rows[-1]['step']}")
+    if rows and rows[-1].get("bad_steps"):
+        print(f"bad steps {rows[-1]['bad_steps']}, not taken: their loss or gradient was not finite")
+    graphs = ", launched as CUDA graphs" if run.graphs_used else ""
+    print(f"validation, stopping after K loops{graphs}:")
+    print(report.table(results))
+    print(f"files     {run.out}: {', '.join(sorted(path.name for path in run.out.iterdir()))}")
+
+
+def resume_command(out: Path, *options: str) -> str:
+    """The shell command that continues the run in ``out`` from the present directory."""
+    program = (sys.executable, str(Path(__file__).with_name("run.py")))
+    return shlex.join([*(_shorter(path) for path in program), "--resume", str(out), *options])
+
+
+def _shorter(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def how_to_continue(out: Path, *options: str) -> str:
+    """The last good checkpoint of a run that has stopped, and the command that goes on from it; in one line."""
+    step = checkpoint.step_of(out)
+    if step is None:
+        return f"That was before the first checkpoint: {out} cannot be continued."
+    return f"The checkpoint of step {step} is whole. To continue from it: {resume_command(out, *options)}"
