@@ -146,3 +146,22 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     print(len({key[0] for key in record.kernels}), torch.cuda.current_device(), states[0].grad.device)
 """
     assert run(program) == "10 0 cuda:1\n"
+
+
+def test_a_graph_replays_what_it_captured_and_may_not_wait():
+    program = """
+with fake_gpu(TARGETS["sm_90"]) as record:
+    x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x + 1) * 2
+    record.clear()
+    graph.replay()
+    graph.replay()
+    print(record.launches())
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.copy_(torch.ones(4))
+    except RuntimeError as error:
+        print(str(error).partition(":")[0])
+"""
+    assert run(program) == "4\noperation not permitted when stream is capturing\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import PARTS, kernel_tests, main, supervised
+from bench.gpu import PARTS, kernel_tests, main, supervised, tested
 
 ROOT = Path(__file__).parents[1]
 needs_peers = pytest.mark.skipif(
@@ -190,7 +190,31 @@ def test_a_part_is_stopped_and_its_end_is_shown(program, outcome, fine):
 
 
 def test_the_kernels_tests_are_found():
-    assert {"test_rms_norm.py", "test_looped_cross_entropy.py"} <= {path.name for path in kernel_tests()}
+    files = {name.partition("::")[0] for name in kernel_tests()}
+    assert {"tests/test_rms_norm.py", "tests/test_looped_cross_entropy.py"} <= files
+
+
+def test_tests_are_run_by_name_counted_and_stopped(tmp_path):
+    (tmp_path / "test_three.py").write_text("""
+import time, pytest
+
+@pytest.mark.parametrize("x", ["a b", "c - d"])
+def test_well(x):
+    pass
+
+def test_badly():
+    assert False, "PASSED"
+
+def test_slowly():
+    time.sleep(60)
+""")
+    names = ["test_well[a b]", "test_well[c - d]", "test_badly", "test_slowly"]
+    tests = [f"{tmp_path}/test_three.py::{name}" for name in names]
+    found = tested(tests[:3], 60)
+    assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, 0)
+    assert "test_badly" in found["failed"][0]
+    found = tested(tests, 8)
+    assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, 1)
 
 
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
