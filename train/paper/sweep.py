@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-if not __package__:  # run by its path: with the packages of its own checkout, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from train.config import TrainConfig
