@@ -16,9 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # run by its path: with the packages of its own checkout, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from looped.run_directory import hold
