@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import check_values
-from .device import uses_triton
-from .registration import below_autograd, register
+from .device import implementation, uses_triton
+from .registration import register
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -41,9 +41,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate).mul_(up).contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() > 0:
-        from . import swiglu_triton
-
-        swiglu_triton.swiglu_forward(*_rows_of_both(gate, up), y)
+        implementation("swiglu_triton").swiglu_forward(*_rows_of_both(gate, up), y)
     return y
 
 
@@ -70,9 +68,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: 
         for needed in (need_dgate, need_dup)
     )
     if gate.numel() > 0:
-        from . import swiglu_triton
-
-        swiglu_triton.swiglu_backward(
+        implementation("swiglu_triton").swiglu_backward(
             dy.contiguous(), *_rows_of_both(gate, up), dgate if need_dgate else None, dup if need_dup else None
         )
     return dgate, dup
@@ -86,7 +82,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return below_autograd(_swiglu, gate, up)
+        return _swiglu.below_autograd(gate, up)
 
     @staticmethod
     def backward(ctx, dy):

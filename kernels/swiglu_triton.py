@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK = 2048  # elements of a program: 16 a thread, which are two accesses of 16 bytes in 16 bits
 WARPS = 4
@@ -57,13 +57,13 @@ def swiglu_backward_kernel(
 
 def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
     n_rows, n_columns = gate.shape
-    grid = (n_rows * triton.cdiv(n_columns, BLOCK),)
+    grid = (n_rows * cdiv(n_columns, BLOCK),)
     launch(swiglu_forward_kernel, grid, gate, gate, up, y, n_columns, gate.stride(0), BLOCK, num_warps=WARPS)
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
     n_rows, n_columns = gate.shape
-    grid = (n_rows * triton.cdiv(n_columns, BLOCK),)
+    grid = (n_rows * cdiv(n_columns, BLOCK),)
     launch(
         swiglu_backward_kernel, grid, gate,
         dy, gate, up, dgate, dup, n_columns, gate.stride(0), BLOCK, num_warps=WARPS,
