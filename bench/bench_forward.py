@@ -12,7 +12,7 @@ from bench.measure.accuracy import Errors, limits, relative_error, truth_dtype
 from bench.measure.measurement import Measurement, Work
 from bench.measure.timing import Call, Prepare
 from bench.shapes import FORWARDS, Case, DecoderShape
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 from train.step import autocast
 
 FORWARD_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name != "fused-blocks-compiled"]
@@ -20,17 +20,17 @@ States = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=len(IMPLEMENTATIONS))
-def model_of(preset: str, variant: str) -> LoopedDecoder:
+def model_of(preset: str, variant: str) -> LoopedLM:
     """One model for every K and dtype, so that it is compiled once."""
     if IMPLEMENTATIONS[variant].compiles:
         torch.compiler.reset()  # a block may have only so many graphs
     return decoder(DecoderShape(preset, 1, 1), variant).eval()
 
 
-def states(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype) -> States:
+def states(model: LoopedLM, shape: DecoderShape, dtype: torch.dtype) -> States:
     inputs = tokens_of(shape, model.config.vocab_size)[:, :-1]
     with torch.no_grad(), autocast(inputs.device, dtype):
-        return model(inputs, n_loops=shape.n_loops)
+        return model(inputs, n_loops=shape.n_loops).states
 
 
 @lru_cache(maxsize=1)

@@ -42,8 +42,8 @@ from torch import Tensor
 
 from bench.offline.host_only import host_only
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
 from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
+from looped.model import LoopedLM
 from train.step import training_step
 
 ON_GPU = torch.cuda.is_available()
@@ -124,7 +124,7 @@ def stepping(*, fused: bool) -> Call:
     """A training step in float32 without dropout, whose mask a CPU makes in operations that a GPU has not."""
     small = {"d_model": D, "n_heads": 2, "d_ff": D, "vocab_size": VOCABULARY, "max_seq_len": 8, "dropout": 0.0}
     with torch.device(PLACE):
-        model = LoopedDecoder(replace(PRESETS["paper-129m"], **small), fused=fused)
+        model = LoopedLM(replace(PRESETS["paper-129m"], **small), fused=fused)
         tokens = torch.zeros(1, 8, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     return lambda: training_step(

@@ -15,7 +15,7 @@ from bench.competitors.decoders import STEP_IMPLEMENTATIONS, decoder, decoder_ro
 from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
 from bench.measure.measurement import Measurement, Work, cases
 from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
-from looped.supervision import Supervision, looped_loss
+from looped.supervision import Supervision
 from train.step import autocast
 
 CHECKED_TOKENS = 64  # of one sequence: what the check of loss and gradients runs on
@@ -28,7 +28,7 @@ def loss_and_gradients(shape: DecoderShape, variant: str, supervision: Supervisi
     short = DecoderShape(shape.preset, 1, min(shape.seq_len, CHECKED_TOKENS), shape.n_loops)
     tokens = tokens_of(short, model.config.vocab_size)
     with autocast(tokens.device, dtype):
-        loss = looped_loss(model, model(tokens[:, :-1]), tokens[:, 1:].contiguous(), supervision=supervision).loss
+        loss = model(tokens[:, :-1], tokens[:, 1:].contiguous(), supervision=supervision).loss
     loss.backward()
     parameters = dict(model.named_parameters())
     gradients = [parameters[name].grad for name in sorted(parameters)]

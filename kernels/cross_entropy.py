@@ -20,6 +20,7 @@ Label smoothing: Szegedy et al., arXiv 1512.00567.  z-loss: Chowdhery et al., ar
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .device import accumulator, implementation, uses_triton
@@ -42,29 +43,29 @@ class RowResults(NamedTuple):
     top1: Tensor | None = None
 
 
-def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, lse, entropy, margin and top1 [R] of logits [R, V] and targets [R] in plain PyTorch: their definition."""
+def loss_reference(logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
     z = logits.to(accumulator(logits.dtype))
     if bias is not None:
         z = z + bias
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
-    lse = torch.logsumexp(z, -1)
-    ignored = targets == options.ignore_index
-    target = z.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
-    smoothing = options.label_smoothing
-    loss = (1 - smoothing) * (lse - target)
+    smoothing, ignore_index = options.label_smoothing, options.ignore_index
+    loss = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
     if options.z_loss is not None:
-        loss = loss + options.z_loss * lse.square()
-    if smoothing:
-        loss = loss + smoothing * (lse - z.mean(-1))
+        lse_penalty = options.z_loss * torch.logsumexp(z, -1).square()
+        loss = loss + lse_penalty.masked_fill(targets == ignore_index, 0.0)
+    return loss, z
+
+
+def statistics_reference(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, entropy, margin and top1 [R] of z [R, V] in plain PyTorch: their definition."""
+    lse = torch.logsumexp(z, -1)
     log_p = z - lse.unsqueeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     top = z.topk(min(2, z.shape[-1]), -1)
     margin = top.values[..., 0] - top.values[..., 1] if z.shape[-1] > 1 else torch.full_like(lse, torch.inf)
-    return loss.masked_fill(ignored, 0.0), lse, entropy, margin, top.indices[..., 0]
+    return lse, entropy, margin, top.indices[..., 0]
 
 
 def cross_entropy_(

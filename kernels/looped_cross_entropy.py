@@ -3,10 +3,11 @@
 The equations and the op stand in kernels/readout.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
@@ -19,9 +20,10 @@ from .arguments import (
     check_weights,
     gathered,
 )
-from .cross_entropy import LossOptions, cross_entropy_reference
+from .cross_entropy import LossOptions, loss_reference, statistics_reference
 from .device import accumulator, autocast_dtype, product_dtype
 from .products import default_chunk_rows
+from .radial import radial_gradient_reference
 from .readout import read_out
 from .readout_call import ReadoutCall
 from .row_weights import loop_weights
@@ -55,6 +57,27 @@ class LoopedCrossEntropy(NamedTuple):
     statistics: LoopedStatistics | None
 
 
+def logits_reference(
+    state: Tensor,
+    head: Tensor,
+    *,
+    readout: Readout,
+    final: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """`norm(h) @ head.T` [..., V] of one loop's state h [..., d] in plain PyTorch. final: it is the last loop's."""
+    wide = accumulator(state.dtype)
+    h, size = state.to(wide), state.shape[-1:]
+    weight, bias = (None if p is None else p.to(wide) for p in (norm_weight, norm_bias))
+    if readout == "layernorm":
+        h = F.layer_norm(h, size, weight, bias, eps)
+    elif readout == "rmsnorm" or (readout == "final-only" and final):
+        h = F.rms_norm(h, size, weight, eps)
+    return F.linear(h.to(state.dtype), head.to(state.dtype))
+
+
 def looped_cross_entropy_reference(
     states: Tensor | Sequence[Tensor],
     head: Tensor,
@@ -73,38 +96,81 @@ def looped_cross_entropy_reference(
     z_loss: float | Tensor = 0.0,
     reduction: str = "mean",
     n_targets: float | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`looped_cross_entropy` in plain PyTorch, all logits in memory: the definition of `loss` and `per_loop`."""
-    wide = accumulator(states[0].dtype)
-    options = LossOptions(ignore_index, label_smoothing, softcap, torch.as_tensor(z_loss, device=head.device))
-    losses, squares = [], []
-    for loop, state in enumerate(states):
-        norm = readout if readout != "final-only" else "rmsnorm" if loop == len(states) - 1 else "raw"
-        h = state.to(wide)
-        squares.append(h.square().mean() if h.numel() else h.sum())
-        if norm == "layernorm":
-            h = h - h.mean(-1, keepdim=True)
-        if norm != "raw":
-            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-            h = h if norm_weight is None else h * norm_weight
-            h = h if norm_bias is None else h + norm_bias
-        logits = (h.to(state.dtype) @ head.to(state.dtype).t()).flatten(0, -2)
-        losses.append(cross_entropy_reference(logits, targets.flatten(), bias, options)[0].view(targets.shape))
-    ce = torch.stack(losses)
-    if weights is None:
-        weights = [1 / len(ce)] * len(ce)
-    row_weight = torch.as_tensor(weights, dtype=wide, device=head.device)
-    row_weight = row_weight.reshape(row_weight.shape + (1,) * (ce.dim() - row_weight.dim()))
-    n = (targets != ignore_index).sum() if n_targets is None else torch.as_tensor(n_targets, device=head.device)
+    statistics: bool = False,
+) -> LoopedCrossEntropy:
+    """`looped_cross_entropy` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
+    n_loops, wide, device = len(states), accumulator(states[0].dtype), head.device
+    options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide))
+    weights = [1 / n_loops] * n_loops if weights is None else weights
+    n = (targets != ignore_index).sum() if n_targets is None else torch.as_tensor(n_targets, device=device)
     n = torch.where(n > 0, n, 1)
-    per_loop = ce.flatten(1).sum(1) / n
-    weighted = _weighted(row_weight, ce)
+
+    def rows(state: Tensor, loop: int) -> tuple[Tensor, Tensor]:
+        """CE [...] of a loop and its logits after bias and softcap, [..., V]."""
+        logits = logits_reference(
+            state, head, readout=readout, final=loop == n_loops - 1, norm_weight=norm_weight, norm_bias=norm_bias,
+            eps=eps,
+        )  # fmt: skip
+        ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), bias, options)
+        return ce.view(targets.shape), z.view(logits.shape)
+
+    def share(ce: Tensor, loop: int) -> Tensor:
+        """What a loop adds to the loss: [], or [...] for reduction="none"."""
+        weight = weights[loop].to(wide) if isinstance(weights, Tensor) else weights[loop]
+        if reduction == "none":
+            return _weighted(weight, ce)
+        divisor = n if reduction == "mean" else 1
+        if isinstance(weight, Tensor) and weight.dim() > 0:
+            return _weighted(weight, ce).sum() / divisor
+        return _weighted(weight, ce.sum() / divisor)
+
+    active = [k for k in range(n_loops) if isinstance(weights, Tensor) or weights[k] != 0]
+    per_loop = torch.full((n_loops,), torch.nan, dtype=wide, device=device)
+    shares = [torch.zeros(targets.shape if reduction == "none" else (), dtype=wide, device=device)] * n_loops
+    for k in active:
+        ce, _ = rows(states[k], k)
+        per_loop[k] = ce.detach().sum() / n
+        shares[k] = share(ce, k)
+    measured = _statistics(states, active, rows, share, radial=reduction != "none") if statistics else None
     if reduction == "none":
-        return weighted, per_loop
-    total = weighted.sum() / (n if reduction == "mean" else 1)
+        return LoopedCrossEntropy(torch.stack(shares), per_loop, measured)
+    loss = sum(shares[1:], start=shares[0])
     if isinstance(penalty, Tensor) or penalty != 0:
-        total = total + penalty * torch.stack(squares).mean()
-    return total, per_loop
+        squares = [state.to(wide).square().mean(-1) for state in states]
+        mean_square = torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
+        loss = loss + _scalar(penalty, head, wide, zero=True) * mean_square
+    return LoopedCrossEntropy(loss, per_loop, measured)
+
+
+def _statistics(
+    states: Tensor | Sequence[Tensor],
+    active: list[int],
+    rows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    share: Callable[[Tensor, int], Tensor],
+    *,
+    radial: bool,
+) -> LoopedStatistics:
+    """The statistics of `looped_cross_entropy_reference`, whose `rows` and `share` are given. Reads each loop anew."""
+    wide, shape = accumulator(states[0].dtype), (len(states), *states[0].shape[:-1])
+    measured = {
+        name: torch.full(shape, torch.nan, dtype=wide, device=states[0].device) for name in LoopedStatistics._fields
+    }
+    measured["top1"] = torch.full(shape, -1, device=states[0].device)
+    wanted = [radial and torch.is_grad_enabled() and state.requires_grad for state in states]
+    for loop in active:
+        with torch.set_grad_enabled(wanted[loop]):
+            h = states[loop].detach().requires_grad_(wanted[loop])
+            ce, z = rows(h, loop)
+        of_loop = dict(zip(("lse", "entropy", "margin", "top1"), statistics_reference(z.detach()), strict=True))
+        of_loop |= {"loss": ce.detach(), "mean_square": h.detach().to(wide).square().mean(-1)}
+        if wanted[loop]:
+            (gradient,) = torch.autograd.grad(share(ce, loop), h)
+            dot = radial_gradient_reference(h.detach(), gradient)
+            of_loop |= {"radial_dot": dot.dot, "radial_fraction": dot.fraction}
+        for name, values in of_loop.items():
+            measured[name][loop] = values
+    result = LoopedStatistics(**measured)
+    return result if any(wanted) else result._replace(radial_dot=None, radial_fraction=None)
 
 
 def _weighted(row_weight: Tensor | float, ce: Tensor) -> Tensor:

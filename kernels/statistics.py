@@ -23,7 +23,9 @@ from .arguments import (
     check_vector,
     gathered,
 )
+from .cross_entropy import LossOptions, loss_reference, statistics_reference
 from .device import autocast_dtype, product_dtype
+from .looped_cross_entropy import logits_reference
 from .products import default_chunk_rows
 from .readout import read_out
 from .readout_call import ReadoutCall
@@ -37,6 +39,36 @@ class ReadoutStatistics(NamedTuple):
     entropy: Tensor
     margin: Tensor
     top1: Tensor
+
+
+def readout_statistics_reference(
+    states: Tensor | Sequence[Tensor],
+    head: Tensor,
+    targets: Tensor | None = None,
+    *,
+    readout: Readout = "rmsnorm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> ReadoutStatistics:
+    """`readout_statistics` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
+    options = LossOptions(ignore_index=ignore_index, softcap=softcap)
+    shape = states[0].shape[:-1]
+    known = torch.full(shape, ignore_index, device=head.device) if targets is None else targets
+    loops = []
+    with torch.no_grad():
+        for loop, state in enumerate(states):
+            logits = logits_reference(
+                state, head, readout=readout, final=loop == len(states) - 1, norm_weight=norm_weight,
+                norm_bias=norm_bias, eps=eps,
+            )  # fmt: skip
+            ce, z = loss_reference(logits.flatten(0, -2), known.flatten().long(), bias, options)
+            loops.append((ce, *statistics_reference(z)))
+    loss, *others = (torch.stack(columns).view(len(loops), *shape) for columns in zip(*loops, strict=True))
+    return ReadoutStatistics(None if targets is None else loss, *others)
 
 
 def readout_statistics(

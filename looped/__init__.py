@@ -5,20 +5,19 @@ from looped.checkout import search_path as _search_path
 __path__ = _search_path()  # where looped.kernels is found, in a checkout too
 
 from looped.attention import causal_attention
-from looped.config import PRESETS, LoopedConfig, Positions, Readout
-from looped.decoder import LoopedDecoder
-from looped.supervision import LoopedLoss, Supervision, evaluation_losses, looped_loss, readout_logits
+from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
+from looped.model import LoopedLM, LoopedOutput
+from looped.supervision import IGNORE_INDEX, Supervision
 
 __all__ = [
+    "IGNORE_INDEX",
     "PRESETS",
     "LoopedConfig",
-    "LoopedDecoder",
-    "LoopedLoss",
+    "LoopedLM",
+    "LoopedOutput",
+    "LoopedShape",
     "Positions",
     "Readout",
     "Supervision",
     "causal_attention",
-    "evaluation_losses",
-    "looped_loss",
-    "readout_logits",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from looped.config import LoopedConfig
+from looped.context import Context
 from looped.dropout import attention_with_dropout
 from looped.flash_attention import (
     FLASH_2,
@@ -100,11 +101,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: [B, T, d]; rotary: the tables of `rotary_table`, or None. Returns [B, T, d]."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: [B, T, d]. Returns [B, T, d]."""
         batch, seq_len, d_model = x.shape
         q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if context.rotary is not None:
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.output(mixed.reshape(batch, seq_len, d_model))

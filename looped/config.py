@@ -9,46 +9,51 @@ Positions = Literal["learned", "rotary"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopedConfig:
-    """One decoder stack of `n_layers` blocks, applied `n_loops` times to its own output.
+class LoopedShape:
+    """What a model is made of, without its vocabulary and its length. Each field is an option of training too."""
 
-    vocab_size: V, rows of the token embedding and of the head.
-    d_model: d, channels of a state.
-    n_heads: attention heads; the head size is `d_model / n_heads`.
-    n_layers: blocks in the stack that is repeated.
-    n_loops: K, how often training applies the stack; inference may use any number.
-    d_ff: hidden channels of SwiGLU, which has three [d_ff, d_model] matrices.
-    max_seq_len: rows of the learned position table; with rotary positions a sequence may be longer.
-    dropout: probability, on the embeddings, the attention weights and the output of the MLP.
-    readout: what is done to a state before the head. `rmsnorm` and `layernorm`: normalise every loop;
-        `raw`: nothing; `final-only`: RMSNorm at the last loop, nothing before.
-    inter_loop_norm: feed RMSNorm(H_k), with a weight of its own, to loop k+1 (scale-removing recurrence) instead
-        of H_k. The readout sees H_k either way.
-    tied: the head is the token embedding.
-    positions: `learned` absolute vectors, added once before the first loop, or `rotary` in every attention.
-    rope_theta: base of the rotary wavelengths.
-    norm_eps: eps of every norm, added to the mean square (to the variance in LayerNorm).
-    embedding_std: standard deviation of the initial token embeddings and learned positions.
+    n_loops: int = 4
+    """K, how often the stack is applied. Inference may use any number."""
+    d_model: int
+    """Channels of a state."""
+    n_heads: int
+    """Attention heads; must divide d_model."""
+    n_layers: int
+    """Blocks in the stack."""
+    d_ff: int
+    """Hidden channels of SwiGLU, which has three [d_ff, d_model] matrices."""
+    dropout: float = 0.1
+    """Dropout probability, on the embeddings, the attention weights and the output of the MLP."""
+    readout: Readout = "rmsnorm"
+    """What is done to a state before the head. rmsnorm and layernorm normalise every loop, raw none; final-only is
+    RMSNorm at the last loop and nothing before."""
+    inter_loop_norm: bool = False
+    """Normalise the state between loops (the scale-removing recurrence), with a weight of its own. The readout sees the
+    state before that."""
+    tied: bool = True
+    """The head is the token embedding."""
+    positions: Positions = "learned"
+    """Learned absolute positions, added once before the first loop, or rotary ones in every attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopedConfig(LoopedShape):
+    """A whole model: its shape, and the fields that training takes from elsewhere.
 
     Raises TypeError if a field has the wrong type and ValueError if its value breaks a rule, naming the field, the
     rule and the value.
     """
 
     vocab_size: int
-    d_model: int
-    n_heads: int
-    n_layers: int
-    n_loops: int = 4
-    d_ff: int
+    """V, rows of the token embedding and of the head."""
     max_seq_len: int
-    dropout: float = 0.1
-    readout: Readout = "rmsnorm"
-    inter_loop_norm: bool = False
-    tied: bool = True
-    positions: Positions = "learned"
+    """Rows of the learned position table; with rotary positions a sequence may be longer."""
     rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
     norm_eps: float = 1e-6
+    """eps of every norm, added to the mean square (to the variance in LayerNorm)."""
     embedding_std: float = 1.0
+    """Standard deviation of the initial token embeddings and learned positions."""
 
     @property
     def head_dim(self) -> int:

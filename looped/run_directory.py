@@ -23,7 +23,7 @@ from torch import Tensor
 
 from looped import checkpoint
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 from looped.whole_file import replacing
 
 fcntl: ModuleType | None
@@ -57,7 +57,7 @@ class SavedRun:
     name: str
     directory: Path
     config: dict[str, Any]
-    model: LoopedDecoder
+    model: LoopedLM
     validation: Validation
     step: int
     weights_hash: str
@@ -150,7 +150,7 @@ def load_run(directory: Path) -> SavedRun:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
     with torch.random.fork_rng(devices=[]):
-        model = LoopedDecoder(shape)
+        model = LoopedLM(shape)
     place = checkpoint.found(directory)
     progress = checkpoint.check_whole(place, [checkpoint.WEIGHTS])
     model.load_state_dict(checkpoint.read_weights(place, model))

@@ -1,4 +1,4 @@
-"""Models small enough to diagnose in a test, none of them a LoopedDecoder, and a measured model to judge."""
+"""Models small enough to diagnose in a test, none of them a LoopedLM, and a measured model to judge."""
 
 import dataclasses
 from itertools import pairwise

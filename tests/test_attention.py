@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from looped import attention
 from looped.attention import SelfAttention, causal_attention, rotary_table, rotate
 from looped.config import LoopedConfig
+from looped.context import Context
+from looped.implementation import PLAIN
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -189,7 +191,7 @@ def test_projection_holds_q_then_k_then_v_with_heads_inside() -> None:
         for part in range(3)
     )
     expected = explicit_attention(q, k, v).reshape(2, 7, 24) @ module.output.weight.T
-    torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(module(x, Context(PLAIN)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +204,6 @@ def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(attention, "causal_attention", record)
     module = SelfAttention(small_config())
-    module(torch.randn(1, 4, 24))
-    module.eval()(torch.randn(1, 4, 24))
+    module(torch.randn(1, 4, 24), Context(PLAIN))
+    module.eval()(torch.randn(1, 4, 24), Context(PLAIN))
     assert seen == [0.5, 0.0]

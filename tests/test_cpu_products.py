@@ -5,7 +5,7 @@ import torch
 from readout_case import Case
 
 import looped.kernels.device
-from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, cross_entropy_reference
+from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, loss_reference
 from looped.kernels.products import HEAD_ROWS, accumulate_head
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -71,7 +71,7 @@ def rows_of_every_kind() -> tuple[torch.Tensor, torch.Tensor]:
 def test_bfloat16_rows_of_every_kind(weighted):
     """Of the weights only those that are 0 matter to the rows' own gradients."""
     z, targets = rows_of_every_kind()
-    truth = cross_entropy_reference(z.double(), targets, None, LossOptions())[0]
+    truth = loss_reference(z.double(), targets, None, LossOptions())[0]
     row_weight = torch.rand(40) if weighted else torch.ones(40)
     row_weight[[3, 17]] = 0.0
     expected = torch.softmax(z.double(), -1)
@@ -89,7 +89,7 @@ def test_bfloat16_rows_of_every_kind(weighted):
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
 def test_bfloat16_row_that_is_not_finite_stays_in_its_row(value):
     z, targets = rows_of_every_kind()
-    truth = cross_entropy_reference(z.double(), targets, None, LossOptions())[0]
+    truth = loss_reference(z.double(), targets, None, LossOptions())[0]
     z[2, 7] = value
     loss = torch.empty(40)
     cross_entropy_(z, targets, None, None, LossOptions(), RowResults(loss), 0, gradient=True)

@@ -12,7 +12,7 @@ from diagnosed_models import N_LOOPS, Recurrence, batches
 from safetensors.torch import load_file, save_file
 from tiny_run import arguments, reseal
 
-from looped import LoopedConfig, LoopedDecoder
+from looped import LoopedConfig, LoopedLM
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
 from looped.diagnose.diagnosis import Diagnosis
@@ -24,7 +24,6 @@ from looped.diagnose.page import page as render
 from looped.diagnose.record import read_record
 from looped.diagnose.verdict import judge
 from looped.run_directory import Validation, load_run
-from looped.supervision import evaluation_losses, looped_loss
 from train.run import main as train
 
 
@@ -51,28 +50,28 @@ def test_a_decoder_seen_as_a_model_is_the_decoder(options):
         vocab_size=23, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=8, n_loops=3, **options
     )
     torch.manual_seed(0)
-    decoder = LoopedDecoder(config).eval()
+    decoder = LoopedLM(config).eval()
     if decoder.loop_norm is not None:
         torch.nn.init.uniform_(decoder.loop_norm.weight, 0.5, 2)
     tokens, targets = torch.randint(23, (2, 2, 8))
     model = from_decoder(decoder, penalty=0.1)
     states = model.states(tokens, 5)
-    for state, expected in zip(states, decoder(tokens, n_loops=5), strict=True):
+    for state, expected in zip(states, decoder(tokens, n_loops=5).states, strict=True):
         assert torch.equal(state, expected)
     read_as_last = torch.stack([model.cross_entropy(state, targets, final=True) for state in states])
-    torch.testing.assert_close(read_as_last, evaluation_losses(decoder, states, targets))
+    torch.testing.assert_close(read_as_last, decoder.evaluation_losses(states, targets))
     as_trained = [model.cross_entropy(state, targets, final=loop == 2).mean() for loop, state in enumerate(states[:3])]
-    torch.testing.assert_close(torch.stack(as_trained), looped_loss(decoder, states[:3], targets).per_loop)
+    torch.testing.assert_close(torch.stack(as_trained), decoder(tokens, targets).per_loop)
 
 
 def test_dropout_is_not_diagnosed():
     config = LoopedConfig(vocab_size=23, d_model=16, n_heads=2, n_layers=1, d_ff=24, max_seq_len=8)
     with pytest.raises(ValueError, match="must be in evaluation mode"):
-        from_decoder(LoopedDecoder(config))
+        from_decoder(LoopedLM(config))
 
 
 def test_a_model_of_ones_own(tmp_path):
-    """Not a LoopedDecoder: input injection, and a norm that this project does not know."""
+    """Not a LoopedLM: input injection, and a norm that this project does not know."""
     model = Recurrence()
     own = model.described(norm=lambda state: state / state.norm(dim=-1, keepdim=True))
     diagnosis = diagnose(own, batches(), name="mine & <yours>", horizon=8)

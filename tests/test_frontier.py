@@ -12,7 +12,6 @@ import torch
 from tiny_sweep import finished_sweep, training_words
 
 from looped.run_directory import load_run
-from looped.supervision import evaluation_losses
 from train.paper import frontier, frontier_estimates, sweep
 from train.paper.__main__ import main
 from train.paper.conditions import PAPER_PPL
@@ -144,7 +143,7 @@ def test_losses_belong_to_the_document_of_their_target(finished):
         start = window * SEQ_LEN
         row = tokens[None, start : start + SEQ_LEN + 1]
         with torch.no_grad():
-            loss = evaluation_losses(run.model, run.model(row[:, :-1]), row[:, 1:])[:, 0]
+            loss = run.model.evaluation_losses(run.model(row[:, :-1]).states, row[:, 1:])[:, 0]
         for offset in range(SEQ_LEN):
             position = start + 1 + offset
             document = max(number for number in range(len(bounds) - 1) if bounds[number] <= position)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 from train.paper import frontier_speed
 from train.paper.frontier_speed import DEVICE, architecture, competitors, throughput
 
@@ -18,12 +18,13 @@ def test_conditions_and_depths_take_turns(monkeypatch):
         assert call() is None
         return seconds[turns[-1]] if len(turns) > 4 else 1e9  # the first round warms up
 
-    class Turn(LoopedDecoder):
-        def forward(self, tokens, *, n_loops=None):
+    class Turn(LoopedLM):
+        def forward(self, tokens, *, n_loops=None, logits=False):
             turns.append((self.name, n_loops))
-            states = super().forward(tokens, n_loops=n_loops)
-            assert len(states) == n_loops
-            return states
+            output = super().forward(tokens, n_loops=n_loops, logits=logits)
+            assert len(output.states) == n_loops
+            assert output.logits.shape == (2, 4, 11)
+            return output
 
     config = LoopedConfig(vocab_size=11, d_model=8, n_heads=2, n_layers=1, n_loops=2, d_ff=8, max_seq_len=4)
     models = {name: Turn(config).to(DEVICE).eval() for name in "ab"}
@@ -46,9 +47,9 @@ def test_architecture_and_competitors():
     assert shapes["rmsnorm"] == shapes["final-only"]
     assert len(set(shapes.values())) == 3
     assert architecture(dataclasses.replace(config, inter_loop_norm=True)) != shapes["rmsnorm"]
-    model = LoopedDecoder(config).eval()
+    model = LoopedLM(config).eval()
     tokens = torch.tensor([[1, 2, 3]])
     for other in competitors(model).values():
         assert not other.fused
-        torch.testing.assert_close(other(tokens), model(tokens))
+        torch.testing.assert_close(other(tokens).states, model(tokens).states)
     assert model.fused

@@ -9,7 +9,7 @@ from tiny_run import arguments
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from train import prepare
-from train.config import TrainConfig
+from train.config import preset_config
 from train.graph import WARM_UP, CudaGraphs, eagerly
 from train.run import main
 from train.step import training_step
@@ -154,4 +154,4 @@ def test_cuda_graph_by_name_without_a_gpu(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main([*arguments(tmp_path, "--out", str(tmp_path / "run")), "--no-cuda-graph"]) == 0
     assert main(["--resume", str(tmp_path / "run"), "--steps", "9", "--cuda-graph"]) == 2
-    assert TrainConfig().cuda_graph  # elsewhere it is what one gets
+    assert preset_config("demo").cuda_graph  # elsewhere it is what one gets

@@ -31,9 +31,8 @@ PROGRAMS = {
         shape = dict(vocab_size=31, d_model=12, n_heads=2, n_layers=1, d_ff=16, max_seq_len=9, n_loops=2)
         tokens = torch.randint(31, (2, 9))
         for fused in (True, False):
-            model = looped.LoopedDecoder(looped.LoopedConfig(**shape), fused=fused)
-            states = model(tokens)
-            sum(state.square().mean() for state in states).backward()
+            model = looped.LoopedLM(looped.LoopedConfig(**shape), fused=fused)
+            model(tokens, tokens, penalty=0.1).loss.backward()
             assert model.embedding.weight.grad.any()
     """,
     "trainer and diagnosis": """

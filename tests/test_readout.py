@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
-from looped.supervision import looped_loss
+from looped.model import LoopedLM
 
 
 @pytest.mark.parametrize("readout", ["rmsnorm", "final-only"])
@@ -24,14 +23,14 @@ def test_training_step_of_a_decoder(backend, device, readout):
         readout=readout,
     )
     tokens = torch.randint(67, (2, 9)).to(device)
-    models = [LoopedDecoder(config, fused=fused).to(device) for fused in (True, False)]
+    models = [LoopedLM(config, fused=fused).to(device) for fused in (True, False)]
     models[1].load_state_dict(models[0].state_dict())
     losses = []
     for model in models:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
         for _ in range(2):
             optimizer.zero_grad()
-            result = looped_loss(model, model(tokens[:, :-1]), tokens[:, 1:].contiguous(), penalty=0.01)
+            result = model(tokens[:, :-1], tokens[:, 1:].contiguous(), penalty=0.01)
             result.loss.backward()
             optimizer.step()
         losses.append(result)

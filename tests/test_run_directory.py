@@ -12,7 +12,6 @@ from tiny_run import arguments, reseal
 from looped.checkpoint import weights_hash
 from looped.config import LoopedConfig
 from looped.run_directory import load_run
-from looped.supervision import evaluation_losses
 from train.run import main
 
 
@@ -52,7 +51,7 @@ def test_its_losses_are_those_that_the_run_reported(finished):
     summary = json.loads((finished / "summary.json").read_text())["evaluation"]
     chosen = np.arange(16) * len(inputs) // 16  # 256 tokens, spread as the trainer spreads them
     with torch.no_grad():
-        losses = evaluation_losses(loaded.model, loaded.model(inputs[chosen]), targets[chosen])
+        losses = loaded.model.evaluation_losses(loaded.model(inputs[chosen]).states, targets[chosen])
     assert losses.flatten(1).mean(1).tolist() == pytest.approx([row["ce"] for row in summary], rel=1e-4)
     sizes = loaded.validation.bytes_per_token
     bits = losses[-1].sum().item() / np.log(2) / sizes[targets[chosen]].sum().item()

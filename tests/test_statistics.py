@@ -3,9 +3,8 @@ import torch
 from numerics import assert_no_worse_than
 
 from looped.kernels import looped_cross_entropy, readout, readout_statistics
-from looped.kernels.cross_entropy import LossOptions, cross_entropy_reference
 from looped.kernels.cross_entropy_cpu import _top2
-from looped.kernels.statistics import ReadoutStatistics
+from looped.kernels.statistics import ReadoutStatistics, readout_statistics_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 130, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
@@ -26,12 +25,9 @@ def inputs(shape, device, dtype):
 
 def plain(states, head, targets, weight, bias, softcap, dtype):
     """All logits in memory, in `dtype`."""
-    h = states.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
-    logits = (y.to(dtype) @ head.to(dtype).t()).flatten(0, 1)
-    return ReadoutStatistics(
-        *cross_entropy_reference(logits, targets.repeat(len(states)), bias, LossOptions(softcap=softcap))
-    )
+    tensors = (tensor.to(dtype) for tensor in (states, head))
+    result = readout_statistics_reference(*tensors, targets, norm_weight=weight, bias=bias, softcap=softcap)
+    return ReadoutStatistics(*(column.flatten() for column in result))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
-from looped.supervision import readout_logits
+from looped.model import LoopedLM
 from train.batches import Windows, evaluation_windows
 from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
@@ -14,10 +13,10 @@ from train.step import evaluate, learning_rate, state_norms, training_step
 V, B, T = 50, 4, 8
 
 
-def make(*, fused: bool = True, seed: int = 0, **options) -> LoopedDecoder:
+def make(*, fused: bool = True, seed: int = 0, **options) -> LoopedLM:
     torch.manual_seed(seed)
     shape = {"d_model": 32, "n_heads": 2, "n_layers": 2, "n_loops": 3, "d_ff": 64, "dropout": 0.0} | options
-    return LoopedDecoder(LoopedConfig(vocab_size=V, max_seq_len=T, **shape), fused=fused)
+    return LoopedLM(LoopedConfig(vocab_size=V, max_seq_len=T, **shape), fused=fused)
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +158,7 @@ def test_gradient_is_clipped_and_its_norm_is_from_before():
 def test_what_a_measured_step_reports(fused):
     model = make(fused=fused)
     with torch.no_grad():
-        states = model(batch(0)[0])
+        states = model(batch(0)[0]).states
     norms = torch.stack([state.norm(dim=-1).mean() for state in states])
     torch.testing.assert_close(state_norms(states), norms)
     result = take(model, adamw(model), batch(0), measure=True)
@@ -202,8 +201,8 @@ def test_evaluation_at_every_loop(fused, readout, left_over):
     targets = sequence[0, 1:]
     for n_loops, result in enumerate(results, start=1):
         with torch.no_grad():
-            state = torch.cat([model(part[:, :-1], n_loops=n_loops)[-1][0] for part in parts])
-            logits = readout_logits(model, state)
+            state = torch.cat([model(part[:, :-1], n_loops=n_loops).states[-1][0] for part in parts])
+            logits = model.readout_logits(state)
         ce = torch.nn.functional.cross_entropy(logits, targets).item()
         assert result.n_loops == n_loops
         assert result.ce == pytest.approx(ce, rel=1e-5)
@@ -234,7 +233,7 @@ def test_evaluation_without_bytes():
 def test_the_papers_models_take_a_step(preset):
     config = complete(preset_config(preset))
     torch.manual_seed(0)
-    model = LoopedDecoder(model_config(config, config.vocab_size), fused=config.fused)
+    model = LoopedLM(model_config(config, config.vocab_size), fused=config.fused)
     # Without decay, so that nothing but a gradient can change a parameter.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 
 V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
 
@@ -27,10 +27,10 @@ def config(**changes: Any) -> LoopedConfig:
     return LoopedConfig(**{**shape, **changes})
 
 
-def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecoder:
+def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedLM:
     """A decoder with norms away from 1, so that a forgotten weight shows."""
     torch.manual_seed(seed)
-    decoder = LoopedDecoder(config(**changes), fused=fused)
+    decoder = LoopedLM(config(**changes), fused=fused)
     for name, parameter in decoder.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -41,7 +41,7 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(decoder: LoopedDecoder, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def gradients(decoder: LoopedLM, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Of a function that sees every state, with a weight of its own for every element."""
     generator = torch.Generator().manual_seed(2)
     loss = torch.stack([(state * torch.randn(state.shape, generator=generator)).mean() for state in states]).sum()
@@ -96,7 +96,7 @@ def reference_block(weights: dict[str, Tensor], x: Tensor, config: LoopedConfig)
     return x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.w2.weight"].T
 
 
-def reference_states(decoder: LoopedDecoder, tokens: Tensor, n_loops: int) -> list[Tensor]:
+def reference_states(decoder: LoopedLM, tokens: Tensor, n_loops: int) -> list[Tensor]:
     weights = decoder.state_dict()
     x = weights["embedding.weight"][tokens]
     if decoder.config.positions == "learned":

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looped.decoder import LoopedDecoder
-from looped.supervision import Supervision, looped_loss
+from looped.model import LoopedLM, LoopedOutput
+from looped.supervision import Supervision
 from train.step import autocast
 
 
@@ -40,7 +40,7 @@ class BadSteps:
 
 
 def locate(
-    model: LoopedDecoder,
+    model: LoopedLM,
     inputs: Tensor,
     targets: Tensor,
     *,
@@ -61,12 +61,14 @@ def locate(
     ):
         model.zero_grad(set_to_none=True)
         with autocast(inputs.device, dtype):
-            outputs, states = _watched(model, part_inputs)
-            for place, tensor in outputs:
-                if not _is_finite(tensor):
-                    return f"in the forward pass at {place}"
-            result = looped_loss(model, states, part_targets, supervision=supervision, penalty=penalty)
-        read = range(len(states)) if supervision == "per-loop" else [len(states) - 1]
+            outputs, result = _watched(model, part_inputs, part_targets, supervision=supervision, penalty=penalty)
+        for place, tensor in outputs:
+            if not _is_finite(tensor):
+                return f"in the forward pass at {place}"
+        assert result.loss is not None
+        assert result.per_loop is not None
+        n_loops = len(result.states)
+        read = range(n_loops) if supervision == "per-loop" else [n_loops - 1]
         for loop in read:
             if not _is_finite(result.per_loop[loop]):
                 return f"in the readout of loop {loop + 1}"
@@ -81,8 +83,10 @@ def locate(
     return "at a place that did not show again: the step, repeated, was finite"
 
 
-def _watched(model: LoopedDecoder, inputs: Tensor) -> tuple[list[tuple[str, Tensor]], tuple[Tensor, ...]]:
-    """What the blocks give in a forward pass, in order and with loop and layer, both from 1; and the states."""
+def _watched(
+    model: LoopedLM, inputs: Tensor, targets: Tensor, **options: Any
+) -> tuple[list[tuple[str, Tensor]], LoopedOutput]:
+    """What the blocks give in a forward pass, in order and with loop and layer, both from 1; and the model's output."""
     outputs: list[tuple[str, Tensor]] = []
     blocks = list(model.blocks)
     n_calls = 0
@@ -95,12 +99,12 @@ def _watched(model: LoopedDecoder, inputs: Tensor) -> tuple[list[tuple[str, Tens
 
     hooks = [block.register_forward_hook(note) for block in blocks]
     try:
-        states = model.forward(inputs)  # not model(inputs), which may be compiled and call no hooks
+        result = model.forward(inputs, targets, **options)  # not model(...), which may be compiled and call no hooks
     finally:
         for hook in hooks:
             hook.remove()
-    outputs += [(f"the end of loop {loop}", state) for loop, state in enumerate(states, start=1)]
-    return outputs, states
+    outputs += [(f"the end of loop {loop}", state) for loop, state in enumerate(result.states, start=1)]
+    return outputs, result
 
 
 def _first_of_backward(loss: Tensor, outputs: list[tuple[str, Tensor]]) -> str | None:

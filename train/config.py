@@ -1,7 +1,8 @@
 """The configuration of a run: one frozen dataclass, which is also the command line.
 
-Its defaults are the demo preset's; ``preset_config`` has those of the others. ``complete`` fills in what depends on
-other options and ``validate`` checks everything, both before anything is read or written.
+The model's options are the fields of `looped.config.LoopedShape`. ``preset_config`` has the defaults of a preset.
+``complete`` fills in what depends on other options and ``validate`` checks everything, both before anything is read or
+written.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from looped import run_directory
-from looped.config import PRESETS, LoopedConfig, Positions, Readout
+from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Supervision
@@ -26,12 +27,10 @@ from train.tokenizer import check_vocab_size
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]
 
-_DEMO = PRESETS["demo"]
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a looped language model, evaluate it at K = 1..n_loops, and leave everything measured in one directory."""
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The options that come before those of the model: the preset, and the text."""
 
     preset: str = "demo"
     """Whose defaults to take: demo, paper-44m, paper-129m or ouro-1.4b (see them with --preset NAME --help)."""
@@ -44,29 +43,13 @@ class TrainConfig:
     """bpe, paper, or the path of a tokenizer.json."""
     vocab_size: int | None = None
     """Tokens of the vocabulary. None: the preset's; with a tokenizer.json, its own."""
-
-    n_loops: int = _DEMO.n_loops
-    """K, how often the stack is applied."""
-    d_model: int = _DEMO.d_model
-    """Channels of a state."""
-    n_heads: int = _DEMO.n_heads
-    """Attention heads; must divide d_model."""
-    n_layers: int = _DEMO.n_layers
-    """Blocks in the stack."""
-    d_ff: int = _DEMO.d_ff
-    """Hidden channels of SwiGLU."""
-    seq_len: int = _DEMO.max_seq_len
+    seq_len: int
     """Tokens of a window, in training and evaluation."""
-    dropout: float = _DEMO.dropout
-    """Dropout probability."""
-    readout: Readout = _DEMO.readout
-    """What is done to a state before the head."""
-    inter_loop_norm: bool = _DEMO.inter_loop_norm
-    """Normalise the state between loops (the scale-removing recurrence)."""
-    tied: bool = _DEMO.tied
-    """The head is the token embedding."""
-    positions: Positions = _DEMO.positions
-    """Learned absolute positions, or rotary ones in every attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopedShape, _Source):
+    """Train a looped language model, evaluate it at K = 1..n_loops, and leave everything measured in one directory."""
 
     supervision: Supervision = "per-loop"
     """Cross-entropy at every loop, or at the last one only."""
@@ -127,10 +110,7 @@ class TrainConfig:
     """Directory for tokenizers and encoded text. None: looped-lm in $XDG_CACHE_HOME or ~/.cache."""
 
 
-# Fields of LoopedConfig that have the same name here; the other two are vocab_size and max_seq_len (seq_len).
-MODEL_FIELDS = (
-    "n_loops", "d_model", "n_heads", "n_layers", "d_ff", "dropout", "readout", "inter_loop_norm", "tied", "positions",
-)  # fmt: skip
+MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 
 # What may change when a run is continued: how it is carried out and how long, not what is trained.
 RESUMABLE = (

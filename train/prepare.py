@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped.decoder import LoopedDecoder
 from looped.flash_attention import attention_implementation
+from looped.model import LoopedLM
 from looped.run_directory import hold, remove_beginnings, write_config, write_tokenizer, write_validation
 from train import checkpoint
 from train.batches import Windows
@@ -35,7 +35,7 @@ class Run:
     config: TrainConfig
     out: Path
     data: TokenData
-    model: LoopedDecoder
+    model: LoopedLM
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
@@ -82,7 +82,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or data.tokenizer.vocab_size)
-    model = LoopedDecoder(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
+    model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     if config.compile:
         model.compile()  # in place, so that parameters keep their names
     launch = launcher(config, device)
@@ -135,7 +135,7 @@ def _length(config: TrainConfig, windows: Windows) -> int:
 
 
 def _optimizer(
-    model: LoopedDecoder, config: TrainConfig, device: torch.device, *, capturable: bool
+    model: LoopedLM, config: TrainConfig, device: torch.device, *, capturable: bool
 ) -> torch.optim.Optimizer:
     """AdamW; if it is to be captured, with a learning rate on the device, which a graph reads anew each time."""
     rate, decay = config.learning_rate, config.weight_decay

@@ -78,7 +78,8 @@ def parse(argv: list[str]) -> TrainConfig:
 
     Raises ValueError if an option is unknown, has no value of its type, or may not change on resuming.
     """
-    asked = command_line([word for word in argv if word not in ("-h", "--help")], TrainConfig(cuda_graph=False))
+    defaults = dataclasses.replace(preset_config("demo"), cuda_graph=False)
+    asked = command_line([word for word in argv if word not in ("-h", "--help")], defaults)
     if asked.resume is None:
         return _checked_graph(asked, complete(command_line(argv, preset_config(asked.preset))))
     stored = read_config(asked.resume)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped.decoder import LoopedDecoder
-from looped.supervision import IGNORE_INDEX, Supervision, evaluation_losses, looped_loss, readout_logits
+from looped.model import LoopedLM
+from looped.supervision import IGNORE_INDEX, Supervision
 from train.batches import Windows
 from train.config import Schedule
 from train.graph import WARM_UP, Launch, eagerly
@@ -66,7 +66,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def training_step(
-    model: LoopedDecoder,
+    model: LoopedLM,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     targets: Tensor,
@@ -97,23 +97,19 @@ def training_step(
     ):
         share = len(part_inputs) / len(inputs)
         with autocast(inputs.device, dtype):
-            states = model(part_inputs)
-            result = looped_loss(
-                model,
-                states,
+            output = model(
+                part_inputs,
                 part_targets,
                 supervision=supervision,
                 penalty=share * penalty,
                 statistics=measure,
                 n_targets=n_targets,
             )
-        result.loss.backward()
-        parts.append([result.loss.detach(), result.per_loop])
+        output.loss.backward()
+        parts.append([output.loss.detach(), output.per_loop])
         if measure:
-            assert result.statistics is not None
-            assert result.statistics.radial_fraction is not None
-            radial_fraction = result.statistics.radial_fraction.flatten(1).mean(1)
-            parts[-1] += [share * state_norms(states), share * radial_fraction]
+            radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
+            parts[-1] += [share * state_norms(output.states), share * radial_fraction]
     loss, per_loop, *measured = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     bad = ~(loss.isfinite() & grad_norm.isfinite())
@@ -138,7 +134,7 @@ def state_norms(states: tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: LoopedDecoder,
+    model: LoopedLM,
     windows: Windows,
     indices: np.ndarray,
     *,
@@ -180,11 +176,11 @@ def evaluate(
     return results
 
 
-def _evaluate_batch(model: LoopedDecoder, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _evaluate_batch(model: LoopedLM, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """[K] float64 each: sums over the tokens of their losses and of ||H_k||_2."""
     with autocast(inputs.device, dtype):
-        states = model(inputs)
-        losses = evaluation_losses(model, states, targets).flatten(1).double().sum(1)
+        states = model(inputs).states
+        losses = model.evaluation_losses(states, targets).flatten(1).double().sum(1)
     ignored = targets == IGNORE_INDEX
     norms = [torch.linalg.vector_norm(state.float(), dim=-1).double().masked_fill(ignored, 0).sum() for state in states]
     return losses, torch.stack(norms)
@@ -192,7 +188,7 @@ def _evaluate_batch(model: LoopedDecoder, dtype: torch.dtype, inputs: Tensor, ta
 
 @torch.no_grad()
 def throughput(
-    model: LoopedDecoder, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5, launch: Launch = eagerly
+    model: LoopedLM, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5, launch: Launch = eagerly
 ) -> list[float]:
     """Tokens per second at K = 1..n_loops: the forward pass of K loops and the logits of the last state, [B, T, V].
 
@@ -212,9 +208,9 @@ def throughput(
     return [inputs.numel() / median(times[warm_up:]) for times in seconds]
 
 
-def _forward(model: LoopedDecoder, n_loops: int, dtype: torch.dtype, inputs: Tensor) -> None:
+def _forward(model: LoopedLM, n_loops: int, dtype: torch.dtype, inputs: Tensor) -> None:
     with autocast(inputs.device, dtype):
-        readout_logits(model, model(inputs, n_loops=n_loops)[-1])
+        model(inputs, n_loops=n_loops, logits=True)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -19,7 +19,8 @@ from bench.measure.timing import Prepare
 from bench.shapes import DEVICE, Case, DecoderShape
 from looped.attention import SelfAttention
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
+from looped.context import Context
+from looped.model import LoopedLM
 from looped.supervision import Supervision
 from train.step import training_step
 
@@ -32,7 +33,7 @@ class EagerAttention(nn.Module):
         self.n_heads, self.dropout = attention.n_heads, attention.dropout
         self.qkv, self.output = attention.qkv, attention.output
 
-    def forward(self, x: Tensor, rotary: None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, seq_len, d_model = x.shape
         q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -56,13 +57,13 @@ STEP_IMPLEMENTATIONS = by_name(
 )
 
 
-def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedDecoder:
+def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedLM:
     """A decoder of the preset, of K loops, with RMSNorm readout; the same weights in every variant."""
     variant = variant.removesuffix(GRAPHED)
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops)
     with device:
-        model = LoopedDecoder(config, fused=is_ours(variant))
+        model = LoopedLM(config, fused=is_ours(variant))
     for block in model.blocks:
         if variant == "eager":
             block.attention = EagerAttention(block.attention)
@@ -97,6 +98,6 @@ def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -
     return lambda: call
 
 
-def decoder_roof(model: LoopedDecoder, shape: DecoderShape, dtype: torch.dtype, flops: int) -> Roof:
+def decoder_roof(model: LoopedLM, shape: DecoderShape, dtype: torch.dtype, flops: int) -> Roof:
     """So many FLOPs as the widest projection alone, [B T, d] times [d, d_ff]."""
     return projection_roof(shape.n_tokens, model.config.d_model, model.config.d_ff, dtype, flops)

@@ -25,9 +25,9 @@ from torch import Tensor
 from bench.offline.fake_gpu import TARGETS, fake_gpu
 from bench.offline.record import Record
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
 from looped.diagnose.__main__ import main as diagnose
 from looped.kernels import looped_cross_entropy
+from looped.model import LoopedLM
 from looped.supervision import Supervision
 from train import run
 from train.metrics import read_metrics
@@ -90,7 +90,7 @@ def step_record(
     config = replace(PRESETS[preset], **changes)
     with fake_gpu(TARGETS[target_name]) as record:
         with torch.device("cuda"):
-            model = LoopedDecoder(config, fused=fused, checkpoint_loops=checkpoint_loops)
+            model = LoopedLM(config, fused=fused, checkpoint_loops=checkpoint_loops)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
         inputs = torch.zeros(batch, config.max_seq_len, dtype=torch.int64, device="cuda")
         targets = torch.zeros_like(inputs)

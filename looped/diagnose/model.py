@@ -1,4 +1,4 @@
-"""What is diagnosed: a model with a repeated loop, described by four functions. A LoopedDecoder can be seen as one."""
+"""What is diagnosed: a model with a repeated loop, described by four functions. A LoopedLM can be seen as one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 
 # Inputs and targets, int64 [B, T] each, every target in [0, V).
 Batch = tuple[Tensor, Tensor]
@@ -100,10 +100,8 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def from_decoder(
-    decoder: LoopedDecoder, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0
-) -> LoopedModel:
-    """A LoopedDecoder as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
+def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0) -> LoopedModel:
+    """A LoopedLM as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
 
     With an inter-loop norm, loop k+1 starts from RMSNorm(H_k). Its input and output are still the states that are read,
     so an update is `H_{k+1} - H_k` and includes what the norm takes away.

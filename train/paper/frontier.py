@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 from looped.provenance import instructions, processor
 from looped.run_directory import SavedRun, load_run
-from looped.supervision import evaluation_losses
 from train.batches import Windows, spread
 from train.interrupt import Interruptions
 from train.metrics import finite
@@ -157,14 +156,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def timed_models(
-    results: Sequence[RunResult], runs: Sequence[SavedRun]
-) -> tuple[dict[str, LoopedDecoder], dict[str, str]]:
+def timed_models(results: Sequence[RunResult], runs: Sequence[SavedRun]) -> tuple[dict[str, LoopedLM], dict[str, str]]:
     """A model of each architecture, with competitors of the first one; and the architecture of each condition."""
     architectures = {
         result.condition: architecture(run.model.config) for result, run in zip(results, runs, strict=True)
     }
-    models: dict[str, LoopedDecoder] = {}
+    models: dict[str, LoopedLM] = {}
     for run in runs:
         models.setdefault(architecture(run.model.config), run.model.to(DEVICE))
     return models | competitors(next(iter(models.values()))), architectures
@@ -227,7 +224,7 @@ def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents
     for start in range(0, len(indices), EVALUATION_BATCH):
         batch_inputs, batch_targets = windows.gather(indices[start : start + EVALUATION_BATCH])
         with autocast(DEVICE, dtype):
-            loss = evaluation_losses(model, model(batch_inputs.to(DEVICE)), batch_targets.to(DEVICE))
+            loss = model.evaluation_losses(model(batch_inputs.to(DEVICE)).states, batch_targets.to(DEVICE))
         losses.append(loss.flatten(1).cpu())
         targets.append(batch_targets.flatten())
     model.cpu()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
-from looped.supervision import readout_logits
+from looped.model import LoopedLM
 from train.step import autocast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +36,7 @@ def architecture(config: LoopedConfig) -> str:
     return f"fused, {NORMS.get(config.readout, 'RMSNorm')} before the head{between}"
 
 
-def competitors(model: LoopedDecoder) -> dict[str, LoopedDecoder]:
+def competitors(model: LoopedLM) -> dict[str, LoopedLM]:
     """The same decoder in plain PyTorch, and with its blocks by torch.compile."""
     plain, compiled = copy.deepcopy(model), copy.deepcopy(model)
     plain.fused = compiled.fused = False
@@ -61,9 +60,7 @@ def _wait() -> None:
 
 
 @torch.no_grad()
-def throughput(
-    models: dict[str, LoopedDecoder], inputs: Tensor, dtype: torch.dtype, rounds: int
-) -> dict[str, list[Rate]]:
+def throughput(models: dict[str, LoopedLM], inputs: Tensor, dtype: torch.dtype, rounds: int) -> dict[str, list[Rate]]:
     """Of every model, at K = 1..n_loops, on ``inputs`` [B, T].
 
     In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
@@ -72,7 +69,7 @@ def throughput(
 
     def prefill(name: str, n_loops: int) -> None:
         with autocast(DEVICE, dtype):
-            readout_logits(models[name], models[name](inputs, n_loops=n_loops)[-1])
+            models[name](inputs, n_loops=n_loops, logits=True)
 
     torch.compiler.reset()  # a block may have only so many graphs
     depths = range(1, next(iter(models.values())).config.n_loops + 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 from looped.supervision import Supervision
 from train.config import complete, preset_config
 from train.paper.tables import table
@@ -51,7 +51,7 @@ def estimate(preset: str, supervision: Supervision = "per-loop") -> Estimate:
     if training.epochs is None or training.stride is None:
         raise ValueError(f"preset must have its length in epochs. Got preset={preset!r}.")
     with torch.device("meta"):
-        model = LoopedDecoder(shape)
+        model = LoopedLM(shape)
     tokens = round(training.epochs * CORPUS_TOKENS * training.seq_len / training.stride)
     n_readouts = 1 if supervision == "terminal" else shape.n_loops
     flops = tokens * model.flops_per_token(seq_len=training.seq_len, n_readouts=n_readouts)
@@ -106,7 +106,7 @@ runs, and what follows ` -- ` goes to every `train/run.py`, such as `-- --grad-a
 (2026-11-26, torch 2.11.0+cu130): {STEP_SECONDS[0] * 1e3:.1f} ms in {STEP_GIB:.1f} GiB as one CUDA graph, up to
 {STEP_SECONDS[1] * 1e3:.0f} ms with its kernels launched one by one. The two times are those of a run at the FLOP/s of
 these two steps; the smaller products of paper-44m will be below them. FLOPs are those of
-`LoopedDecoder.flops_per_token`, with one readout under terminal supervision. Memory is 16 bytes a parameter and, for
+`LoopedLM.flops_per_token`, with one readout under terminal supervision. Memory is 16 bytes a parameter and, for
 every token of a micro-batch and application of a block, `21 d_model + 8 d_ff` bytes of activations. The corpus is taken
 as {CORPUS_TOKENS / 1e6:.0f} million tokens (its 103 million words, and as many gaps, which are tokens), each in two
 windows, since windows of 256 begin every 128 tokens, in each of 4 epochs.

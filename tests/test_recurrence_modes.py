@@ -9,9 +9,8 @@ from torch import Tensor
 
 import looped.kernels.device
 from looped import attention
-from looped.decoder import LoopedDecoder
 from looped.dropout import dropout
-from looped.supervision import readout_logits
+from looped.model import LoopedLM
 
 
 def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,13 +26,14 @@ def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.Monkey
         drawn.append(dropout_p)
         return original(q, k, v, dropout_p=dropout_p)
 
-    monkeypatch.setattr("looped.decoder.dropout", record)
+    for module in ("looped.recurrence", "looped.block"):
+        monkeypatch.setattr(f"{module}.dropout", record)
     monkeypatch.setattr(attention, "causal_attention", record_attention)
     decoder(tokens(), n_loops=2)
     assert drawn == [0.25] * (1 + 2 * 2 * LAYERS)
-    state = decoder._embed(tokens())
+    state = decoder.embed(tokens())
     assert 0.1 < (state == 0).float().mean() < 0.4
-    evaluated = decoder.eval()(tokens())[-1]
+    evaluated = decoder.eval()(tokens()).states[-1]
     torch.testing.assert_close(evaluated, reference_states(decoder, tokens(), 3)[-1], atol=1e-5, rtol=1e-5)
 
 
@@ -45,12 +45,12 @@ def test_autocast_keeps_the_residual_stream_in_fp32(
     monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: True)
     decoder = model(fused=fused, **changes)
     inputs = tokens(8, LENGTH)
-    exact = decoder(inputs)
+    exact = decoder(inputs).states
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = decoder(inputs)
+        states = decoder(inputs).states
         between = decoder._between_loops(states[0])
     assert between.dtype == torch.float32
-    torch.testing.assert_close(between, LoopedDecoder._between_loops(decoder, states[0]), atol=0, rtol=0)
+    torch.testing.assert_close(between, LoopedLM._between_loops(decoder, states[0]), atol=0, rtol=0)
     for state, wanted in zip(states, exact, strict=True):
         assert state.dtype == torch.float32
         assert not torch.equal(state, wanted)
@@ -64,19 +64,19 @@ def test_autocast_forms_fused_products_in_fp32_where_that_is_faster(
 ) -> None:
     monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: False)
     decoder = model(fused=fused)
-    exact = decoder(tokens())[-1]
-    exact_logits = readout_logits(decoder, exact)
+    exact = decoder(tokens()).states[-1]
+    exact_logits = decoder.readout_logits(exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        state = decoder(tokens())[-1]
-        logits = readout_logits(decoder, state)
+        state = decoder(tokens()).states[-1]
+        logits = decoder.readout_logits(state)
     assert torch.equal(state, exact) == torch.equal(logits, exact_logits) == fused
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_bfloat16_parameters(fused: bool) -> None:
     decoder = model(fused=fused, inter_loop_norm=True, positions="rotary")
-    exact = decoder(tokens())[-1]
-    low = decoder.bfloat16()(tokens())
+    exact = decoder(tokens()).states[-1]
+    low = decoder.bfloat16()(tokens()).states
     assert all(state.dtype == torch.bfloat16 for state in low)
     torch.testing.assert_close(low[-1].float(), exact, atol=0.3, rtol=0.1)
 
@@ -84,9 +84,9 @@ def test_bfloat16_parameters(fused: bool) -> None:
 def test_builds_on_the_meta_device_and_loads_later() -> None:
     source = model(positions="rotary", inter_loop_norm=True)
     with torch.device("meta"):
-        decoder = LoopedDecoder(source.config, fused=False)
+        decoder = LoopedLM(source.config, fused=False)
     decoder.to_empty(device="cpu").load_state_dict(source.state_dict())
-    assert torch.equal(decoder(tokens())[-1], source(tokens())[-1])
+    assert torch.equal(decoder(tokens()).states[-1], source(tokens()).states[-1])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -97,8 +97,8 @@ def test_compiles_into_one_graph(fused: bool, autocast: bool, changes: dict[str,
     decoder = model(fused=fused, **changes)
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        expected = decoder(tokens())
-        states = compiled(tokens())
+        expected = decoder(tokens()).states
+        states = compiled(tokens()).states
     for a, b in zip(states, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert_same_gradients(gradients(decoder, states), gradients(decoder, expected), 1e-2 if autocast else 1e-5)
@@ -110,6 +110,6 @@ def test_compiles_with_checkpointed_loops_and_dropout(fused: bool) -> None:
     decoder = model(fused=fused, dropout=0.2)
     decoder.checkpoint_loops = True
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
-    found = gradients(decoder, compiled(tokens()))
+    found = gradients(decoder, compiled(tokens()).states)
     assert found.keys() == {name for name, _ in decoder.named_parameters()} - {"readout_norm.weight"}
     assert all(torch.isfinite(g).all() for g in found.values())

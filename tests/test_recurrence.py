@@ -1,4 +1,4 @@
-"""The decoder against an independent reference, fused against plain, and everything that forward promises."""
+"""The states against an independent reference, fused against plain, and what the model promises of its parts."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from looped.config import PRESETS
-from looped.decoder import LoopedDecoder
+from looped.model import LoopedLM
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -39,7 +39,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_states_are_those_of_the_equations(changes: dict[str, Any], fused: bool) -> None:
     decoder = model(fused=fused, **changes)
-    states = decoder(tokens())
+    states = decoder(tokens()).states
     expected = reference_states(decoder, tokens(), 3)
     assert len(states) == 3
     for state, wanted in zip(states, expected, strict=True):
@@ -50,7 +50,7 @@ def test_states_are_those_of_the_equations(changes: dict[str, Any], fused: bool)
 def test_fused_and_plain_agree(changes: dict[str, Any]) -> None:
     plain, fused = model(fused=False, **changes), model(fused=True, **changes)
     fused.load_state_dict(plain.state_dict())
-    plain_states, fused_states = plain(tokens()), fused(tokens())
+    plain_states, fused_states = plain(tokens()).states, fused(tokens()).states
     for a, b in zip(fused_states, plain_states, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert_same_gradients(gradients(fused, fused_states), gradients(plain, plain_states))
@@ -61,7 +61,7 @@ def test_fused_and_plain_draw_the_same_dropout() -> None:
     for fused in (False, True):
         decoder = model(fused=fused, dropout=0.3)
         torch.manual_seed(7)
-        states = decoder(tokens())
+        states = decoder(tokens()).states
         results.append((states[-1], gradients(decoder, states)))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     assert_same_gradients(results[1][1], results[0][1])
@@ -69,9 +69,9 @@ def test_fused_and_plain_draw_the_same_dropout() -> None:
 
 def test_fused_may_change_at_any_time() -> None:
     decoder = model(fused=True)
-    fused = decoder(tokens())[-1]
+    fused = decoder(tokens()).states[-1]
     decoder.fused = False
-    torch.testing.assert_close(decoder(tokens())[-1], fused, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder(tokens()).states[-1], fused, atol=1e-5, rtol=1e-5)
 
 
 # Parameters and operations --------------------------------------------------------------------------------------------
@@ -90,20 +90,20 @@ def test_fused_may_change_at_any_time() -> None:
 )
 def test_parameter_counts_of_the_paper(preset: str, readout: Any, count: int) -> None:
     with torch.device("meta"):
-        decoder = LoopedDecoder(dataclasses.replace(PRESETS[preset], readout=readout))
+        decoder = LoopedLM(dataclasses.replace(PRESETS[preset], readout=readout))
     assert decoder.parameter_count() == count
 
 
 def test_demo_and_ouro_sizes() -> None:
     with torch.device("meta"):
-        assert 1_500_000 < LoopedDecoder(PRESETS["demo"]).parameter_count() < 4_000_000
-        assert 1_350_000_000 < LoopedDecoder(PRESETS["ouro-1.4b"]).parameter_count() < 1_450_000_000
+        assert 1_500_000 < LoopedLM(PRESETS["demo"]).parameter_count() < 4_000_000
+        assert 1_350_000_000 < LoopedLM(PRESETS["ouro-1.4b"]).parameter_count() < 1_450_000_000
 
 
 def test_flops_are_those_of_the_matrix_multiplications() -> None:
     decoder = model(fused=False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        states = decoder(tokens(length=LENGTH), n_loops=3)
+        states = decoder(tokens(length=LENGTH), n_loops=3).states
         F.linear(states[-1], decoder.head_weight)
     triangle = 3 * LAYERS * 2 * LENGTH * D  # the masked half of attention, which PyTorch multiplies and counts too
     counted = counter.get_total_flops() / (2 * LENGTH)
@@ -121,13 +121,13 @@ def test_flops_formula() -> None:
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    demo = LoopedDecoder(PRESETS["demo"])
+    demo = LoopedLM(PRESETS["demo"])
     assert demo.embedding.weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert demo.positions is not None
     assert demo.positions.weight.std().item() == pytest.approx(0.02, rel=0.03)
-    paper = LoopedDecoder(dataclasses.replace(PRESETS["paper-44m"], n_layers=1))
+    paper = LoopedLM(dataclasses.replace(PRESETS["paper-44m"], n_layers=1))
     assert paper.embedding.weight.std().item() == pytest.approx(1.0, rel=0.01)
-    first = paper.eval()(torch.randint(20_000, (1, 64)), n_loops=1)[0]
+    first = paper.eval()(torch.randint(20_000, (1, 64)), n_loops=1).states[0]
     logits = F.linear(first, paper.head_weight)
     assert logits.std().item() == pytest.approx((2 * 512) ** 0.5, rel=0.15)  # embedding + position: sqrt(2 d)
 
@@ -156,14 +156,14 @@ def test_state_dict_names() -> None:
 def test_fused_and_plain_start_equal_and_exchange_checkpoints() -> None:
     for changes in VARIANTS:
         torch.manual_seed(3)
-        fused = LoopedDecoder(config(**changes), fused=True, checkpoint_loops=True)
+        fused = LoopedLM(config(**changes), fused=True, checkpoint_loops=True)
         torch.manual_seed(3)
-        plain = LoopedDecoder(config(**changes), fused=False)
+        plain = LoopedLM(config(**changes), fused=False)
         assert fused.state_dict().keys() == plain.state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters(), strict=True))
         plain.load_state_dict(model(seed=9, **changes).state_dict())
         fused.load_state_dict(plain.state_dict())
-        torch.testing.assert_close(fused(tokens())[-1], plain(tokens())[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(fused(tokens()).states[-1], plain(tokens()).states[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_head_is_the_embedding_when_tied() -> None:
@@ -180,22 +180,22 @@ def test_head_is_the_embedding_when_tied() -> None:
 @pytest.mark.parametrize("inter_loop_norm", [False, True])
 def test_any_number_of_loops(inter_loop_norm: bool) -> None:
     decoder = model(inter_loop_norm=inter_loop_norm).eval()
-    many = decoder(tokens(), n_loops=9)
-    assert [len(decoder(tokens(), n_loops=k)) for k in (1, 2)] == [1, 2]
-    assert len(decoder(tokens())) == 3
+    many = decoder(tokens(), n_loops=9).states
+    assert [len(decoder(tokens(), n_loops=k).states) for k in (1, 2)] == [1, 2]
+    assert len(decoder(tokens()).states) == 3
     for state, wanted in zip(many, reference_states(decoder, tokens(), 9), strict=True):
         torch.testing.assert_close(state, wanted, atol=1e-4, rtol=1e-4)
-    assert torch.equal(decoder(tokens(), n_loops=2)[1], many[1])
+    assert torch.equal(decoder(tokens(), n_loops=2).states[1], many[1])
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_causality(positions: Any, fused: bool) -> None:
     decoder = model(fused=fused, positions=positions).eval()
-    before = decoder(tokens())
+    before = decoder(tokens()).states
     changed = tokens()
     changed[:, 6] = (changed[:, 6] + 1) % V
-    after = decoder(changed)
+    after = decoder(changed).states
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a[:, :6], b[:, :6])
         assert (a[:, 6:] != b[:, 6:]).any(-1).all()
@@ -204,7 +204,7 @@ def test_causality(positions: Any, fused: bool) -> None:
 def test_rotary_positions_may_exceed_max_seq_len() -> None:
     decoder = model(positions="rotary").eval()
     expected = reference_states(decoder, tokens(length=3 * LENGTH), 3)
-    torch.testing.assert_close(decoder(tokens(length=3 * LENGTH))[-1], expected[-1], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder(tokens(length=3 * LENGTH)).states[-1], expected[-1], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -216,7 +216,7 @@ def test_checkpoint_loops_gives_equal_gradients(fused: bool, dropout: float, mon
         decoder = model(fused=fused, dropout=dropout, positions="rotary", inter_loop_norm=True)
         decoder.checkpoint_loops = checkpoint_loops
         torch.manual_seed(5)
-        states = decoder(tokens())
+        states = decoder(tokens()).states
         torch.rand(5)
         results.append((states, gradients(decoder, states)))
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
@@ -236,7 +236,7 @@ def test_checkpoint_loops_keeps_only_the_states() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            states = decoder(tokens(), n_loops=6)
+            states = decoder(tokens(), n_loops=6).states
         del states
         return sum(saved.values())
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 import looped.kernels.device
 from looped.config import LoopedConfig
-from looped.decoder import LoopedDecoder
-from looped.supervision import LoopedLoss, evaluation_losses, looped_loss, readout_logits
+from looped.model import LoopedLM, LoopedOutput
 
 V, D, K, BATCH, LENGTH = 67, 24, 3, 2, 11
 READOUTS = ["rmsnorm", "layernorm", "raw", "final-only"]
 
 
-def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecoder:
+def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedLM:
     """A decoder with norms away from 1 and a bias away from 0, so that a forgotten parameter shows."""
     shape: dict[str, Any] = {
         "vocab_size": V,
@@ -32,7 +31,7 @@ def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedDecode
         "embedding_std": 0.3,
     }
     torch.manual_seed(seed)
-    decoder = LoopedDecoder(LoopedConfig(**{**shape, **changes}), fused=fused)
+    decoder = LoopedLM(LoopedConfig(**{**shape, **changes}), fused=fused)
     for name, parameter in decoder.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -47,19 +46,18 @@ def batch(ignored: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], targets
 
 
-def gradients(decoder: LoopedDecoder) -> dict[str, Tensor]:
+def gradients(decoder: LoopedLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
 
 
-def run(decoder: LoopedDecoder, n_loops: int | None = None, **options: Any) -> tuple[LoopedLoss, dict[str, Tensor]]:
-    tokens, targets = batch()
+def run(decoder: LoopedLM, **options: Any) -> tuple[LoopedOutput, dict[str, Tensor]]:
     decoder.zero_grad()
-    result = looped_loss(decoder, decoder(tokens, n_loops=n_loops), targets, **options)
+    result = decoder(*batch(), **options)
     result.loss.backward()
     return result, gradients(decoder)
 
 
-def expected_logits(decoder: LoopedDecoder, state: Tensor, loop: int, n_loops: int) -> Tensor:
+def expected_logits(decoder: LoopedLM, state: Tensor, loop: int, n_loops: int) -> Tensor:
     """The readouts from their equations, in the state's dtype."""
     readout = decoder.config.readout
     norm = {name: p.to(state.dtype) for name, p in decoder.named_parameters() if name.startswith("readout_norm")}
@@ -73,7 +71,7 @@ def expected_logits(decoder: LoopedDecoder, state: Tensor, loop: int, n_loops: i
     return state @ head.to(state.dtype).T
 
 
-def expected_losses(decoder: LoopedDecoder, states: Any, targets: Tensor) -> Tensor:
+def expected_losses(decoder: LoopedLM, states: Any, targets: Tensor) -> Tensor:
     """[K] mean cross-entropies in float64."""
     rows = []
     for loop, state in enumerate(states):
@@ -92,14 +90,14 @@ def expected_losses(decoder: LoopedDecoder, states: Any, targets: Tensor) -> Ten
 def test_loss_is_its_definition(readout: Any, tied: bool, fused: bool) -> None:
     decoder = model(fused=fused, readout=readout, tied=tied)
     tokens, targets = batch()
-    states = decoder(tokens)
+    states = decoder(tokens).states
     ce = expected_losses(decoder, states, targets)
     square = torch.stack([state.detach().double().square().mean() for state in states]).mean()
 
-    per_loop = looped_loss(decoder, states, targets, penalty=0.25)
+    per_loop = decoder(tokens, targets, penalty=0.25)
     torch.testing.assert_close(per_loop.loss.double(), ce.mean() + 0.25 * square, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(per_loop.per_loop.double(), ce, atol=1e-5, rtol=1e-5)
-    terminal = looped_loss(decoder, states, targets, supervision="terminal", penalty=0.25)
+    terminal = decoder(tokens, targets, supervision="terminal", penalty=0.25)
     torch.testing.assert_close(terminal.loss.double(), ce[-1] + 0.25 * square, atol=1e-5, rtol=1e-5)
     for result in (per_loop, terminal):
         assert result.loss.shape == ()
@@ -107,6 +105,8 @@ def test_loss_is_its_definition(readout: Any, tied: bool, fused: bool) -> None:
         assert result.per_loop.dtype == torch.float32
         assert not result.per_loop.requires_grad
         assert result.statistics is None
+        assert result.logits is None
+        assert all(torch.equal(a, b) for a, b in zip(result.states, states, strict=True))
 
 
 # Every readout with every supervision, with and without a penalty; the rest of the options in turn.
@@ -172,7 +172,7 @@ def test_more_loops_than_trained(fused: bool) -> None:
 def test_all_targets_ignored(fused: bool, supervision: Any) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
-    result = looped_loss(decoder, decoder(tokens), torch.full_like(targets, -100), supervision=supervision)
+    result = decoder(tokens, torch.full_like(targets, -100), supervision=supervision)
     assert result.loss == 0
     assert result.per_loop[-1] == 0
     result.loss.backward()
@@ -187,7 +187,7 @@ def test_twenty_steps_agree() -> None:
         for step in range(20):
             tokens, targets = batch(seed=step % 2)
             optimizer.zero_grad()
-            loss = looped_loss(decoder, decoder(tokens), targets, penalty=0.01).loss
+            loss = decoder(tokens, targets, penalty=0.01).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
@@ -223,8 +223,8 @@ def test_terminal_reads_out_one_loop(fused: bool) -> None:
     one = 6 * BATCH * LENGTH * D * V  # logits, and the gradients of state and head
 
     def work(**options: Any) -> Callable[[], None]:
-        states = decoder(tokens)
-        return lambda: looped_loss(decoder, states, targets, penalty=0.1, **options).loss.backward()
+        states = decoder(tokens).states
+        return lambda: decoder.readout_loss(states, targets, penalty=0.1, **options).loss.backward()
 
     assert readout_flops(work(supervision="terminal")) == one
     assert readout_flops(work(supervision="per-loop")) == K * one
@@ -240,8 +240,8 @@ def test_terminal_says_which_loops_it_read(fused: bool) -> None:
 def test_penalty_sees_the_loops_that_terminal_does_not_read(fused: bool) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
-    states = [state.detach().requires_grad_() for state in decoder(tokens)]
-    result = looped_loss(decoder, states, targets, supervision="terminal", penalty=0.5)
+    states = [state.detach().requires_grad_() for state in decoder(tokens).states]
+    result = decoder.readout_loss(states, targets, supervision="terminal", penalty=0.5)
     found = torch.autograd.grad(result.loss, states)
     for state, gradient in zip(states[:-1], found, strict=False):
         torch.testing.assert_close(gradient, 0.5 * 2 * state.detach() / (K * state.numel()))
@@ -267,22 +267,34 @@ def test_autocast_loss_is_close(readout: Any, fused: bool, monkeypatch: pytest.M
         assert (low_gradients[name] - wanted).norm() < 0.05 * wanted.norm(), name
 
 
+@pytest.mark.parametrize("checkpoint_loops", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiles_with_its_model(fused: bool) -> None:
+def test_the_whole_forward_compiles_into_one_graph(fused: bool, checkpoint_loops: bool) -> None:
+    torch._dynamo.reset()
+    decoder = model(fused=fused, positions="rotary")
+    decoder.checkpoint_loops = checkpoint_loops
+    expected, expected_gradients = run(decoder, penalty=0.01, logits=True)
+    decoder.zero_grad()
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    result = compiled(*batch(), penalty=0.01, logits=True)
+    result.loss.backward()
+    for name in ("loss", "per_loop", "logits"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name))
+    for name, gradient in gradients(decoder).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_model_measures_statistics(fused: bool) -> None:
     torch._dynamo.reset()
     decoder = model(fused=fused)
-    tokens, targets = batch()
-
-    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-        return looped_loss(decoder, decoder(tokens), targets, penalty=0.01).loss
-
-    _, expected = run(decoder, penalty=0.01)
-    decoder.zero_grad()
-    loss = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(tokens, targets)
-    loss.backward()
-    torch.testing.assert_close(loss, loss_of(tokens, targets))
-    for name, gradient in gradients(decoder).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+    expected, expected_gradients = run(decoder, statistics=True)
+    decoder.compile(backend="aot_eager")
+    result, found = run(decoder, statistics=True)
+    for a, b in zip(result.statistics, expected.statistics, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4)
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -314,8 +326,8 @@ def test_statistics_of_fused_and_plain_agree(readout: Any, supervision: Any) -> 
 def test_statistics_are_their_definitions(fused: bool) -> None:
     decoder = model(fused=fused, readout="raw")
     tokens, targets = batch()
-    states = decoder(tokens)
-    found = looped_loss(decoder, states, targets, penalty=0.3, statistics=True).statistics
+    states = decoder(tokens).states
+    found = decoder.readout_loss(states, targets, penalty=0.3, statistics=True).statistics
     assert found is not None
     for loop, state in enumerate(states):
         h = state.detach().double().requires_grad_()
@@ -370,7 +382,7 @@ def test_statistics_without_gradients_have_no_radial_part(fused: bool) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
     with torch.no_grad():
-        result = looped_loss(decoder, decoder(tokens), targets, statistics=True)
+        result = decoder(tokens, targets, statistics=True)
     assert result.statistics is not None
     assert result.statistics.radial_dot is None
     assert result.statistics.radial_fraction is None
@@ -386,10 +398,20 @@ def test_logits(readout: Any, tied: bool) -> None:
     decoder = model(readout=readout, tied=tied)
     state = 3 * torch.randn(2, 5, D)
     for final, loop in ((True, K - 1), (False, 0)):
-        logits = readout_logits(decoder, state, final=final)
+        logits = decoder.readout_logits(state, final=final)
         assert logits.shape == (2, 5, V)
         torch.testing.assert_close(logits, expected_logits(decoder, state, loop, K), atol=1e-5, rtol=1e-5)
-    assert torch.equal(readout_logits(decoder, state), readout_logits(decoder, state, final=True))
+    assert torch.equal(decoder.readout_logits(state), decoder.readout_logits(state, final=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_targets_there_is_no_loss(fused: bool) -> None:
+    decoder = model(fused=fused, readout="final-only")
+    result = decoder(batch()[0], n_loops=2, logits=True)
+    assert (result.loss, result.per_loop, result.statistics) == (None, None, None)
+    assert len(result.states) == 2
+    wanted = expected_logits(decoder, result.states[-1], 1, 2)
+    torch.testing.assert_close(result.logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -397,8 +419,8 @@ def test_logits(readout: Any, tied: bool) -> None:
 def test_evaluation_reads_every_loop_as_the_last(readout: Any, fused: bool) -> None:
     decoder = model(fused=fused, readout=readout)
     tokens, targets = batch()
-    states = decoder(tokens)
-    losses = evaluation_losses(decoder, states, targets)
+    states = decoder(tokens).states
+    losses = decoder.evaluation_losses(states, targets)
     assert losses.shape == (K, BATCH, LENGTH)
     assert losses.dtype == torch.float32
     assert not losses.requires_grad
@@ -406,7 +428,7 @@ def test_evaluation_reads_every_loop_as_the_last(readout: Any, fused: bool) -> N
         logits = expected_logits(decoder, state.double(), K - 1, K).flatten(0, 1)
         wanted = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
         torch.testing.assert_close(losses[loop].double(), wanted.detach(), atol=1e-5, rtol=1e-5)
-        stopped_here = looped_loss(decoder, states[: loop + 1], targets, supervision="terminal").loss
+        stopped_here = decoder.readout_loss(states[: loop + 1], targets, supervision="terminal").loss
         torch.testing.assert_close(losses[loop].sum() / (targets != -100).sum(), stopped_here, atol=1e-5, rtol=1e-5)
     assert (losses[:, targets == -100] == 0).all()
 
@@ -415,25 +437,43 @@ def test_evaluation_reads_every_loop_as_the_last(readout: Any, fused: bool) -> N
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_rejects(fused: bool) -> None:
+def test_rejects_before_any_work(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
-    states = decoder(tokens)
+    monkeypatch.setattr(LoopedLM, "embed", None)  # not callable: a model that begins to work fails otherwise
+    for options, message in (
+        ({"supervision": "last"}, r"supervision must be one of per-loop, terminal\. Got 'last'"),
+        ({"penalty": -0.1}, r"penalty must be at least 0\. Got penalty=-0\.1"),
+        ({"penalty": float("nan")}, r"penalty must be at least 0\. Got penalty=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder(tokens, targets, **options)
+    with pytest.raises(ValueError, match=r"targets must have the tokens' shape \[2, 11\]\. Got \[2, 10\]"):
+        decoder(tokens, targets[:, 1:])
+    with pytest.raises(TypeError, match=r"targets must be int64\. Got torch\.int32"):
+        decoder(tokens, targets.int())
+    with pytest.raises(ValueError, match=r"statistics .* need targets\. Got statistics=True, targets=None"):
+        decoder(tokens, statistics=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rejects_states_that_do_not_fit(fused: bool) -> None:
+    decoder = model(fused=fused)
+    tokens, targets = batch()
+    states = decoder(tokens).states
     with pytest.raises(ValueError, match=r"supervision must be one of per-loop, terminal\. Got 'last'"):
-        looped_loss(decoder, states, targets, supervision="last")  # type: ignore[arg-type]
+        decoder.readout_loss(states, targets, supervision="last")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"penalty must be at least 0\. Got penalty=-0\.1"):
-        looped_loss(decoder, states, targets, penalty=-0.1)
-    with pytest.raises(ValueError, match="penalty must be at least 0"):
-        looped_loss(decoder, states, targets, penalty=float("nan"))
-    for function in (looped_loss, evaluation_losses):
+        decoder.readout_loss(states, targets, penalty=-0.1)
+    for function in (decoder.readout_loss, decoder.evaluation_losses):
         with pytest.raises(ValueError, match="states must hold the states of at least one loop"):
-            function(decoder, (), targets)
-        with pytest.raises(ValueError, match=r"targets the shape \[\.\.\.\]\. Got .*targets \[2, 10\]"):
-            function(decoder, states, targets[:, 1:])
+            function((), targets)
+        with pytest.raises(ValueError, match=r"targets must have the tokens' shape \[2, 11\]\. Got \[2, 10\]"):
+            function(states, targets[:, 1:])
         with pytest.raises(ValueError, match="states must have one shape"):
-            function(decoder, (states[0], states[1][:1]), targets)
+            function((states[0], states[1][:1]), targets)
         with pytest.raises(TypeError, match=r"targets must be int64\. Got torch\.int32"):
-            function(decoder, states, targets.int())
+            function(states, targets.int())
 
 
 @pytest.mark.parametrize("target", [V, -1])
@@ -442,7 +482,7 @@ def test_rejects_targets_out_of_range(fused: bool, target: int) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
     targets[1, 2] = target
-    states = decoder(tokens)
-    for function in (looped_loss, evaluation_losses):
+    states = decoder(tokens).states
+    for function in (decoder.readout_loss, decoder.evaluation_losses):
         with pytest.raises((ValueError, IndexError), match=rf"{target}"):
-            function(decoder, states, targets)
+            function(states, targets)

@@ -1,0 +1,83 @@
+"""The two ways in which a model computes: with the functions of `kernels`, or in plain PyTorch.
+
+Both compute the same. The plain one is what one would write without this project: it is the baseline that the fused one
+is measured against, and its readout is the definition that the kernels are tested against.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looped.kernels import (
+    LoopedCrossEntropy,
+    ReadoutStatistics,
+    looped_cross_entropy,
+    readout_statistics,
+    rms_norm_penalty,
+    swiglu,
+)
+from looped.kernels.device import product_autocast
+from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
+from looped.kernels.statistics import readout_statistics_reference
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The operations of a model in which fused and plain differ.
+
+    add_and_normalise: (x, delta, norm) -> (RMSNorm(x + delta), x + delta), each [B, T, d]. delta may be None, which
+        stands for 0. The sum keeps x's dtype.
+    glu: (gate, up) -> silu(gate) * up, each [..., d_ff].
+    product_context: the context in which products of a tensor are formed. The fused one turns autocast off on a CPU
+        that gains nothing by its dtype.
+    readout_loss: takes the arguments of `kernels.looped_cross_entropy`.
+    readout_statistics: takes the arguments of `kernels.readout_statistics`.
+    """
+
+    add_and_normalise: Callable[[Tensor, Tensor | None, nn.RMSNorm], tuple[Tensor, Tensor]]
+    glu: Callable[[Tensor, Tensor], Tensor]
+    product_context: Callable[[Tensor], AbstractContextManager[object]]
+    readout_loss: Callable[..., LoopedCrossEntropy]
+    readout_statistics: Callable[..., ReadoutStatistics]
+
+
+def _add_and_normalise_fused(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """One kernel for the sum and its norm."""
+    assert norm.eps is not None
+    if delta is None:
+        return rms_norm_penalty(x, norm.weight, eps=norm.eps).y, x
+    normalised, _, total = rms_norm_penalty(delta, norm.weight, eps=norm.eps, residual=x)
+    assert total is not None  # a residual was given
+    return normalised, total
+
+
+def _add_and_normalise(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    x = x if delta is None else x + delta
+    return norm(x), x
+
+
+def _glu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _no_context(x: Tensor) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+FUSED = Implementation(
+    add_and_normalise=_add_and_normalise_fused,
+    glu=swiglu,
+    product_context=product_autocast,
+    readout_loss=looped_cross_entropy,
+    readout_statistics=readout_statistics,
+)
+PLAIN = Implementation(
+    add_and_normalise=_add_and_normalise,
+    glu=_glu,
+    product_context=_no_context,
+    readout_loss=looped_cross_entropy_reference,
+    readout_statistics=readout_statistics_reference,
+)

@@ -1,0 +1,228 @@
+"""The looped language model: tokens and targets -> states H_1..H_K, the training loss, logits, statistics."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from looped.config import LoopedConfig
+from looped.kernels import LoopedCrossEntropy, LoopedStatistics
+from looped.recurrence import Recurrence
+from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
+
+
+class LoopedOutput(NamedTuple):
+    """What `LoopedLM` returns.
+
+    states: (H_1, ..., H_K), each [B, T, d] in the embedding's dtype, under autocast too.
+    loss: scalar, fp32, differentiable; None without targets.
+    per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
+        without targets.
+    logits: [B, T, V] of the last loop alone, or None if not asked for.
+    statistics: per (loop, token), or None if not asked for.
+    """
+
+    states: tuple[Tensor, ...]
+    loss: Tensor | None = None
+    per_loop: Tensor | None = None
+    logits: Tensor | None = None
+    statistics: LoopedStatistics | None = None
+
+
+class LoopedLM(Recurrence):
+    """A decoder stack applied K times to its own output, and read out after every loop (Sharma & Vu, arXiv 2606.24898).
+
+    The recurrence is described in looped/recurrence.py. Every H_k is a readout's input before the readout's norm.
+
+    fused: use the functions of `kernels` instead of plain PyTorch (looped/implementation.py).
+    checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
+    Both are attributes that may change at any time; neither touches parameters or checkpoints.
+
+    Weights start as PyTorch's nn.Linear starts them, embedding and learned positions as
+    N(0, `config.embedding_std`^2), norms at 1.
+    """
+
+    def __init__(self, config: LoopedConfig, *, fused: bool = True, checkpoint_loops: bool = False) -> None:
+        super().__init__(config, fused=fused, checkpoint_loops=checkpoint_loops)
+        self.readout_norm: nn.RMSNorm | nn.LayerNorm | None = None
+        if config.readout == "layernorm":
+            self.readout_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        elif config.readout != "raw":
+            self.readout_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=config.embedding_std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, d]: the rows that states are multiplied with to give logits; the embedding when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        n_loops: int | None = None,
+        supervision: Supervision = "per-loop",
+        penalty: float | Tensor = 0.0,
+        n_targets: int | Tensor | None = None,
+        logits: bool = False,
+        statistics: bool = False,
+    ) -> LoopedOutput:
+        """The states of tokens and, with targets, the training loss.
+
+        tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
+        n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
+        supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
+
+        Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
+        than the learned positions, n_loops < 1, statistics without targets, what `readout_loss` refuses, or tokens out
+        of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel asserts the range
+        itself).
+        """
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        if targets is not None:
+            _check_targets(targets, tokens.shape)
+            _check_loss_options(supervision, penalty)
+        elif statistics:
+            raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
+        states = self.unroll(tokens, n_loops)
+        output = LoopedOutput(states, logits=self.readout_logits(states[-1]) if logits else None)
+        if targets is None:
+            return output
+        result = self.readout_loss(
+            states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
+        )
+        return output._replace(loss=result.loss, per_loop=result.per_loop, statistics=result.statistics)
+
+    def readout_loss(
+        self,
+        states: Sequence[Tensor],
+        targets: Tensor,
+        *,
+        supervision: Supervision = "per-loop",
+        penalty: float | Tensor = 0.0,
+        n_targets: int | Tensor | None = None,
+        statistics: bool = False,
+    ) -> LoopedCrossEntropy:
+        """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
+
+        `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`, where CE_k is the mean
+        cross-entropy of loop k over the targets that are not -100 (0 if all are), and w_k = 1/K for `per-loop`
+        supervision; for `terminal` w_K = 1, the others 0 and not read out.
+
+        states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
+        targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
+        the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
+        tensor. statistics: measure what the readout sees of every loop and token.
+        Raises ValueError for states and targets that do not fit, a negative penalty or an unknown supervision,
+        TypeError for targets that are not int64.
+        """
+        _check_states(states, targets)
+        _check_loss_options(supervision, penalty)
+        return self.implementation.readout_loss(
+            states,
+            self.head_weight,
+            targets,
+            readout=self.config.readout,
+            **self._readout_norm_options(),
+            penalty=penalty,
+            weights=supervision_weights(supervision, len(states)),
+            ignore_index=IGNORE_INDEX,
+            n_targets=n_targets,
+            statistics=statistics,
+        )
+
+    def readout_logits(self, state: Tensor, *, final: bool = True) -> Tensor:
+        """Logits [..., V] of one state [..., d]: the readout's norm, then the head.
+
+        final: whether this is the last loop; the `final-only` readout normalises no other.
+        """
+        if self.readout_norm is not None and (final or self.config.readout != "final-only"):
+            state = self.readout_norm(state)
+        with self.implementation.product_context(state):
+            return F.linear(state, self.head_weight)
+
+    @torch.no_grad()
+    def evaluation_losses(self, states: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of every token at every loop, [K, B, T] fp32, 0 where the target is -100.
+
+        Every loop is read as if it were the last (so `final-only` uses its norm): what a model that stops there loses.
+        Raises as `readout_loss` does.
+        """
+        _check_states(states, targets)
+        result = self.implementation.readout_statistics(
+            states,
+            self.head_weight,
+            targets,
+            readout="rmsnorm" if self.config.readout == "final-only" else self.config.readout,
+            **self._readout_norm_options(),
+            ignore_index=IGNORE_INDEX,
+        )
+        assert result.loss is not None  # targets were given
+        return result.loss
+
+    def _readout_norm_options(self) -> dict[str, Any]:
+        """The readout's norm, as the functions of `kernels` take it."""
+        norm = self.readout_norm
+        return {
+            "norm_weight": None if norm is None else norm.weight,
+            "norm_bias": norm.bias if isinstance(norm, nn.LayerNorm) else None,
+            "eps": self.config.norm_eps,
+        }
+
+    def parameter_count(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(
+        self,
+        n_loops: int | None = None,
+        *,
+        n_readouts: int | None = None,
+        seq_len: int | None = None,
+        training: bool = True,
+    ) -> int:
+        """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
+
+        `n_loops * n_layers * (2 * (4 d^2 + 3 d d_ff) + 2 T d) + n_readouts * 2 V d`, times 3 for training (the
+        backward pass multiplies each matrix twice). `2 T d` is causal attention: `2 * 2 T d` for scores and
+        mixing, halved because a token sees half of the sequence on average. Recomputation is not counted.
+        Defaults: the trained n_loops; a readout of every loop; T = max_seq_len.
+        """
+        config = self.config
+        n_loops = config.n_loops if n_loops is None else n_loops
+        n_readouts = n_loops if n_readouts is None else n_readouts
+        seq_len = config.max_seq_len if seq_len is None else seq_len
+        projections = 2 * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
+        attention = 2 * seq_len * config.d_model
+        readout = 2 * config.vocab_size * config.d_model
+        forward = n_loops * config.n_layers * (projections + attention) + n_readouts * readout
+        return 3 * forward if training else forward
+
+
+def _check_targets(targets: Tensor, shape: torch.Size) -> None:
+    if targets.shape != shape:
+        raise ValueError(f"targets must have the tokens' shape {list(shape)}. Got {list(targets.shape)}.")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64. Got {targets.dtype}.")
+
+
+def _check_states(states: Sequence[Tensor], targets: Tensor) -> None:
+    if len(states) < 1:
+        raise ValueError("states must hold the states of at least one loop. Got none.")
+    shapes = {state.shape for state in states}
+    if len(shapes) > 1:
+        raise ValueError(f"states must have one shape [..., d]. Got {[list(shape) for shape in shapes]}.")
+    _check_targets(targets, states[0].shape[:-1])
+
+
+def _check_loss_options(supervision: Supervision, penalty: float | Tensor) -> None:
+    supervision_weights(supervision, 1)
+    if not isinstance(penalty, Tensor) and not penalty >= 0:
+        raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
