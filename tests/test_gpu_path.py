@@ -71,8 +71,9 @@ def test_launches_of_a_fused_step(report):
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
-        "loss_weights_kernel": 1,
+        "row_weights_kernel": 1,
         "loss_sums_kernel": 1,
+        "scaled_kernel": 1,
     }
     assert report["plain"]["triton_launches"] == {}
     assert report["fused"]["launches"] < 0.85 * report["plain"]["launches"]
@@ -95,10 +96,11 @@ def test_the_main_job_runs_from_text_to_report_is_continued_and_diagnosed(report
     assert {"checkpoint/model.safetensors", "report.png", "summary.json", "diagnosis/index.html"} <= set(run["files"])
 
 
-def test_the_main_job_streams_the_vocabulary_in_evaluation(report):
-    launches, n_steps, n_evaluations = report["run"]["triton_launches"], 9, 2  # replays of graphs count
-    assert launches["cross_entropy_kernel"] == n_steps * PRESETS["demo"].n_loops * 16 * 128 // CHUNK_ROWS
-    assert launches["stream_kernel"] == launches["combine_kernel"] == n_evaluations
+def test_the_main_job_holds_a_chunk_of_logits_in_training_and_evaluation(report):
+    n_steps, n_evaluations = 9, 2  # replays of graphs count
+    rows = PRESETS["demo"].n_loops * 16 * 128
+    launches = report["run"]["triton_launches"]
+    assert launches["cross_entropy_kernel"] == (n_steps + n_evaluations) * rows // CHUNK_ROWS
 
 
 def test_the_main_job_waits_in_logging_saving_capturing_and_evaluation_alone(report):
@@ -130,6 +132,6 @@ def test_readout_makes_four_launches_a_chunk(report, name):
     launches = readout["triton_launches"]
     assert launches == {
         "norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4,
-        "loss_weights_kernel": 1, "loss_sums_kernel": 1,
+        "row_weights_kernel": 1, "loss_sums_kernel": 1, "scaled_kernel": 1,
     }  # fmt: skip
     assert readout["launches"] <= 4 * n_chunks + 2 * 4 + SMALL_LAUNCHES == 49
