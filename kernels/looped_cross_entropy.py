@@ -194,7 +194,7 @@ def _weighted(row_weight: Tensor | float, ce: Tensor) -> Tensor:
 # The public function --------------------------------------------------------------------------------------------------
 
 
-def _spread(values: Tensor, active: list[int], n_loops: int, shape: torch.Size, fill: float) -> Tensor:
+def _spread(values: Tensor, active: Sequence[int], n_loops: int, shape: torch.Size, fill: float) -> Tensor:
     """Row results [A, N] as [K, ...], `fill` for the loops that were not read."""
     if len(active) < n_loops:
         spread = values.new_full((n_loops, values.shape[-1]), fill)
