@@ -4,7 +4,8 @@
     python -m pytest bench/bench_host.py --benchmark-only      # the same by pytest-benchmark
 
 It needs no GPU; where one is there, it is used.  Three columns: the forward pass without gradients, the forward pass
-that records its graph, and the backward pass alone (`torch.autograd.grad`, the graph kept).
+that records its graph, and the backward pass alone (`torch.autograd.grad`, the graph kept).  A fourth one has a whole
+training step of a decoder with the loops and layers of paper-129m and almost no channels, fused and plain.
 
 **Included**, with and without a GPU: the public function with its checks, torch.library's dispatch, autograd, the
 allocation of results, every launcher, and Triton's own path of a launch with its binder and cache.
@@ -12,8 +13,8 @@ allocation of results, every launcher, and Triton's own path of a launch with it
 **Without a GPU** (bench/offline/host_only.py) tensors live on the CPU and are taken down the path of CUDA tensors.
 Left out are Triton's compiled launcher and the CUDA driver's launch, the caching allocator in place of which the CPU's
 allocates, the thread in which autograd runs a GPU's backward pass, and waits.  ATen's operations, products among them,
-run on the CPU on tensors so small that they take about what their launch would.  `F.rms_norm` is one kernel on a GPU
-and several operations on a CPU: there `F.layer_norm`, one operation on both, is the better yardstick.
+run on the CPU on tensors so small that they take about what their launch would.  `F.rms_norm` is one operation on a
+GPU and several on a CPU: there `F.layer_norm`, one on both, stands for it.
 
 Time is the thread's own, so that other programs on the machine are not counted, though they may slow it down.
 
@@ -21,13 +22,14 @@ Time is the thread's own, so that other programs on the machine are not counted,
 the host for the GPU.
 
 Compare rows of one run only: hosts differ in speed.  One with an H200 took 2.1 to 2.4 times as long as a CPU without
-a GPU for every row that was measured on both (a bare launch, `rms_norm_penalty` in its three modes): the proportions
-are those of a GPU's host.
+a GPU for a bare launch, `F.rms_norm` forward and `rms_norm_penalty` in its three modes: the proportions are those of a
+GPU's host.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -39,21 +41,26 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.offline.host_only import host_only
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.config import PRESETS
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
+from looped.model import LoopedLM
+from train.step import training_step
 
 ON_GPU = torch.cuda.is_available()
+PLACE = "cuda" if ON_GPU else "cpu"
 ROWS, D, VOCABULARY, LOOPS, CHUNKS = 64, 64, 128, 4, 8
 ROUNDS, CALLS, WARM_UPS = 15, 30, 10
 CLOCK = time.perf_counter if ON_GPU else time.thread_time  # without a GPU all is in one thread, which never waits
 Call = Callable[[], Any]
 MODES = ("no gradient", "forward", "backward")
+STEP, STEP_CALLS = "training step", 2
 
 
 class Subject(NamedTuple):
-    """A call that gives tensors, and the tensors that may need a gradient; none where there is no backward pass."""
+    """A call that gives tensors, its inputs, and whether it has a backward pass; or what makes a training step."""
 
     call: Callable[..., Any]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] = ()
     differentiable: bool = True
 
 
@@ -76,7 +83,7 @@ def bare_kernel(out_ptr, n, BLOCK: tl.constexpr):
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda" if ON_GPU else "cpu").to(dtype)
+    return torch.randn(shape, device=PLACE).to(dtype)
 
 
 @cache
@@ -95,7 +102,6 @@ def subjects() -> dict[str, Subject]:
 
     return {
         "F.rms_norm": Subject(lambda h, w: F.rms_norm(h, (D,), w, 1e-6), (residual, weight)),
-        "F.layer_norm": Subject(lambda h, w: F.layer_norm(h, (D,), w), (residual, weight)),
         "bare autograd.Function": Subject(Bare.apply, (residual,)),
         "bare Triton launch": Subject(lambda h: bare_kernel[(1,)](h, D, BLOCK=64), (residual,), False),
         "rms_norm_penalty": Subject(lambda h, w: rms_norm_penalty(h, w), (residual, weight)),
@@ -103,16 +109,33 @@ def subjects() -> dict[str, Subject]:
             lambda h, w, r: rms_norm_penalty(h, w, residual=r), (x, weight, residual)
         ),
         "radial_gradient": Subject(radial_gradient, (residual, _random(ROWS, D))),
+        "swiglu": Subject(swiglu, (residual, _random(ROWS, D))),
         "looped_cross_entropy, 1 chunk": Subject(read_out, (*states, head, weight)),
         f"looped_cross_entropy, {CHUNKS} chunks": Subject(read_out_in_chunks, (*states, head, weight)),
         "readout_statistics": Subject(
             lambda *loops: readout_statistics(loops, head, targets, norm_weight=weight), tuple(states), False
         ),
+        "decoder, fused": Subject(lambda: stepping(fused=True)),
+        "decoder, plain": Subject(lambda: stepping(fused=False)),
     }
 
 
+def stepping(*, fused: bool) -> Call:
+    """A training step in float32 without dropout, whose mask a CPU makes in operations that a GPU has not."""
+    small = {"d_model": D, "n_heads": 2, "d_ff": D, "vocab_size": VOCABULARY, "max_seq_len": 8, "dropout": 0.0}
+    with torch.device(PLACE):
+        model = LoopedLM(replace(PRESETS["paper-129m"], **small), fused=fused)
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    return lambda: training_step(
+        model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32
+    )
+
+
 def prepared(subject: Subject, mode: str) -> Call:
-    """A call of the subject in one of MODES, whose first runs compile."""
+    """A call of the subject in one of its modes, whose first runs compile."""
+    if mode == STEP:
+        return subject.call()
     inputs = tuple(tensor.detach().requires_grad_(mode != "no gradient") for tensor in subject.inputs)
     if mode == "no gradient":
         return torch.no_grad()(lambda: subject.call(*inputs))
@@ -125,9 +148,12 @@ def prepared(subject: Subject, mode: str) -> Call:
 
 
 def cases() -> list[tuple[str, str]]:
-    return [
-        (name, mode) for name in subjects() for mode in MODES if mode == MODES[0] or subjects()[name].differentiable
-    ]
+    """Names of subjects, and their modes."""
+    found = []
+    for name, subject in subjects().items():
+        modes = (MODES if subject.differentiable else MODES[:1]) if subject.inputs else (STEP,)
+        found += [(name, mode) for mode in modes]
+    return found
 
 
 def path() -> contextlib.AbstractContextManager[None]:
@@ -151,11 +177,16 @@ def microseconds(call: Call, rounds: int, calls: int) -> float:
     return min(means)
 
 
+def calls_of(mode: str, calls: int = CALLS) -> int:
+    """In a row; a training step takes as long as hundreds of the others."""
+    return min(calls, STEP_CALLS) if mode == STEP else calls
+
+
 def measured(rounds: int = ROUNDS, calls: int = CALLS) -> Iterator[tuple[str, str, float]]:
     """Subject, mode and microseconds, one after the other."""
     for name, mode in cases():
         with path():
-            taken = microseconds(prepared(subjects()[name], mode), rounds, calls)
+            taken = microseconds(prepared(subjects()[name], mode), rounds, calls_of(mode, calls))
         yield name, mode, taken
 
 
@@ -170,17 +201,19 @@ def as_on_a_gpu() -> Iterator[None]:
 def bench_host(benchmark, as_on_a_gpu, name: str, mode: str) -> None:
     benchmark.group = f"host, {mode}"
     call = prepared(subjects()[name], mode)
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=CALLS, warmup_rounds=1)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=calls_of(mode), warmup_rounds=1)
 
 
 def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for name, mode, value in measured():
         found.setdefault(name, {})[mode] = value
-    print(f"| host, microseconds a call{'' if ON_GPU else ' (no GPU: its part alone)'} | {' | '.join(MODES)} |")
-    print("|---|---|---|---|")
+    print(
+        f"| host, microseconds a call{'' if ON_GPU else ' (no GPU: its part alone)'} | {' | '.join((*MODES, STEP))} |"
+    )
+    print("|---|---|---|---|---|")
     for name, times in found.items():
-        print(f"| {name} | {' | '.join(f'{times[mode]:.1f}' if mode in times else '' for mode in MODES)} |")
+        print(f"| {name} | {' | '.join(f'{times[mode]:.1f}' if mode in times else '' for mode in (*MODES, STEP))} |")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from bench.measure.records import Session, read, write
 
 ROOT = Path(__file__).parents[1]
 SHOWN_LINES = 25  # of a part that failed
+TEST_SECONDS = 75  # of a process of the kernels' tests
 
 
 def note(results: Path, name: str, **values: Any) -> None:
@@ -42,41 +43,57 @@ def note(results: Path, name: str, **values: Any) -> None:
 # The parts: each runs in a process of its own, and returns its exit code ---------------------------------------------
 
 
-def kernel_tests() -> list[Path]:
-    """The files with tests that run once on the CPU's implementation and once on the Triton kernels."""
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
-    return [
-        path for path in paths if re.search(r"^def test_\w+\(.*\b(backend|device)\b", path.read_text(), re.MULTILINE)
-    ]
+# Without the options of pyproject.toml, so that what is printed is what is read here.
+PYTEST = [sys.executable, "-u", "-m", "pytest", "-o", "addopts=", "--tb=short", "-p", "no:cacheprovider"]
+
+
+def kernel_tests() -> list[str]:
+    """The tests of the Triton kernels: of those that run on both implementations, the cases of that one."""
+    on_both = re.compile(r"^def test_\w+\(.*\b(backend|device)\b", re.MULTILINE)
+    paths = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if on_both.search(path.read_text())]
+    command = [*PYTEST, "--collect-only", "-q", "-k", "triton", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [line for line in done.stdout.splitlines() if re.match(r"\S+\.py::test_", line)]
+
+
+def tested(tests: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Run tests by their ids in a process of their own, at most so long: how many passed, which failed, the output."""
+    command = [*PYTEST, "-v", *tests]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds).stdout
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stdout or b"").decode()
+    ends = dict(re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)\b", said, re.MULTILINE))
+    return {
+        "passed": sum(end in ("PASSED", "SKIPPED") for end in ends.values()),
+        "failed": [name for name, end in ends.items() if end in ("FAILED", "ERROR")],
+        "not_run": len(tests) - len(ends),
+        "said": said,
+    }
 
 
 def run_kernel_tests(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
-    """Natively, the files beside each other; those on the CPU run everywhere else."""
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", "triton", *(["--collect-only"] if smoke else [])]
-
-    def run(path: Path) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
-        outcomes = list(pool.map(run, kernel_tests()[: 1 if smoke else None]))
-    output = "\n".join(text for code, text in outcomes if code not in (0, 5))  # 5: the file has none
-    print(output)
-    counts = {
-        word: sum(int(n) for _, text in outcomes for n in re.findall(rf"(\d+) {word}", text))
-        for word in ("passed", "failed", "error")
-    }
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    note(results, "the kernels' tests", **counts, names=failed)
-    return int(any(code not in (0, 5) for code, _ in outcomes))
+    """On the GPU, many processes beside each other: most of the time goes into compiling."""
+    tests = kernel_tests()
+    n_processes = max(2, (os.cpu_count() or 2) * 3 // 4)
+    size = -(-len(tests) // n_processes)
+    blocks = [tests[start : start + size] for start in range(0, len(tests), size)]
+    if smoke:
+        return int(not blocks)
+    with ThreadPoolExecutor(n_processes) as pool:
+        outcomes = list(pool.map(lambda block: tested(block, TEST_SECONDS), blocks))
+    failed = [name for outcome in outcomes for name in outcome["failed"]]
+    passed, not_run = (sum(outcome[count] for outcome in outcomes) for count in ("passed", "not_run"))
+    print("\n".join(outcome["said"] for outcome in outcomes if outcome["failed"] or outcome["not_run"]))
+    note(results, "the kernels' tests", passed=passed, failed=failed, not_run=not_run)
+    return int(bool(failed or not_run or not passed))
 
 
 def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     from bench import bench_host
 
-    for name, mode, value in bench_host.measured(1, 1) if smoke else bench_host.measured():
+    rounds, calls = (1, 1) if smoke else (7, 20)
+    for name, mode, value in bench_host.measured(rounds, calls):
         note(results, f"host, {name}, {mode}", subject=name, mode=mode, microseconds=value)
     return 0
 
@@ -101,15 +118,15 @@ class Part(NamedTuple):
 
 TINY = "smoke and not (compiled or chunked or terminal)"
 PARTS = {
-    "tests": Part(90, run_kernel_tests),
-    "host": Part(25, run_host),
+    "tests": Part(95, run_kernel_tests),
+    "host": Part(45, run_host),
     "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop", TINY)),
     "readout": Part(
-        125,
+        115,
         benchmarks("bench_readout.py", "K4-N8192-d768-V20000-bf16 or K4-N8192-d2048-V128256-bf16", TINY),
     ),
     "forward only": Part(40, benchmarks("bench_statistics.py", "K4-N8192-d768-V20000-bf16", TINY)),
-    "norms": Part(65, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
+    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
 }
 
 

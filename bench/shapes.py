@@ -105,6 +105,14 @@ ROWS: dict[str, Case[RowsShape]] = named(
     ]
 )
 
+# Rows of the MLP's hidden channels: d is d_ff. On CUDA those of a step of paper-129m.
+HIDDEN_ROWS: dict[str, Case[RowsShape]] = named(
+    [
+        *(Case(RowsShape(8192, 3072) if MACHINE == "cuda" else RowsShape(1024, 2048), dtype) for dtype in DTYPES),
+        Case(RowsShape(96, 64), "fp32", smoke=True),
+    ]
+)
+
 READOUTS: dict[str, Case[ReadoutShape]] = named(
     [
         *{

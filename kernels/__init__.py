@@ -4,6 +4,10 @@ looped_cross_entropy  K states, one head: norm, norm penalty, logits, cross-entr
 readout_statistics    loss, log-sum-exp, entropy, margin and top-1 of K states, without logits or gradients
 rms_norm_penalty      residual add, RMSNorm and the mean square of the state, in one pass
 radial_gradient       how much of a gradient points along its state
+swiglu                silu(gate) * up, in one pass each way
+
+LoopedReadout         looped_cross_entropy as a module: a model's own norm and head, and the loss
+RMSNorm               rms_norm_penalty as a module: a drop-in for torch.nn.RMSNorm
 
 Triton on CUDA and ROCm, the same algorithms in ATen on the CPU; kernels/README.md derives the equations.
 """
@@ -14,13 +18,17 @@ if __name__ == "kernels":  # in a checkout, by a name that Hugging Face's packag
     looped.checkout.share_name()
 else:
     from .looped_cross_entropy import LoopedCrossEntropy, LoopedStatistics, looped_cross_entropy
+    from .modules import LoopedReadout, RMSNorm
     from .radial import RadialGradient, radial_gradient
     from .rms_norm import RMSNormPenalty, rms_norm_penalty
     from .statistics import ReadoutStatistics, readout_statistics
+    from .swiglu import swiglu
 
     __all__ = [
         "LoopedCrossEntropy",
+        "LoopedReadout",
         "LoopedStatistics",
+        "RMSNorm",
         "RMSNormPenalty",
         "RadialGradient",
         "ReadoutStatistics",
@@ -28,4 +36,5 @@ else:
         "radial_gradient",
         "readout_statistics",
         "rms_norm_penalty",
+        "swiglu",
     ]

@@ -16,14 +16,19 @@ INT64 = torch.iinfo(torch.int64)
 MAX_COLUMNS = 32768  # a program holds a row of a state: up to 4096 columns in registers, of more some may spill
 
 
-def check_rows(name: str, x: Tensor) -> None:
-    """Raise unless x is a floating tensor [..., d] that the row kernels take."""
+def check_values(name: str, x: Tensor) -> None:
+    """Raise unless x is a tensor of a floating dtype that the kernels take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor. Got {type(x).__name__}.")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (
         x.dtype == torch.float64 and not uses_triton(x)
     ):
         raise TypeError(f"{name} must be float32, bfloat16 or float16 (float64 on CPU). Got {x.dtype}.")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise unless x is a floating tensor [..., d] that the row kernels take."""
+    check_values(name, x)
     if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_COLUMNS:
         raise ValueError(f"{name} must have shape [..., d] with 1 <= d <= {MAX_COLUMNS}. Got {tuple(x.shape)}.")
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import accumulator, uses_triton
+from .device import accumulator, implementation, uses_triton
 
 
 class LossOptions(NamedTuple):
@@ -89,8 +89,5 @@ def cross_entropy_(
     for any V.  What lies past V may hold anything before, and is 0 after a pass with a gradient.
     A target outside [0, V) that is not `ignore_index` is never read: its loss is nan (Triton); callers check on a CPU.
     """
-    if uses_triton(logits):
-        from .cross_entropy_triton import cross_entropy
-    else:
-        from .cross_entropy_cpu import cross_entropy
-    cross_entropy(logits, targets, row_weight, bias, options, results, first_row, gradient)
+    module = implementation("cross_entropy_triton" if uses_triton(logits) else "cross_entropy_cpu")
+    module.cross_entropy(logits, targets, row_weight, bias, options, results, first_row, gradient)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy import LossOptions, RowResults
-from .launch import launch
+from .launch import launch, power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -148,7 +148,7 @@ def block_vocab(n_columns: int, finished: bool, statistics: bool) -> int:
     What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident.
     """
     block = BLOCK_VOCAB // (2 if finished else 1) // (2 if statistics else 1)
-    return max(128, min(block, triton.next_power_of_2(n_columns)))
+    return max(128, min(block, power_of_2(n_columns)))
 
 
 def cross_entropy(

@@ -1,8 +1,10 @@
 """Which implementation a tensor takes, and in which dtypes its products and sums are formed."""
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -17,6 +19,12 @@ def interprets() -> bool:
 def uses_triton(tensor: torch.Tensor) -> bool:
     """True for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors too."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and interprets())
+
+
+@functools.cache
+def implementation(name: str) -> ModuleType:
+    """The module of that name here, imported where it is used first: Triton is not there on every machine."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

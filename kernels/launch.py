@@ -6,17 +6,54 @@ import torch
 import triton
 import triton.language as tl
 
+HIP = torch.version.hip is not None  # there Triton also compiles for the size of a tensor's storage
+COMPILED: dict[tuple[Any, ...], Any] = {}  # kernels by everything that Triton compiles for
+MAX_COMPILED = 4096
 
-def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the GPU of the tensor `on`; Triton itself takes the current one, whatever it is given.
 
-    Arguments go by position: each keyword costs the host as much as a specialised integer does.
+def launch(
+    kernel: Any, grid: tuple[int, ...], on: torch.Tensor, *arguments: Any, num_warps: int, **options: Any
+) -> None:
+    """Run a kernel, its arguments by position, on the GPU of the tensor `on`.
+
+    Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
+    classifies anew each time.  Here a kernel is looked up by the arguments' values, and by what matters of tensors:
+    dtypes, and whether all addresses are multiples of 16.
     """
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
-            kernel[grid](*arguments, **options)
-    else:
-        kernel[grid](*arguments, **options)
+    device = on.get_device()  # -1 for a CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, on, *arguments, num_warps=num_warps, **options)
+            return
+    if type(on) not in (torch.Tensor, torch.nn.Parameter) or not isinstance(kernel, triton.JITFunction) or HIP:
+        kernel[grid](*arguments, num_warps=num_warps, **options)
+        return
+    addresses, known = 0, [kernel, device, num_warps]
+    for argument in arguments:
+        kind = type(argument)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            addresses |= argument.data_ptr()
+            known.append(argument.dtype)
+        else:  # of a float Triton compiles for the type alone
+            known.append(float if kind is float else argument)
+    key = (addresses & 15, *known)
+    compiled = COMPILED.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*arguments)
+        return
+    if len(COMPILED) >= MAX_COMPILED:
+        COMPILED.clear()
+    COMPILED[key] = kernel[grid](*arguments, num_warps=num_warps, **options)
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up.  (Triton's own function takes the host as long as a launch.)"""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit

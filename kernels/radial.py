@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .arguments import check_rows
-from .device import accumulator, cpu_blocks, uses_triton
-from .registration import below_autograd, register
+from .device import accumulator, cpu_blocks, implementation, uses_triton
+from .registration import register
 from .row_norm import CPU_ROW_TENSORS, radial_fraction, rows_of
 
 
@@ -60,9 +60,7 @@ def _forward(h: Tensor, grad: Tensor):
             for out, block in zip(sums, (*result, result.fraction), strict=True):
                 out.view(-1)[rows] = block
     elif h_rows.shape[0] > 0:
-        from . import radial_triton
-
-        radial_triton.radial_forward(h_rows, grad_rows, sums)
+        implementation("radial_triton").radial_forward(h_rows, grad_rows, sums)
     return tuple(sums)
 
 
@@ -80,9 +78,7 @@ def _backward(h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstat
         dh.view(h_rows.shape).copy_(of_dot * grad_rows + 2 * of_state * h_rows)
         dgrad.view(h_rows.shape).copy_(of_dot * h_rows + 2 * of_grad * grad_rows)
     elif h_rows.shape[0] > 0:
-        from . import radial_triton
-
-        radial_triton.radial_backward(h_rows, grad_rows, upstream, dh, dgrad)
+        implementation("radial_triton").radial_backward(h_rows, grad_rows, upstream, dh, dgrad)
     return dh, dgrad
 
 
@@ -94,7 +90,7 @@ class _RadialGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, grad):
         ctx.save_for_backward(h, grad)
-        results = below_autograd(_radial_gradient, h, grad)
+        results = _radial_gradient.below_autograd(h, grad)
         ctx.mark_non_differentiable(results[3])
         return results
 

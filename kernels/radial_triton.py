@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, radial_fraction
+from .launch import cdiv, launch, radial_fraction
 from .row_norm_triton import norm_tile
 
 
@@ -52,12 +52,12 @@ def radial_backward_kernel(
 def radial_forward(h: Tensor, grad: Tensor, sums: list[Tensor]) -> None:
     rows, columns = norm_tile(h.shape[1])
     warps = min(16, max(4, rows * columns // 512))
-    grid = (triton.cdiv(h.shape[0], rows),)
+    grid = (cdiv(h.shape[0], rows),)
     launch(radial_forward_kernel, grid, h, h, grad, *sums, *h.shape, rows, columns, num_warps=warps)
 
 
 def radial_backward(h: Tensor, grad: Tensor, upstream: list[Tensor], dh: Tensor, dgrad: Tensor) -> None:
     rows, columns = norm_tile(h.shape[1])
     warps = min(16, max(4, rows * columns // 512))
-    grid = (triton.cdiv(h.shape[0], rows),)
+    grid = (cdiv(h.shape[0], rows),)
     launch(radial_backward_kernel, grid, h, h, grad, *upstream, dh, dgrad, *h.shape, rows, columns, num_warps=warps)

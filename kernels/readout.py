@@ -35,7 +35,7 @@ from .cross_entropy import LossOptions, RowResults, cross_entropy_
 from .device import accumulator, product_dtype, uses_triton
 from .products import accumulate_bias, accumulate_head, form_logits, head_accumulator
 from .readout_call import ReadoutCall
-from .registration import below_autograd, register
+from .registration import register
 from .row_norm import norm_backward, norm_forward, partial_sums
 from .row_weights import LossScales, loss_sums, row_weights, scaled
 
@@ -160,15 +160,16 @@ def _measure_states(
 def _forward(
     states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, bias: Tensor | None, penalty: Tensor | None, z_loss: Tensor | None,
-    n_targets: Tensor | None, flat: str, numbers: list[float],
+    n_targets: Tensor | None, call: ReadoutCall,
 ) -> ReadoutResults:  # fmt: skip
-    call, loops, targets = ReadoutCall.of(flat, numbers), loops_of(states), targets.contiguous()
+    loops, targets = loops_of(states), targets.contiguous()
     norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     results = _empty_results(states, head, weights is not None, call)
     n_rows, (n_tokens, d) = results.ce.numel(), loops[0].shape
     scales = row_weights(
-        targets, weights, n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight,
-        penalty=penalty, n_targets=n_targets, n_penalised=call.n_loops * n_tokens, wide=results.factors.dtype,
+        targets, weights, LossScales(results.row_weight if weights is not None else None, results.factors),
+        n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty,
+        n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
     )  # fmt: skip
     check_range(targets, len(head), call.ignore_index, scales.in_range)
 
@@ -188,15 +189,12 @@ def _forward(
         _read_out(y, head, targets, bias, options, rows, scales.row_weight, results, call)
     if call.statistics and mean_square is not None:
         _measure_states(loops, mean_square, norm_weight, scales, results, call)
-    total, per_loop = loss_sums(results.ce, scales, None if penalty is None else mean_square)
-    row_weight = results.row_weight if scales.row_weight is None else scales.row_weight
-    return results._replace(total=total, per_loop=per_loop, factors=scales.factors, row_weight=row_weight)
+    loss_sums(results.ce, scales, None if penalty is None else mean_square, results.total, results.per_loop)
+    return results
 
 
-def _forward_fake(
-    states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, flat, numbers
-):
-    return tuple(_empty_results(states, head, weights is not None, ReadoutCall.of(flat, numbers)))
+def _forward_fake(states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, call):
+    return tuple(_empty_results(states, head, weights is not None, call))
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
@@ -205,10 +203,10 @@ def _forward_fake(
 def _backward(
     states: list[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None, dy: Tensor, dhead: Tensor,
     dbias: Tensor, factors: Tensor, row_weight: Tensor, upstream: Tensor | None, head_dtype: torch.dtype,
-    bias_dtype: torch.dtype, flat: str, numbers: list[float],
+    bias_dtype: torch.dtype, call: ReadoutCall,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of the states [S, N, d] that have one, and of PARAMETERS."""
-    call, loops = ReadoutCall.of(flat, numbers), loops_of(states)
+    loops = loops_of(states)
     n_tokens, d = loops[0].shape
     scales = LossScales(row_weight if row_weight.numel() else None, factors if upstream is None else factors * upstream)
     dstates = loops[0].new_empty((len(call.differentiated), n_tokens, d))
@@ -245,21 +243,8 @@ def _backward(
 
 
 def _backward_fake(
-    states,
-    norm_weight,
-    norm_bias,
-    dy,
-    dhead,
-    dbias,
-    factors,
-    row_weight,
-    upstream,
-    head_dtype,
-    bias_dtype,
-    flat,
-    numbers,
+    states, norm_weight, norm_bias, dy, dhead, dbias, factors, row_weight, upstream, head_dtype, bias_dtype, call
 ):
-    call = ReadoutCall.of(flat, numbers)
     of_norm = (
         like.new_empty(like.shape) if like is not None and name in call.needs else dy.new_empty(0)
         for name, like in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
@@ -289,7 +274,7 @@ class _Readout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, n_states, *tensors):
         states, others = tensors[:n_states], dict(zip(TENSORS, tensors[n_states:], strict=True))
-        results = ReadoutResults(*below_autograd(_readout, list(states), *others.values(), *call.flat()))
+        results = ReadoutResults(*_readout.below_autograd(list(states), *others.values(), call))
         ctx.set_materialize_grads(False)
         ctx.call, ctx.n_states, ctx.is_stack = call, n_states, states[0].dim() == 3
         ctx.dtypes = [states[0].dtype if others[name] is None else others[name].dtype for name in ("head", "bias")]
@@ -318,10 +303,10 @@ class _Readout(torch.autograd.Function):
         else:
             call, tensors = _call_again(ctx, call), dict(zip(TENSORS, saved, strict=True))
             tensors |= {"weights": dce.to(accumulator(states[0].dtype)), "penalty": None, "n_targets": None}
-            results = ReadoutResults(*_readout(states, *tensors.values(), *call.flat()))
+            results = ReadoutResults(*_readout(states, *tensors.values(), call))
         dstates, *of_parameters = _readout_backward(
             states, norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors,
-            results.row_weight, dtotal if ctx.formed else None, *ctx.dtypes, *call.flat(),
+            results.row_weight, dtotal if ctx.formed else None, *ctx.dtypes, call,
         )  # fmt: skip
         gradients |= {name: of for name, of in zip(PARAMETERS, of_parameters, strict=True) if name in call.needs}
         of_states: list[Tensor | None] = [None] * ctx.n_states
@@ -334,8 +319,8 @@ class _Readout(torch.autograd.Function):
 
 
 def _differentiated(states, *others):
-    *tensors, flat, numbers = others
-    return _Readout.apply(ReadoutCall.of(flat, numbers), len(states), *states, *tensors)
+    *tensors, call = others
+    return _Readout.apply(call, len(states), *states, *tensors)
 
 
 _readout = register(
@@ -345,6 +330,7 @@ _readout = register(
     _forward,
     _forward_fake,
     _differentiated,
+    ReadoutCall,
 )
 _readout_backward = register(
     "readout_backward(Tensor[] states, Tensor? norm_weight, Tensor? norm_bias, Tensor dy, Tensor dhead, Tensor dbias,"
@@ -352,9 +338,10 @@ _readout_backward = register(
     " float[] numbers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    carrier=ReadoutCall,
 )
 
 
 def read_out(states: list[Tensor], call: ReadoutCall, **tensors: Tensor | None) -> ReadoutResults:
     """The op: states as one [K, N, d] or K times [N, d]; `tensors` by the names of TENSORS, None where missing."""
-    return ReadoutResults(*_readout(states, *(tensors.get(name) for name in TENSORS), *call.flat()))
+    return ReadoutResults(*_readout(states, *(tensors.get(name) for name in TENSORS), call))

@@ -47,8 +47,9 @@ class ReadoutCall(NamedTuple):
         """The call that `flat` gave as (rest, numbers)."""
         call = _read(rest)
         eps, weight, label_smoothing, softcap = numbers
-        softcap = None if call.softcap is None else softcap
-        return call._replace(eps=eps, weight=weight, label_smoothing=label_smoothing, softcap=softcap)
+        return call._replace(
+            eps=eps, weight=weight, label_smoothing=label_smoothing, softcap=None if call.softcap is None else softcap
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .arguments import check_eps, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
-from .registration import below_autograd, register
-from .row_norm import norm_backward, norm_forward, partial_sums, rows_of
+from .registration import register
+from .row_norm import norm_backward, norm_forward, partial_sums
 
 
 class RMSNormPenalty(NamedTuple):
@@ -42,15 +42,13 @@ def rms_norm_penalty_reference(
 
 
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
-    y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    mean_square = torch.empty(x.shape[:-1], dtype=accumulator(x.dtype), device=x.device)
-    total = torch.empty(0 if residual is None else x.shape, dtype=(x if residual is None else residual).dtype,
-                        device=x.device)  # fmt: skip
-    rows = rows_of(x)
+    x, weight, residual = (None if t is None else t.contiguous() for t in (x, weight, residual))
+    y = torch.empty_like(x, dtype=y_dtype)
+    mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
+    total = x.new_empty(0) if residual is None else torch.empty_like(residual)
     norm_forward(
-        rows, None if weight is None else weight.contiguous(), None, eps=eps, norm="rmsnorm",
-        residual=None if residual is None else rows_of(residual), y=y.view(rows.shape),
-        total=None if residual is None else total.view(rows.shape), mean_square=mean_square.view(-1),
+        x, weight, None, eps=eps, norm="rmsnorm", residual=residual, y=y, total=None if residual is None else total,
+        mean_square=mean_square,
     )  # fmt: skip
     return y, mean_square, total
 
@@ -65,17 +63,16 @@ def _backward(
     eps: float, x_dtype: torch.dtype, need_dweight: bool,
 ):  # fmt: skip
     """dx (in x_dtype), dresidual (in h's dtype; empty where it equals dx), dweight (empty unless needed)."""
-    rows = rows_of(h)
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    dx = None if x_dtype == h.dtype else torch.empty(h.shape, dtype=x_dtype, device=h.device)
-    dweight = partial_sums(rows) if need_dweight else None
+    dy, dmean_square, dtotal, h, weight = (
+        None if t is None else t.contiguous() for t in (dy, dmean_square, dtotal, h, weight)
+    )
+    dh = torch.empty_like(h)
+    dx = None if x_dtype == h.dtype else torch.empty_like(h, dtype=x_dtype)
+    dweight = partial_sums(h) if need_dweight else None
     norm_backward(
-        None if dy is None else rows_of(dy), rows, None if weight is None else weight.contiguous(), eps=eps,
-        norm="rmsnorm", dmean_square=None if dmean_square is None else dmean_square.reshape(-1),
-        dtotal=None if dtotal is None else rows_of(dtotal), dh=dh.view(rows.shape),
-        dx=None if dx is None else dx.view(rows.shape), dweight=dweight,
-    )  # fmt: skip
-    summed = h.new_empty(0) if dweight is None or weight is None else dweight.sum(0).to(weight.dtype)
+        dy, h, weight, eps=eps, norm="rmsnorm", dmean_square=dmean_square, dtotal=dtotal, dh=dh, dx=dx, dweight=dweight
+    )
+    summed = h.new_empty(0) if dweight is None or weight is None else dweight.sum(0, dtype=weight.dtype)
     return (dh, h.new_empty(0), summed) if dx is None else (dx, dh, summed)
 
 
@@ -88,7 +85,7 @@ def _backward_fake(dy, dmean_square, dtotal, h, weight, eps, x_dtype, need_dweig
 class _RMSNormPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, y_dtype):
-        y, mean_square, total = below_autograd(_rms_norm_penalty, x, weight, residual, eps, y_dtype)
+        y, mean_square, total = _rms_norm_penalty.below_autograd(x, weight, residual, eps, y_dtype)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.x_dtype, ctx.has_residual = eps, x.dtype, residual is not None
         ctx.save_for_backward(x if residual is None else total, weight)

@@ -11,7 +11,7 @@ The readout needs two more forms of the same row operation, so they are here too
 norm.  The loss behind a scale-invariant readout cannot see it (arXiv 2606.24898).  It is differentiable, so any
 function of the state's scale can be built on it.
 
-Shapes: all matrices [rows, d], contiguous; mean_square [rows] float32.  All arithmetic is in float32.  Only h and w are
+Shapes: all matrices [..., d], contiguous; mean_square [...] float32.  All arithmetic is in float32.  Only h and w are
 saved: the backward pass has a row in registers anyway, and computes its statistics again.
 Bytes a row: forward reads x (and the residual) and writes y (and the sum); backward reads h and dy (and the gradient
 of the sum) and writes dh.  Each program leaves one partial row of dw; there are no atomics.
@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .device import accumulator, cpu_blocks, uses_triton
+from .device import accumulator, cpu_blocks, implementation, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
 CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once
@@ -129,15 +129,17 @@ def norm_forward(
     total: Tensor | None = None,
     mean_square: Tensor | None = None,
 ) -> None:
-    """Write `y`, the sum `total = x + residual` and `mean_square` (those that are given) of rows x [rows, d]."""
-    if x.shape[0] == 0:
+    """Write `y`, the sum `total = x + residual` and `mean_square` (those that are given) of rows x [..., d]."""
+    if x.numel() == 0:
         return
     if uses_triton(x):
-        from . import row_norm_triton
-
-        row_norm_triton.norm_forward(x, weight, bias, eps, norm, residual, y, total, mean_square)
+        implementation("row_norm_triton").norm_forward(x, weight, bias, eps, norm, residual, y, total, mean_square)
         return
-    for block in cpu_blocks(x.shape[0], CPU_ROW_TENSORS * 4 * x.shape[1]):
+    d = x.shape[-1]
+    x = x.view(-1, d)
+    residual, y, total = (None if t is None else t.view(-1, d) for t in (residual, y, total))
+    mean_square = None if mean_square is None else mean_square.view(-1)
+    for block in cpu_blocks(x.shape[0], CPU_ROW_TENSORS * 4 * d):
         rows = (None if tensor is None else tensor[block] for tensor in (residual, y, total, mean_square))
         _forward_cpu(x[block], weight, bias, eps, norm, *rows)
 
@@ -163,21 +165,23 @@ def norm_backward(
     """The gradient of `norm_forward`: writes those of `dh`, `dx` (the same values in another dtype) that are given.
 
     row_weight [rows] and scale []: dy is multiplied by both, in float32.
-    dmean_square [rows]: may be expanded from a scalar.
+    dmean_square [...]: may be expanded from a scalar.
     radial: two [rows], which receive <g, h> and the radial fraction of the gradient g that comes through y alone.
     dweight, dbias: [programs, d] float32, made by `partial_sums`.  The caller sums them over their first dimension.
     They are written over, or, with `add`, added to.
     """
-    if h.shape[0] == 0:
+    if h.numel() == 0:
         return
     if uses_triton(h):
-        from . import row_norm_triton
-
-        row_norm_triton.norm_backward(
+        implementation("row_norm_triton").norm_backward(
             dy, h, weight, eps, norm, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, radial, add
         )
         return
-    for block in cpu_blocks(h.shape[0], CPU_ROW_TENSORS * 4 * h.shape[1]):
+    d = h.shape[-1]
+    h = h.view(-1, d)
+    dy, dtotal, dh, dx = (None if t is None else t.view(-1, d) for t in (dy, dtotal, dh, dx))
+    dmean_square = None if dmean_square is None else dmean_square.reshape(-1)
+    for block in cpu_blocks(h.shape[0], CPU_ROW_TENSORS * 4 * d):
         dy_, row_weight_, dmean_square_, dtotal_, dh_, dx_ = (
             None if tensor is None else tensor[block] for tensor in (dy, row_weight, dmean_square, dtotal, dh, dx)
         )
@@ -188,13 +192,12 @@ def norm_backward(
 
 
 def partial_sums(h: Tensor) -> Tensor:
-    """Space for the partial sums over the rows of h [rows, d]: `norm_backward`'s `dweight` or `dbias`."""
-    n_rows, d = h.shape
+    """Space for the partial sums over the rows of h [..., d]: `norm_backward`'s `dweight` or `dbias`."""
+    d = h.shape[-1]
+    n_rows = h.numel() // d
     n_programs = min(1, n_rows)
     if uses_triton(h):
-        from . import row_norm_triton
-
-        n_programs = row_norm_triton.backward_programs(n_rows, d, h.device)
+        n_programs = implementation("row_norm_triton").backward_programs(n_rows, d, h.device)
     return torch.empty((n_programs, d), dtype=accumulator(h.dtype), device=h.device)
 
 

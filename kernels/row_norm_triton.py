@@ -3,13 +3,15 @@
 All matrices are contiguous [rows, d].  A tensor that is not there is None, which Triton compiles for.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import multiprocessors
-from .launch import launch, radial_fraction
+from .launch import cdiv, launch, power_of_2, radial_fraction
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
 TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
@@ -130,9 +132,10 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + partial, total_bias, mask=in_columns)
 
 
+@functools.cache
 def norm_tile(n_columns: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, for rows of `n_columns`."""
-    block_columns = max(16, triton.next_power_of_2(n_columns))
+    block_columns = max(16, power_of_2(n_columns))
     return max(1, min(16, TILE // block_columns)), block_columns
 
 
@@ -145,17 +148,18 @@ def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: as many as are resident at once."""
     tile = norm_tile(n_columns)
     resident = RESIDENT_WARPS // backward_warps(tile)
-    return min(triton.cdiv(n_rows, tile[0]), resident * multiprocessors(device))
+    return min(cdiv(n_rows, tile[0]), resident * multiprocessors(device))
 
 
 def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str,
     residual: Tensor | None, y: Tensor | None, total: Tensor | None, mean_square: Tensor | None,
 ) -> None:  # fmt: skip
-    n_rows, n_columns = x.shape
+    n_columns = x.shape[-1]
+    n_rows = x.numel() // n_columns
     rows, columns = norm_tile(n_columns)
     launch(
-        norm_forward_kernel, (triton.cdiv(n_rows, rows),), x,
+        norm_forward_kernel, (cdiv(n_rows, rows),), x,
         x, residual, weight, bias, y, total, mean_square, n_rows, n_columns, eps, NORMS[norm], rows, columns,
         num_warps=min(16, max(4, rows * columns // 512)),
     )  # fmt: skip
@@ -166,12 +170,16 @@ def norm_backward(
     scale: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, dh: Tensor | None, dx: Tensor | None,
     dweight: Tensor | None, dbias: Tensor | None, radial: tuple[Tensor, Tensor] | None, add: bool,
 ) -> None:  # fmt: skip
-    n_rows, n_columns = h.shape
+    n_columns = h.shape[-1]
+    n_rows = h.numel() // n_columns
     rows, columns = tile = norm_tile(n_columns)
     dot, fraction = (None, None) if radial is None else radial
+    stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
+    partial = dweight if dbias is None else dbias
+    n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
     launch(
-        norm_backward_kernel, (backward_programs(n_rows, n_columns, h.device),), h,
+        norm_backward_kernel, (n_programs,), h,
         dy, h, weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, dot, fraction,
-        n_rows, n_columns, eps, 0 if dmean_square is None else dmean_square.stride(0), NORMS[norm], add, rows, columns,
+        n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
         num_warps=backward_warps(tile),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import cpu_blocks, uses_triton
+from .device import cpu_blocks, implementation, uses_triton
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,28 @@ class LossScales:
 
 
 def _row_weights_cpu(
-    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, wide: torch.dtype,
+    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, scales: LossScales,
     ignore_index: int, mean: bool, weight: float, n_penalised: int,
-) -> LossScales:  # fmt: skip
+) -> None:  # fmt: skip
     valid = targets != ignore_index
-    n = (valid.sum() if n_targets is None else n_targets).to(wide)
+    n = (valid.sum() if n_targets is None else n_targets).to(scales.factors.dtype)
     n = torch.where(n > 0, n, 1.0)
-    peak, row_weight = n.new_full((), weight), None
-    if weights is not None:
+    peak = n.new_full((), weight)
+    if weights is not None and scales.row_weight is not None:
         weights = torch.where(valid, weights, 0.0)  # [A, N]
         magnitude = weights.abs()
         largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * n
         peak = torch.where(largest > 0, largest, 1.0)
-        row_weight = (weights / peak).flatten()
-    dmean_square = n.new_zeros(()) if penalty is None else penalty.to(wide) / max(1, n_penalised)
-    return LossScales(row_weight, torch.stack([peak / n if mean else peak, 1 / n, dmean_square]))
+        scales.row_weight.copy_((weights / peak).flatten())
+    scales.unit.copy_(peak / n if mean else peak)
+    scales.share.copy_(1 / n)
+    scales.dmean_square.copy_(n.new_zeros(()) if penalty is None else penalty.to(n.dtype) / max(1, n_penalised))
 
 
 def row_weights(
     targets: Tensor,
     weights: Tensor | None,
+    scales: LossScales,
     *,
     n_columns: int,
     ignore_index: int,
@@ -80,57 +82,45 @@ def row_weights(
     penalty: Tensor | None = None,
     n_targets: Tensor | None = None,
     n_penalised: int = 0,
-    wide: torch.dtype = torch.float32,
 ) -> LossScales:
-    """The scales of targets [N] and weights [A, 1] or [A, N], or of the one `weight` of all rows.
+    """Fill the scales of targets [N] and weights [A, 1] or [A, N], or of the one `weight` of all rows.
 
+    scales: with space for the row weights where there are weights.  It is returned with `in_range`.
     mean: the loss is divided by n.  n_targets []: n, where it is not the number of these targets.
-    n_penalised: rows K * N whose mean squares the penalty is a mean of.  wide: the dtype of the scales.
+    n_penalised: rows K * N whose mean squares the penalty is a mean of.
     """
     if not uses_triton(targets):
-        return _row_weights_cpu(
-            targets, weights, penalty, n_targets, wide, ignore_index, mean, weight, n_penalised
-        )  # fmt: skip
-    from . import row_weights_triton
-
-    row_weight = None
-    if weights is not None:
-        row_weight = torch.empty(weights.shape[0] * targets.shape[0], dtype=wide, device=targets.device)
-        weights = weights.contiguous()
-    factors = torch.empty(3, dtype=wide, device=targets.device)
+        _row_weights_cpu(targets, weights, penalty, n_targets, scales, ignore_index, mean, weight, n_penalised)
+        return scales
     in_range = torch.empty((), dtype=torch.bool, device=targets.device)
-    row_weights_triton.row_weights(
-        targets, weights, penalty, n_targets, row_weight, factors, in_range, n_columns=n_columns,
-        ignore_index=ignore_index, mean=mean, weight=weight, n_penalised=n_penalised,
+    implementation("row_weights_triton").row_weights(
+        targets, None if weights is None else weights.contiguous(), penalty, n_targets, scales.row_weight,
+        scales.factors, in_range, n_columns=n_columns, ignore_index=ignore_index, mean=mean, weight=weight,
+        n_penalised=n_penalised,
     )  # fmt: skip
-    return LossScales(row_weight, factors, in_range)
+    return LossScales(scales.row_weight, scales.factors, in_range)
 
 
-def loss_sums(loss: Tensor, scales: LossScales, mean_square: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`total` [] and `per_loop` [A] of loss [A, N]; with the penalty, where the mean_square [K, N] is given."""
+def loss_sums(loss: Tensor, scales: LossScales, mean_square: Tensor | None, total: Tensor, per_loop: Tensor) -> None:
+    """Write `total` [] and `per_loop` [A] of loss [A, N]; with the penalty, where the mean_square [K, N] is given."""
     row_weight = scales.row_weight
     if uses_triton(loss):
-        from . import row_weights_triton
-
-        total, per_loop = loss.new_empty(()), loss.new_empty(loss.shape[0])
-        row_weights_triton.loss_sums(loss, row_weight, mean_square, scales.factors, total, per_loop)
-        return total, per_loop
+        implementation("row_weights_triton").loss_sums(loss, row_weight, mean_square, scales.factors, total, per_loop)
+        return
     weighted = loss.flatten()
     if row_weight is not None:
         weighted = torch.where(row_weight == 0, 0.0, row_weight * weighted)
-    total = weighted.sum() * scales.unit
+    total.copy_(weighted.sum() * scales.unit)
     if mean_square is not None:
-        total = total + scales.dmean_square * mean_square.sum()
-    return total, loss.sum(1) * scales.share
+        total += scales.dmean_square * mean_square.sum()
+    torch.mul(loss.sum(1), scales.share, out=per_loop)
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x * scale [], the product formed in float32 and rounded once; a new contiguous tensor, whatever the scale."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if uses_triton(x):
-        from . import row_weights_triton
-
-        row_weights_triton.scaled(x.contiguous(), scale, out)
+        implementation("row_weights_triton").scaled(x.contiguous(), scale, out)
         return out
     for rows in cpu_blocks(x.shape[0], 2 * x.nbytes // max(1, x.shape[0])):
         torch.mul(x[rows], scale.item(), out=out[rows])  # in float32, whatever the dtype of `out`

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK_TOKENS = 2048
 NUM_WARPS = 8
@@ -128,5 +128,5 @@ def loss_sums(
 
 
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    grid = (triton.cdiv(x.numel(), BLOCK_TOKENS),)
+    grid = (cdiv(x.numel(), BLOCK_TOKENS),)
     launch(scaled_kernel, grid, x, x, scale, out, x.numel(), BLOCK_TOKENS, num_warps=NUM_WARPS)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looped.kernels import (
@@ -17,10 +16,12 @@ from looped.kernels import (
     looped_cross_entropy,
     readout_statistics,
     rms_norm_penalty,
+    swiglu,
 )
 from looped.kernels.device import product_autocast
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from looped.kernels.statistics import readout_statistics_reference
+from looped.kernels.swiglu import swiglu_reference
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,20 @@ def _add_and_normalise(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tup
     return norm(x), x
 
 
-def _glu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
 def _no_context(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
 FUSED = Implementation(
     add_and_normalise=_add_and_normalise_fused,
-    glu=_glu,
+    glu=swiglu,
     product_context=product_autocast,
     readout_loss=looped_cross_entropy,
     readout_statistics=readout_statistics,
 )
 PLAIN = Implementation(
     add_and_normalise=_add_and_normalise,
-    glu=_glu,
+    glu=swiglu_reference,
     product_context=_no_context,
     readout_loss=looped_cross_entropy_reference,
     readout_statistics=readout_statistics_reference,

@@ -92,7 +92,7 @@ def hold(out: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ValueError(f"out directory {out} must not be in use. Another process trains there.") from None
+        raise ValueError(f"out must not be in use. Another process trains there. Got out={out}.") from None
     except OSError:
         pass
     return handle

@@ -22,6 +22,7 @@ from looped.kernels import (  # noqa: E402, F401
     radial_triton,
     row_norm_triton,
     row_weights_triton,
+    swiglu_triton,
 )
 
 os.environ.pop("TRITON_INTERPRET", None)

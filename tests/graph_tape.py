@@ -58,13 +58,14 @@ class Tape(TorchDispatchMode):
 
 @contextlib.contextmanager
 def capture(tape: Tape, pool: object = None) -> Iterator[None]:
+    """After an error the random generator is not as it was: a GPU's would go on believing that it is captured."""
     state = torch.get_rng_state()
     try:
         with tape:
             yield
+        torch.set_rng_state(state)
     finally:
         tape.undo()
-        torch.set_rng_state(state)
 
 
 class Stream:

@@ -14,11 +14,11 @@ def test_bad_steps_are_counted_in_a_row_and_in_all():
     seen = []
     for bad in (0, 1, 1, 0, 1, 1, 1):
         counts.add(torch.tensor(bool(bad)))
-        seen.append(counts.in_a_row())
-    assert seen == [0, 1, 2, 0, 1, 2, 3]
+        seen.append((counts.in_a_row(), counts.too_many()))
+    assert seen == [(0, False), (1, False), (2, False), (0, False), (1, False), (2, False), (3, True)]
     assert counts.total == 15
     counts.add(torch.tensor(False))  # taken before the host saw the third
-    assert counts.in_a_row() == 4
+    assert (counts.in_a_row(), counts.too_many()) == (4, True)
 
 
 def located(model, **options) -> str:

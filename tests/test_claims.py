@@ -12,14 +12,13 @@ from looped.diagnose import Diagnosis
 from looped.diagnose.depth import Depth
 from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.interventions import ALPHAS, AlphaSweep
-from looped.diagnose.page import to_json
 from looped.diagnose.radial import RadialFractions
 from looped.diagnose.verdict import judge as verdict
 from train.paper.claim import Claim, Mark, Untestable, judge, judge_values, rules_of
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
 from train.paper.conditions import CONDITIONS, PAPER_RATES, SEEDS
-from train.paper.evidence import Evidence, read_diagnoses
+from train.paper.evidence import Evidence
 from train.paper.judging import Sweep, record_of, write_claims
 from train.paper.runs import RunResult
 from train.paper.seed_tables import TABLES
@@ -340,22 +339,3 @@ def test_page_can_be_read_and_is_small(page):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(columns) == 1, table
     assert sum(path.stat().st_size for path in page.iterdir()) < 3e6
-
-
-def test_a_diagnosis_is_read_as_it_was_written(tmp_path):
-    one = evidence("per-loop-raw").diagnosis
-    path = tmp_path / "diagnosis.json"
-    path.write_text(to_json([one]))
-    (read,) = read_diagnoses(path)
-    assert to_json([read]) == path.read_text()
-    assert isinstance(read.measured.weights, tuple)
-    assert read.measured.halting.as_trained.tau == 0.5
-    none = dataclasses.replace(one.measured.halting.as_trained, tau=None)
-    halted = dataclasses.replace(one.measured.halting, as_trained=none)
-    never = dataclasses.replace(one, measured=dataclasses.replace(one.measured, halting=halted))
-    path.write_text(to_json([never]))
-    assert read_diagnoses(path)[0].measured.halting.as_trained.tau is None
-    assert math.isnan(read.measured.depth.bits_per_byte[0])
-    path.write_text(path.read_text().replace('"response"', '"answer"'))
-    with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read .*response.* Remove it"):
-        read_diagnoses(path)

@@ -1,7 +1,6 @@
 """The claims as a command: from the runs of a sweep to the page, and what it refuses."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import reseal
 from tiny_sweep import finished_sweep
 
+from looped.diagnose.record import read_diagnosis_of_run
 from train.paper import judging
 from train.paper.__main__ import main
 from train.paper.claims import CLAIMS
-from train.paper.evidence import kept_diagnosis
 
 RUN = Path("per-loop-rmsnorm") / "seed-7"
 
@@ -42,7 +41,7 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     assert "1 not testable at this scale" in printed
     record = json.loads((out / "claims.json").read_text())
     number = next(number for number, claim in enumerate(CLAIMS) if claim.title.startswith("The loops make no use"))
-    kept = kept_diagnosis(run, 64)
+    kept = read_diagnosis_of_run(run, n_tokens=64, horizon=30)
     assert record["claims"][number]["values_by_seed"]["7"][0] == kept.measured.clamp.both.change[-1]
     assert record["claims"][0]["mark"] == "not measured"
     assert record["made"]["versions"]["torch"]
@@ -53,19 +52,9 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(judging, "make_diagnosis", None)
     assert main(command) == 0  # the diagnosis is reused
-    assert kept_diagnosis(run, 65) is None
-    file = run / "diagnosis" / "diagnosis.json"
-    whole = file.read_text()
-    for older in (whole.replace('"format": 3', '"format": 1'), '{"diagnoses": [{"name": "x"}]}'):
-        file.write_text(older)
-        assert kept_diagnosis(run, 64) is None  # measured again
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"diagnosis\.json cannot be read"):
-        kept_diagnosis(run, 64)
-    file.write_text(whole)
-    later = (run / "diagnosis" / "diagnosis.json").stat().st_mtime + 1
-    os.utime(run / "checkpoint" / "model.safetensors", (later, later))
-    assert kept_diagnosis(run, 64) is None
+    longer = claims_words(trained, out, "--tokens", "80")  # one window more
+    with pytest.raises(TypeError, match="not callable"):
+        main(longer)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,9 @@ def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, c
 def test_several_at_a_time_give_the_same(two, tmp_path):
     """Seeds that are the same run have the same diagnosis, whichever process made it."""
     assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
-    first, second = (kept_diagnosis(two / "per-loop-rmsnorm" / f"seed-{seed}", 64) for seed in (42, 101))
+    first, second = (
+        read_diagnosis_of_run(two / "per-loop-rmsnorm" / f"seed-{seed}", n_tokens=64, horizon=30) for seed in (42, 101)
+    )
     assert first.measured.depth.ce == pytest.approx(second.measured.depth.ce)
     record = json.loads((tmp_path / "page" / "claims.json").read_text())
     assert set(record["measurements"][0]["values_by_seed"]["per-loop-rmsnorm"]) == {"42", "101"}

@@ -130,9 +130,9 @@ def test_what_stays_on_the_device_is_no_wait(noticed, expression):
 
 
 def test_every_kernel_runs_on_the_gpu_of_its_tensors():
-    """On the second GPU while the first is the current one; weights and losses, norms, products, statistics."""
+    """On the second GPU while the first is the current one; weights and losses, norms, SwiGLU, products, statistics."""
     program = """
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
 with fake_gpu(TARGETS["sm_90"]) as record:
     def gpu(*shape):
         return torch.empty(shape, device="cuda:1", requires_grad=True)
@@ -140,8 +140,28 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     targets = torch.empty(64, dtype=torch.int64, device="cuda:1")
     result = looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.1)
     results = [result.loss, rms_norm_penalty(states[0], weight, residual=states[1]).y, *radial_gradient(*states)]
+    results.append(swiglu(*states))
     torch.autograd.backward(results, [torch.empty_like(each) for each in results])
     readout_statistics(states, head, targets, norm_weight=weight)
     print(len({key[0] for key in record.kernels}), torch.cuda.current_device(), states[0].grad.device)
 """
-    assert run(program) == "8 0 cuda:1\n"
+    assert run(program) == "10 0 cuda:1\n"
+
+
+def test_a_graph_replays_what_it_captured_and_may_not_wait():
+    program = """
+with fake_gpu(TARGETS["sm_90"]) as record:
+    x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x + 1) * 2
+    record.clear()
+    graph.replay()
+    graph.replay()
+    print(record.launches())
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.copy_(torch.ones(4))
+    except RuntimeError as error:
+        print(str(error).partition(":")[0])
+"""
+    assert run(program) == "4\noperation not permitted when stream is capturing\n"

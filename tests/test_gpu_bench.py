@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import PARTS, kernel_tests, main, supervised
+from bench.gpu import PARTS, kernel_tests, main, supervised, tested
 
 ROOT = Path(__file__).parents[1]
 needs_peers = pytest.mark.skipif(
@@ -98,7 +98,7 @@ with fake_gpu(TARGETS["sm_90"], answers):
     from bench.measure.timing import Instant, clock
 
     codes = {name: part.run(results, True, [outcomes]) for name, part in gpu.PARTS.items()}
-    others = "smoke and (radial or forward) and not compiled"
+    others = "smoke and (radial or swiglu or forward) and not compiled"
     run_pytest(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", others], plugins=[outcomes])
     with patch("pytest.main", collect):
         for name in gpu.PARTS.keys() - {"tests", "host"}:
@@ -137,7 +137,7 @@ def test_every_benchmark_runs_on_a_gpu(smoke):
     passed = smoke["outcomes"].keys() - skipped - failed.keys()
     assert not failed
     assert all("cut-cross-entropy" in name for name in skipped), skipped
-    for subject in ("norm", "radial", "readout", "statistics", "forward", "step"):
+    for subject in ("norm", "radial", "swiglu", "readout", "statistics", "forward", "step"):
         assert any(name.startswith(f"bench_{subject}[") and "-fused]" in name for name in passed), subject
     for implementation in ("liger-concatenated-fp32-dW", "liger-cute-concatenated", "quack-concatenated"):
         assert any(name.endswith(f"-{implementation}]") for name in passed), implementation
@@ -190,7 +190,31 @@ def test_a_part_is_stopped_and_its_end_is_shown(program, outcome, fine):
 
 
 def test_the_kernels_tests_are_found():
-    assert {"test_rms_norm.py", "test_looped_cross_entropy.py"} <= {path.name for path in kernel_tests()}
+    files = {name.partition("::")[0] for name in kernel_tests()}
+    assert {"tests/test_rms_norm.py", "tests/test_looped_cross_entropy.py"} <= files
+
+
+def test_tests_are_run_by_name_counted_and_stopped(tmp_path):
+    (tmp_path / "test_three.py").write_text("""
+import time, pytest
+
+@pytest.mark.parametrize("x", ["a b", "c - d"])
+def test_well(x):
+    pass
+
+def test_badly():
+    assert False, "PASSED"
+
+def test_slowly():
+    time.sleep(60)
+""")
+    names = ["test_well[a b]", "test_well[c - d]", "test_badly", "test_slowly"]
+    tests = [f"{tmp_path}/test_three.py::{name}" for name in names]
+    found = tested(tests[:3], 60)
+    assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, 0)
+    assert "test_badly" in found["failed"][0]
+    found = tested(tests, 8)
+    assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, 1)
 
 
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.offline.accesses import Audit, Launch, View
-from looped.kernels import radial_gradient
+from looped.kernels import radial_gradient, swiglu
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
 from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
 from looped.kernels.row_norm_triton import norm_tile
@@ -127,6 +127,35 @@ def test_radial(audit, dtype):
     assert least + n_bytes(h, grad) <= total(backward) <= 1.05 * (least + n_bytes(h, grad))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["two tensors", "halves of one", "longer halves"])
+def test_swiglu(audit, layout, dtype):
+    """Two elements read and one written; backward three read and two written; nothing else, whatever the layout."""
+    d_ff = 2500 if layout == "longer halves" else 100
+    gate, up = torch.randn(ROWS, 2 * d_ff).to(dtype).chunk(2, dim=-1)
+    if layout == "two tensors":
+        gate, up = gate.contiguous(), up.contiguous()
+    y = swiglu(gate.requires_grad_(), up.requires_grad_())
+    y.backward(torch.ones_like(y))
+    forward, backward = audit.launches
+    for launch, loads, stores in ((forward, 2, 1), (backward, 3, 2)):
+        check_safe(launch)
+        assert sum(launch.loaded.values()) == loads * n_bytes(y)
+        assert sum(launch.stored.values()) == stores * n_bytes(y)
+
+
+@pytest.mark.parametrize(("frozen", "loads"), [("gate", 2), ("up", 3)])
+def test_swiglu_with_one_gradient(audit, frozen, loads):
+    """One element written; up is read only for the gradient of the gate."""
+    tensors = {name: torch.randn(ROWS, 100).requires_grad_(name != frozen) for name in ("gate", "up")}
+    y = swiglu(**tensors)
+    y.backward(torch.ones_like(y))
+    backward = audit.launches[1]
+    check_safe(backward)
+    assert sum(backward.loaded.values()) == loads * n_bytes(y)
+    assert sum(backward.stored.values()) == n_bytes(y)
+
+
 def cross_entropy_launch(
     audit: Audit, n_rows: int, n_columns: int, dtype: torch.dtype, *, statistics: bool = False, gradient: bool = True,
     biased: bool = False, softcap: float | None = None,
@@ -184,7 +213,10 @@ def test_row_weights(audit, form):
     targets = torch.arange(n_tokens).remainder(50)
     targets[::7] = -100
     weights = {"none": None, "loops": torch.rand(n_loops, 1), "tokens": torch.rand(n_loops, n_tokens)}[form]
-    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=True)
+    space = None if weights is None else torch.empty(n_loops * n_tokens)
+    scales = row_weights(
+        targets, weights, LossScales(space, torch.empty(3)), n_columns=50, ignore_index=-100, mean=True
+    )
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)
@@ -207,7 +239,8 @@ def test_loss_sums(audit, weighted, penalised):
     loss, factors = torch.rand(n_loops, n_tokens), torch.ones(3)
     row_weight = torch.rand(n_loops * n_tokens) if weighted else None
     mean_square = torch.rand(n_loops + 1, n_tokens) if penalised else None
-    results = loss_sums(loss, LossScales(row_weight, factors), mean_square)
+    results = torch.empty(()), torch.empty(n_loops)
+    loss_sums(loss, LossScales(row_weight, factors), mean_square, *results)
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for four GPUs without spills, within shared memory, on matrix units, with wide accesses.
+"""Every kernel compiles for four GPUs without spills, within shared memory, with wide accesses.
 
 No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/offline/compile_survey.py.  By
 default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.offline.compile_survey import MATRIX_INSTRUCTIONS, MULTIPROCESSORS, amd_field, counted_on
+from bench.offline.compile_survey import MULTIPROCESSORS, amd_field, counted_on
 from bench.offline.fake_gpu import TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -27,28 +27,40 @@ KERNELS = {
     "norm_backward_kernel",
     "radial_forward_kernel",
     "radial_backward_kernel",
-    "loss_weights_kernel",
+    "swiglu_forward_kernel",
+    "swiglu_backward_kernel",
+    "row_weights_kernel",
     "cross_entropy_kernel",
     "loss_sums_kernel",
-    "stream_kernel",
-    "combine_kernel",
+    "scaled_kernel",
 }
 
 
 def threads(kernel: dict, target: str) -> int:
-    return kernel["constants"].get("num_warps", 4) * (64 if target == "gfx942" else 32)
+    return kernel["warps"] * MULTIPROCESSORS[target].threads_of_a_warp
+
+
+def has_odd_vocabulary(kernel: dict) -> bool:
+    """Whether vectors of the vocabulary's length end in the middle of 16 words: they are read word by word."""
+    found = re.search(r"V=(\d+)", kernel["case"])
+    return found is not None and int(found.group(1)) % 16 > 0
 
 
 def has_wide_tiles(kernel: dict, target: str) -> bool:
-    """Whether a thread can access 16 bytes of a matrix at once: not where its share of a tile is less, as of 128 words
-    in 16 bits, nor in a loop's losses where an odd number of tokens leaves all loops but the first unaligned."""
-    on = kernel["constants"]
-    if kernel["kernel"] in ("loss_weights_kernel", "loss_sums_kernel"):
+    """Whether a thread can access 16 bytes of a matrix at once.
+
+    Not where its share of a tile is less, as of 128 words in 16 bits; nor in a loop's losses where an odd number of
+    tokens leaves all loops but the first unaligned; nor in the gradient of an odd vocabulary's bias.
+    """
+    on, dtypes = kernel["constants"], kernel["dtypes"]
+    if kernel["kernel"] in ("row_weights_kernel", "loss_sums_kernel"):
         return ODD_TOKENS not in kernel["case"]
+    if kernel["kernel"] == "scaled_kernel":
+        return not has_odd_vocabulary(kernel)
     if kernel["kernel"] != "cross_entropy_kernel":
         return True
-    itemsize = 4 if kernel["dtypes"][0] == "torch.float32" else 2
-    return on["BLOCK_ROWS"] * on["BLOCK_VOCAB"] * itemsize >= 16 * threads(kernel, target)
+    itemsize = 4 if dtypes["logits"] == "torch.float32" else 2
+    return on["BLOCK_VOCAB"] * itemsize >= 16 * threads(kernel, target)
 
 
 def narrow_limit(kernel: dict, target: str) -> int:
@@ -57,30 +69,38 @@ def narrow_limit(kernel: dict, target: str) -> int:
     Narrow by nature are numbers of which a kernel reads or writes one a row (a thread may hold several rows) or one in
     all, and vectors that all rows share where a thread has too few of their elements.
     """
-    on, name = kernel["constants"], kernel["kernel"]
+    on, dtypes, name = kernel["constants"], kernel["dtypes"], kernel["kernel"]
     rows = min(8, on.get("BLOCK_ROWS", 1))
+
+    def given(*tensors: str) -> int:
+        return sum(tensor in dtypes for tensor in tensors)
+
     if name in ("norm_forward_kernel", "norm_backward_kernel"):
-        first = 1 + (on["HAS_RESIDUAL"] if name == "norm_forward_kernel" else on["HAS_DY"])  # of the vectors
-        low = {"torch.bfloat16", "torch.float16"} & set(kernel["dtypes"][first : first + 1 + on.get("HAS_BIAS", False)])
         few = on["BLOCK_COLUMNS"] // threads(kernel, target) * 4 < 16
-        vector = 2 if low or few else 0
+        vectors = [dtypes[vector] for vector in ("weight", "bias") if vector in dtypes]
+        narrow = 2 * sum(few or dtype != "torch.float32" for dtype in vectors)
         if name == "norm_forward_kernel":
-            return rows * on["HAS_MEAN_SQUARE"] + vector * (on["HAS_WEIGHT"] + on["HAS_BIAS"])
-        sums = (1 + on["ADD"]) * (on["HAS_DWEIGHT"] + on["HAS_DBIAS"]) if few else 0
-        numbers = on["HAS_SCALE"] + rows * (on["HAS_DMEAN_SQUARE"] + 2 * on["HAS_RADIAL"])
-        return numbers + vector * (on["HAS_WEIGHT"] + sums)
-    if name in ("radial_forward_kernel", "radial_backward_kernel"):
+            return narrow + rows * given("mean_square")
+        sums = (1 + on["ADD"]) * given("dweight", "dbias") if few else 0
+        return narrow + 2 * sums + given("scale") + rows * given("row_weight", "dmean_square", "dot", "fraction")
+    if name == "radial_forward_kernel":
+        return 4 * rows
+    if name == "radial_backward_kernel":
         return 3 * rows
+    if name in ("swiglu_forward_kernel", "swiglu_backward_kernel"):
+        return 0
     if name == "cross_entropy_kernel":
-        # an odd vocabulary's bias ends at any word, so it is read word by word: held blocks once, others twice
-        bias = on["BLOCK_VOCAB"] // threads(kernel, target) * (on["HELD_BLOCKS"] or 2) if on["HAS_BIAS"] else 0
-        return rows * (2 + on["HAS_GRADIENT"] + 4 * on["HAS_STATISTICS"]) + bias
-    if name == "stream_kernel":  # seven results, the target; the bias as the products' layout holds it, word by word
-        return 7 + 8 * on["HAS_TARGETS"] + (32 if target == "sm_100" else 16) * on["HAS_BIAS"]
-    if name == "loss_weights_kernel":  # four results; weights of loops, or of tokens under the mask of the ignored
-        return 4 + 20 * on["HAS_WEIGHTS"]
-    assert name == "loss_sums_kernel"
-    return 4  # two factors, two results
+        passes = 1 + (on["GRADIENT"] or given("statistics"))
+        words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
+        numbers = 3 + given("row_weight", "z_loss") + 4 * given("statistics")  # the target, its logit, the loss
+        return numbers + (1 + words) * given("bias")
+    if name == "row_weights_kernel":  # four results; weights of loops, or of tokens under the mask of the ignored
+        weights = 2 * (on["BLOCK_TOKENS"] // threads(kernel, target) if on["PER_TOKEN"] else 1)
+        return 4 + given("penalty", "n_targets") + weights * given("weights")
+    if name == "loss_sums_kernel":
+        return 5  # three factors, two results
+    assert name == "scaled_kernel"
+    return 1
 
 
 def survey(target: str, everything: bool) -> list[dict]:
@@ -141,36 +161,28 @@ def in_flight(kernel: dict) -> int:
 def test_a_pass_bound_by_memory_keeps_two_programs_and_16_warps_resident(compiled, target):
     """Else nothing loads while a program computes.  16 warps are those of 32 threads; AMD's have 64.
 
-    A pass: what multiplies no matrices, with a program a multiprocessor at least.
+    A pass has a program a multiprocessor at least.
     """
-    of_a_warp = MULTIPROCESSORS[target].threads_of_a_warp
-    passes = [k for k in compiled if not k["products"] and k["programs"] >= TARGETS[target].multiprocessors]
+    passes = [kernel for kernel in compiled if kernel["programs"] >= TARGETS[target].multiprocessors]
     assert passes
     assert not offenders(passes, lambda kernel: in_flight(kernel) >= 2)
-    assert not offenders(passes, lambda kernel: in_flight(kernel) * kernel["warps"] * of_a_warp >= 16 * 32)
+    assert not offenders(passes, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 16 * 32)
 
 
-def test_products_use_matrix_units(compiled, target):
-    """Each GPU's own instruction; except float32 products of full precision on NVIDIA, whose matrix units have none."""
-    products = [kernel for kernel in compiled if kernel["kernel"] == "stream_kernel"]
-
-    def on_matrix_units(kernel: dict) -> bool:
-        full_precision = "torch.float32" in kernel["dtypes"][0] and kernel["constants"]["PRECISION"] == "ieee"
-        return (kernel["matrix"] > 0) != (full_precision and target != "gfx942")
-
-    assert any(kernel["matrix"] > 0 for kernel in products)
-    assert not offenders(products, on_matrix_units)
-
-
-def test_tensor_memory_within_limit(compiled, target):
-    """Blackwell's: 512 columns a multiprocessor, which products of low precision use; no other GPU has it."""
-    assert not offenders(compiled, lambda kernel: kernel["tensor_memory"] <= 512)
-    assert any(kernel["tensor_memory"] > 0 for kernel in compiled) == (target == "sm_100")
+def test_plain_rows_of_logits_keep_48_warps_resident(compiled, target):
+    """The pass over the logits moves most of the bytes, and most trainings have neither bias nor softcap."""
+    plain = [
+        kernel
+        for kernel in compiled
+        if kernel["kernel"] == "cross_entropy_kernel" and not {"bias", "statistics"} & kernel["dtypes"].keys()
+    ]
+    assert plain
+    assert not offenders(plain, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 48 * 32)
 
 
 def test_wide_accesses(compiled, target):
     """16 bytes a thread and access, for every matrix."""
-    matrices = [k for k in compiled if k["kernel"] != "combine_kernel" and k["accesses"] and has_wide_tiles(k, target)]
+    matrices = [kernel for kernel in compiled if kernel["accesses"] and has_wide_tiles(kernel, target)]
 
     def narrow(kernel: dict) -> int:
         return sum(count for access, count in kernel["accesses"].items() if int(access.split()[1]) < 16)
@@ -204,15 +216,18 @@ def test_what_a_launcher_counts_on_is_seen_in_its_grids():
     assert counted_on([(1024,), (131,), (1,)], 132) == 0
 
 
-def test_the_limits_of_narrow_accesses_follow_the_flags():
-    flags = dict.fromkeys(("HAS_RESIDUAL", "HAS_WEIGHT", "HAS_BIAS", "HAS_MEAN_SQUARE"), False)
-    flags |= {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024, "num_warps": 4}
-    kernel = {"kernel": "norm_forward_kernel", "dtypes": ["torch.float32"] * 2, "constants": flags}
+def test_the_limits_of_narrow_accesses_follow_the_tensors_that_are_given():
+    tile = {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024}
+    kernel = {"kernel": "norm_forward_kernel", "dtypes": {"x": "torch.bfloat16"}, "constants": tile, "warps": 4}
     assert narrow_limit(kernel, "sm_90") == 0
-    assert narrow_limit(kernel | {"constants": flags | {"HAS_MEAN_SQUARE": True}}, "sm_90") == 2
-    biased = kernel | {"constants": flags | {"HAS_BIAS": True}}
-    assert narrow_limit(biased, "sm_90") == 0  # LayerNorm's bias is a vector of float32
-    assert narrow_limit(biased | {"dtypes": ["torch.float32", "torch.bfloat16"]}, "sm_90") == 2
+    assert narrow_limit(kernel | {"dtypes": {"mean_square": "torch.float32"}}, "sm_90") == 2
+    assert narrow_limit(kernel | {"dtypes": {"bias": "torch.float32"}}, "sm_90") == 0
+    assert narrow_limit(kernel | {"dtypes": {"bias": "torch.bfloat16", "weight": "torch.float32"}}, "sm_90") == 2
+    assert narrow_limit(kernel | {"dtypes": {"weight": "torch.float32"}, "warps": 16}, "sm_90") == 2
+    rows = {"kernel": "cross_entropy_kernel", "constants": {"BLOCK_VOCAB": 2048, "GRADIENT": True}, "warps": 8}
+    rows |= {"dtypes": {"logits": "torch.bfloat16", "bias": "torch.float32"}}
+    assert narrow_limit(rows | {"case": "losses d=512 V=20000"}, "sm_90") == 4
+    assert narrow_limit(rows | {"case": "losses d=512 V=50257"}, "sm_90") == 4 + 2 * 8
 
 
 # A kernel that spills on purpose: thousands of sums that live until the end.
@@ -261,14 +276,3 @@ def test_metadata_that_is_missing_is_an_error():
     assert amd_field("  .vgpr_count:     84\n", "vgpr_count") == 84
     with pytest.raises(ValueError, match=r"must have \.vgpr_spill_count"):
         amd_field("  .vgpr_count:     84\n", "vgpr_spill_count")
-
-
-def test_the_matrix_instruction_of_one_target_is_not_that_of_another():
-    lines = {
-        "sm_80": "HMMA.16816.F32.BF16 R4, R132, R136, R4 ;",
-        "sm_90": "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;",
-        "sm_100": "UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR10], tmem[UR4], idesc[UR5], UPT ;",
-        "gfx942": "v_mfma_f32_32x32x8_bf16_1k a[0:15], v[2:3], v[4:5], a[0:15]",
-    }
-    for target, pattern in MATRIX_INSTRUCTIONS.items():
-        assert [name for name, line in lines.items() if re.search(pattern, line)] == [target]

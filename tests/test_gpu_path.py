@@ -64,14 +64,17 @@ def test_flops_are_those_the_model_states(report, name):
 
 
 def test_launches_of_a_fused_step(report):
-    """Two norms a block and loop and one a readout, forward and backward, and one softmax a chunk of the readout."""
+    """Two norms and a SwiGLU a block and loop, a norm a readout, each way, and a softmax a chunk of the readout."""
     norms = 2 * CONFIG.n_layers * CONFIG.n_loops
     n_chunks = CONFIG.n_loops * N_TOKENS // CHUNK_ROWS
     assert report["fused"]["triton_launches"] == {
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
+        "swiglu_forward_kernel": CONFIG.n_layers * CONFIG.n_loops,
+        "swiglu_backward_kernel": CONFIG.n_layers * CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
-        "loss_weights_kernel": 1,
+        "row_weights_kernel": 1,
+        "scaled_kernel": 1,
         "loss_sums_kernel": 1,
     }
     assert report["plain"]["triton_launches"] == {}
@@ -95,10 +98,11 @@ def test_the_main_job_runs_from_text_to_report_is_continued_and_diagnosed(report
     assert {"checkpoint/model.safetensors", "report.png", "summary.json", "diagnosis/index.html"} <= set(run["files"])
 
 
-def test_the_main_job_streams_the_vocabulary_in_evaluation(report):
-    launches, n_steps, n_evaluations = report["run"]["triton_launches"], 9, 2  # replays of graphs count
-    assert launches["cross_entropy_kernel"] == n_steps * PRESETS["demo"].n_loops * 16 * 128 // CHUNK_ROWS
-    assert launches["stream_kernel"] == launches["combine_kernel"] == n_evaluations
+def test_the_main_job_reads_out_in_chunks_in_steps_and_evaluations(report):
+    """A step and an evaluation have 2048 tokens each; the replays of graphs count."""
+    n_steps, n_evaluations = 9, 2
+    rows = (n_steps + n_evaluations) * PRESETS["demo"].n_loops * 16 * 128
+    assert report["run"]["triton_launches"]["cross_entropy_kernel"] == rows // CHUNK_ROWS
 
 
 def test_the_main_job_waits_in_logging_saving_capturing_and_evaluation_alone(report):
@@ -130,6 +134,6 @@ def test_readout_makes_four_launches_a_chunk(report, name):
     launches = readout["triton_launches"]
     assert launches == {
         "norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4,
-        "loss_weights_kernel": 1, "loss_sums_kernel": 1,
+        "row_weights_kernel": 1, "scaled_kernel": 1, "loss_sums_kernel": 1,
     }  # fmt: skip
     assert readout["launches"] <= 4 * n_chunks + 2 * 4 + SMALL_LAUNCHES == 49

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_run import arguments
+from tiny_sweep import sweep_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,12 +16,12 @@ PROGRAMS = {
     "kernels": """
         import torch
         import looped.kernels
-        from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+        from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
         states, head, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 7, 12), (31, 12), (12,)))
         targets = torch.randint(31, (7,))
         loss = looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.1).loss
         y = rms_norm_penalty(states[0], weight, residual=states[1]).y
-        (loss + y.sum() + radial_gradient(states[0], states[1]).dot.sum()).backward()
+        (loss + y.sum() + radial_gradient(states[0], states[1]).dot.sum() + swiglu(*states[:2]).sum()).backward()
         assert all(x.grad.isfinite().all() and x.grad.any() for x in (states, head, weight))
         assert readout_statistics(states, head, targets).loss.isfinite().all()
     """,
@@ -40,25 +41,19 @@ PROGRAMS = {
         from looped.diagnose.__main__ import main as diagnose
         assert diagnose(["run", "--tokens", "128", "--loops", "5", "--device", "cpu"]) == 0
     """,
+    "the paper's sweep": """
+        from train.paper.__main__ import main
+        assert main(SWEEP) == 0
+    """,
 }
 
-needs_triton = pytest.mark.xfail(strict=True, reason="looped.kernels imports triton before a kernel is launched")
-needs_posix = pytest.mark.xfail(strict=True, reason="and the trainer imports fcntl and resource")
 
-
-@pytest.mark.parametrize(
-    "subject",
-    [
-        pytest.param("kernels", marks=needs_triton),
-        pytest.param("decoder", marks=needs_triton),
-        pytest.param("trainer and diagnosis", marks=[needs_triton, needs_posix]),
-    ],
-)
+@pytest.mark.parametrize("subject", PROGRAMS)
 def test_without_triton_and_posix(subject, tmp_path):
     absent = ("triton", "fcntl", "resource", "pwd", "grp", "termios")
     # None in sys.modules: importing it raises ModuleNotFoundError
     start = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-    given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\n"
+    given = f"ARGUMENTS = {arguments(tmp_path, '--fused')!r}\nSWEEP = {sweep_words(tmp_path, '--steps', '2')!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", start + given + textwrap.dedent(PROGRAMS[subject])],
         cwd=tmp_path,

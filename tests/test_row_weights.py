@@ -3,10 +3,24 @@
 import pytest
 import torch
 
-from looped.kernels.row_weights import loop_weights, loss_sums, row_weights, scaled
+from looped.kernels.row_weights import LossScales, loop_weights, loss_sums, row_weights, scaled
 from looped.kernels.row_weights_triton import BLOCK_TOKENS
 
 LENGTHS = [1, 7, BLOCK_TOKENS, BLOCK_TOKENS + 37]
+
+
+def scales_of(targets, weights, **options):
+    """`row_weights` in space of its own."""
+    device = targets.device
+    space = None if weights is None else torch.empty(len(weights) * len(targets), device=device)
+    return row_weights(targets, weights, LossScales(space, torch.empty(3, device=device)), **options)
+
+
+def sums_of(loss, scales, mean_square=None):
+    """`loss_sums` as results."""
+    total, per_loop = loss.new_empty(()), loss.new_empty(len(loss))
+    loss_sums(loss, scales, mean_square, total, per_loop)
+    return total, per_loop
 
 
 def inputs(n_tokens, device, per_token):
@@ -23,7 +37,7 @@ def inputs(n_tokens, device, per_token):
 def test_weights_and_sums(backend, device, n_tokens, per_token, mean):
     targets, weights = inputs(n_tokens, device, per_token)
     penalty = torch.tensor(0.1, device=device)
-    scales = row_weights(
+    scales = scales_of(
         targets, weights, n_columns=50, ignore_index=-100, mean=mean, penalty=penalty, n_penalised=4 * n_tokens
     )
     valid = targets != -100
@@ -38,20 +52,20 @@ def test_weights_and_sums(backend, device, n_tokens, per_token, mean):
     assert scales.in_range is None or bool(scales.in_range)
 
     loss, square = torch.rand(3, n_tokens, device=device) * valid, torch.rand(4, n_tokens, device=device)
-    total, per_loop = loss_sums(loss, scales, square)
+    total, per_loop = sums_of(loss, scales, square)
     expected = (coefficient * loss).sum() + 0.1 * square.double().mean()
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(per_loop.double(), loss.double().sum(1) / n, rtol=1e-5, atol=0)
-    without, _ = loss_sums(loss, scales)
+    without, _ = sums_of(loss, scales)
     torch.testing.assert_close(without.double(), (coefficient * loss).sum(), rtol=1e-5, atol=1e-6)
 
 
 def test_one_weight_for_all_rows(backend, device):
     targets, _ = inputs(40, device, False)
-    scales = row_weights(targets, None, n_columns=50, ignore_index=-100, mean=True, weight=0.25)
+    scales = scales_of(targets, None, n_columns=50, ignore_index=-100, mean=True, weight=0.25)
     assert scales.row_weight is None
     loss = torch.rand(2, 40, device=device) * (targets != -100)
-    total, per_loop = loss_sums(loss, scales)
+    total, per_loop = sums_of(loss, scales)
     torch.testing.assert_close(total, 0.25 * per_loop.sum())
     torch.testing.assert_close(per_loop, loss.sum(1) * scales.share)
 
@@ -62,10 +76,10 @@ def test_the_number_of_targets_may_be_given(backend, device, per_token, n_target
     """It may be a share of them, as where gradients are averaged over processes; of none, it is 1."""
     targets, weights = inputs(9, device, per_token)
     n = torch.tensor(n_targets, device=device)
-    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=True, n_targets=n)
+    scales = scales_of(targets, weights, n_columns=50, ignore_index=-100, mean=True, n_targets=n)
     assert float(scales.share) == pytest.approx(1 / (n_targets or 1))
     loss = torch.rand(3, 9, device=device) * (targets != -100)
-    total, _ = loss_sums(loss, scales)
+    total, _ = sums_of(loss, scales)
     torch.testing.assert_close(total, (weights * loss).sum() * scales.share)
 
 
@@ -73,11 +87,11 @@ def test_the_number_of_targets_may_be_given(backend, device, per_token, n_target
 def test_a_row_without_weight_adds_nothing(backend, device, lost):
     targets, weights = inputs(9, device, True)
     weights[1, 2] = 0.0
-    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=False)
+    scales = scales_of(targets, weights, n_columns=50, ignore_index=-100, mean=False)
     loss = torch.rand(3, 9, device=device) * (targets != -100)
-    expected, _ = loss_sums(loss, scales)
+    expected, _ = sums_of(loss, scales)
     loss[1, 2] = lost
-    total, per_loop = loss_sums(loss, scales)
+    total, per_loop = sums_of(loss, scales)
     torch.testing.assert_close(total, expected - 0.0)
     assert not per_loop[1].isfinite()
 
@@ -85,7 +99,7 @@ def test_a_row_without_weight_adds_nothing(backend, device, lost):
 def test_all_ignored_or_without_weight(backend, device):
     targets, weights = inputs(9, device, True)
     for some_targets, some_weights in ((torch.full_like(targets, -100), weights), (targets, torch.zeros_like(weights))):
-        scales = row_weights(some_targets, some_weights, n_columns=50, ignore_index=-100, mean=True)
+        scales = scales_of(some_targets, some_weights, n_columns=50, ignore_index=-100, mean=True)
         assert not scales.row_weight.any()
         assert float(scales.unit / scales.share) == pytest.approx(1)
 
@@ -96,7 +110,7 @@ def test_a_weight_that_is_not_finite_keeps_to_its_row(backend, device):
     targets[:] = 3
     targets[0] = -100
     weights[0, :3] = torch.tensor([torch.nan, torch.inf, torch.nan], device=device)
-    scales = row_weights(targets, weights, n_columns=50, ignore_index=-100, mean=False)
+    scales = scales_of(targets, weights, n_columns=50, ignore_index=-100, mean=False)
     row_weight = scales.row_weight.view_as(weights)
     assert row_weight[0, 0] == 0
     assert row_weight[0, 1].isinf()
@@ -109,7 +123,7 @@ def test_a_weight_that_is_not_finite_keeps_to_its_row(backend, device):
 def test_targets_out_of_range_are_noticed(backend, device, target, inside):
     targets = torch.zeros(BLOCK_TOKENS + 3, dtype=torch.int64, device=device)
     targets[-1] = target
-    scales = row_weights(targets, None, n_columns=50, ignore_index=-100, mean=True)
+    scales = scales_of(targets, None, n_columns=50, ignore_index=-100, mean=True)
     assert (scales.in_range is None) == (backend == "cpu")  # where check_range looks itself
     assert scales.in_range is None or bool(scales.in_range) == inside
 

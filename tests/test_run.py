@@ -79,7 +79,7 @@ def test_log_says_which_attention_serves(tmp_path, capsys, monkeypatch):
     def broken(*_, **__):
         raise ImportError("flash-attn must be importable where it is installed.")
 
-    monkeypatch.setattr("train.trainer.attention_implementation", broken)
+    monkeypatch.setattr("train.prepare.attention_implementation", broken)
     assert_rejected(arguments(tmp_path, "--out", str(tmp_path / "other")), tmp_path, "must be importable", capsys)
 
 

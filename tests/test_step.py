@@ -117,7 +117,7 @@ def test_a_step_that_is_not_finite_is_not_taken(poison, first):
         for step in range(4):
             if poisoned and step == (0 if first else 2):
                 weight = model.blocks[1].mlp.w2.weight
-                options = {"penalty": 1e39} if poison == "loss" else {}
+                options = {"penalty": torch.tensor(math.inf)} if poison == "loss" else {}
                 value = {"loss": 1.0, "gradient": math.nan, "overflow": 1e30}[poison]
                 hook = weight.register_hook(lambda gradient, value=value: gradient * value)
                 before = copied_state(model, optimizer)

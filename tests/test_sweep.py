@@ -388,3 +388,18 @@ def test_order_and_options(tmp_path):
         assert (config.preset, config.epochs, config.d_model) == ("paper-44m", 0.5, 512)
         for name, value in CONDITIONS[task.condition].items():
             assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize("words", [[], ["swep"], ["--out", "x", "sweep"]])
+def test_what_is_no_command(words, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == f"error: the command must be sweep, claims or frontier, before its options. Got '{' '.join(words)}'.\n"
+    )
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"python -m train.paper {command} " in printed for command in ("sweep", "claims", "frontier"))

@@ -30,9 +30,13 @@ class BadSteps:
         self._in_a_row.add_(1).mul_(bad | (self._in_a_row > self.limit))
         self._seen.copy_(self._in_a_row, non_blocking=True)
 
+    def too_many(self) -> bool:
+        """Whether the limit is reached, as far as the host knows."""
+        return int(self._seen) >= self.limit
+
     def in_a_row(self) -> int:
-        """Bad steps up to the last one that the host knows of."""
-        return int(self._seen)
+        """Bad steps up to the last one taken. Waits for the device."""
+        return int(self._in_a_row)
 
 
 def locate(

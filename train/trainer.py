@@ -92,7 +92,7 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
             measure = _is_logged(run.step + 1, run)
             rate, result = _step(run, measure)
             bad_steps.add(result.bad)
-            stop = bad_steps.in_a_row() >= bad_steps.limit
+            stop = bad_steps.too_many()
             if measure or stop:
                 row = _row(run, result, rate, clock.tokens_per_second(run), bad_steps.total)
                 log.append(row)

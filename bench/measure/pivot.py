@@ -14,11 +14,12 @@ def table(found: Results) -> str:
     for subject, rows in groupby(found.records, key=lambda record: record["subject"]):
         lines += [*_subject(subject, list(rows)), ""]
     lines += _host([fact for fact in found.facts if "microseconds" in fact])
-    tests = [fact for fact in found.facts if "passed" in fact]
-    lines += [
-        f"{t['name']}: {t['passed']} passed, {t['failed'] + t['error']} failed {' '.join(t['names'])}" for t in tests
-    ]
-    lines += [f"{fact['name']}: {fact['outcome']}" for fact in found.facts if "outcome" in fact]
+    for fact in found.facts:
+        if "passed" in fact:
+            counts = f"{fact['passed']} passed, {len(fact['failed'])} failed, {fact['not_run']} not run"
+            lines.append(" ".join([f"{fact['name']}: {counts}", *fact["failed"]]))
+        elif "outcome" in fact:
+            lines.append(f"{fact['name']}: {fact['outcome']}")
     reasons = {(skip["implementation"], skip["reason"]): None for skip in found.skipped}
     return "\n".join([*lines, *(f"missing: {name}: {reason}" for name, reason in reasons)])
 

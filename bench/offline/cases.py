@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty
+from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
 
 CHANNELS = (512, 768, 2048)
 WIDE_CHANNELS = (4096,)
 SHAPES = ((512, 20_000), (768, 20_000), (2048, 50_257), (2048, 128_256))  # d, V
-# Vocabularies whose rows stay in registers: tiles of 128 to 8192 columns, one and two of them.
-SMALL_SHAPES = tuple((512, n_columns) for n_columns in (100, 500, 1000, 2000, 4000, 8000, 16_384))
+# Vocabularies whose rows are one or two blocks, of 128 to 4096 columns.
+SMALL_SHAPES = tuple((512, n_columns) for n_columns in (100, 500, 1000, 2000, 4000, 8000))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 YES_NO = (False, True)
 
@@ -59,7 +59,16 @@ def norms(d: int, dtype: torch.dtype, everything: bool = True, rows: int = 4096)
 
 def radials(d: int, dtype: torch.dtype, rows: int = 4096) -> None:
     for dtypes in itertools.product({torch.float32, dtype}, repeat=2):
-        radial_gradient(*(_gpu(rows, d, dtype=one) for one in dtypes)).fraction.sum().backward()
+        sum(radial_gradient(*(_gpu(rows, d, dtype=one) for one in dtypes))).sum().backward()
+
+
+def products_of_gates(d_ff: int, dtype: torch.dtype, rows: int = 4096) -> None:
+    """swiglu: two tensors and the halves of one, and which of them has a gradient."""
+    trained = ((True, True), (True, False), (False, True))
+    pairs = [[_gpu(rows, d_ff, dtype=dtype, trained=on) for on in both] for both in trained]
+    for gate, up in (*pairs, _gpu(rows, 2 * d_ff, dtype=dtype).chunk(2, dim=-1)):
+        y = swiglu(gate, up)
+        y.backward(torch.empty_like(y))
 
 
 def readout_norms(d: int, dtype: torch.dtype, tokens: int = 1024) -> None:
@@ -80,7 +89,7 @@ def losses(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True, 
     head, targets, weight = _gpu(n_columns, d, dtype=dtype), _gpu(tokens, dtype=torch.int64), _gpu(d)
     states = [_gpu(tokens, d, dtype=dtype) for _ in range(3)]
     flags = list(itertools.product(YES_NO, repeat=4))
-    for gradient, bias, softcap, statistics in flags if everything else [flags[i] for i in (8, 9, 14)]:
+    for gradient, bias, softcap, statistics in flags if everything else [flags[i] for i in (8, 9, 14, 15)]:
         with nullcontext() if gradient else torch.no_grad():
             options: dict[str, Any] = {"softcap": 30.0} if softcap else {}
             if bias:
@@ -123,21 +132,12 @@ def trainer_readout(d: int, n_columns: int, everything: bool = True, tokens: int
 
 
 def statistics(d: int, n_columns: int, dtype: torch.dtype, everything: bool = True) -> None:
-    """readout_statistics, for many rows and for the few of a generation step: bias, softcap, targets, precision."""
-    head = _gpu(n_columns, d, dtype=dtype)
-    flags = list(itertools.product(YES_NO, repeat=3))
-    precisions = ("ieee", "tf32") if everything and dtype == torch.float32 else ("ieee",)
-    previous = torch.backends.cuda.matmul.fp32_precision
-    for tokens, precision in itertools.product((1, 31, 32, 8192) if everything else (32, 8192), precisions):
-        torch.backends.cuda.matmul.fp32_precision = precision
-        states, targets = _gpu(4, tokens, d, dtype=dtype), _gpu(tokens, dtype=torch.int64)
-        for has_bias, softcap, has_targets in flags if everything else [flags[1]]:
-            readout_statistics(
-                states, head, targets if has_targets else None, norm_weight=_gpu(d),
-                bias=_gpu(n_columns, dtype=dtype if softcap else torch.float32) if has_bias else None,
-                softcap=30.0 if softcap else None,
-            )  # fmt: skip
-    torch.backends.cuda.matmul.fp32_precision = previous
+    """readout_statistics: bias and softcap."""
+    states, head = _gpu(4, 2048, d, dtype=dtype), _gpu(n_columns, d, dtype=dtype)
+    targets = _gpu(2048, dtype=torch.int64)
+    for has_bias, softcap in itertools.product(YES_NO, YES_NO) if everything else [(False, False)]:
+        bias = _gpu(n_columns, dtype=dtype if softcap else torch.float32) if has_bias else None
+        readout_statistics(states, head, targets, norm_weight=_gpu(d), bias=bias, softcap=30.0 if softcap else None)
 
 
 def cases(sampled: bool) -> Iterator[Case]:
@@ -146,10 +146,12 @@ def cases(sampled: bool) -> Iterator[Case]:
     if sampled:
         yield "norms d=768 bf16", lambda: norms(768, bf16, everything=False)
         yield "radials d=768 bf16", lambda: radials(768, bf16)
+        yield "products of gates d_ff=3072 bf16", lambda: products_of_gates(3072, bf16)
         yield "weightings bf16", lambda: weightings(bf16, everything=False)
         for d, n_columns, dtype in ((768, 20_000, fp32), (2048, 128_256, bf16)):
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype, False)
             yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype, False)
+        yield "losses d=512 V=50257", functools.partial(losses, 512, 50_257, bf16, False)
         yield "trainer d=768 V=20000", lambda: trainer_readout(768, 20_000, everything=False)
         return
     for dtype in DTYPES:
@@ -158,6 +160,7 @@ def cases(sampled: bool) -> Iterator[Case]:
             yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype)
             yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)
             yield f"readout norms d={d} {dtype}", functools.partial(readout_norms, d, dtype)
+        yield f"products of gates d_ff=3072 {dtype}", functools.partial(products_of_gates, 3072, dtype)
         for d in WIDE_CHANNELS:
             yield f"norms d={d} {dtype}", functools.partial(norms, d, dtype, everything=False)
             yield f"radials d={d} {dtype}", functools.partial(radials, d, dtype)

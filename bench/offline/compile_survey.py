@@ -1,4 +1,4 @@
-"""What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, instructions.
+"""What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, accesses.
 
     python -m bench.offline.compile_survey sm_90 [--sampled] > report.json
 
@@ -26,14 +26,6 @@ import triton
 from bench.offline.cases import cases
 from bench.offline.fake_gpu import TARGETS, Target, fake_gpu
 from bench.offline.record import Compiled
-
-# Of a target: the instruction that multiplies matrices.
-MATRIX_INSTRUCTIONS = {
-    "sm_80": r"\bHMMA\b",
-    "sm_90": r"\bHGMMA\b",
-    "sm_100": r"\bUTC\w*MMA\b",  # tcgen05.mma
-    "gfx942": r"\bv_mfma_\w+",
-}
 
 
 @dataclass(frozen=True)
@@ -78,29 +70,24 @@ class Resources:
 
     warps: of a program; resident: programs that a multiprocessor holds at a time; programs: of its largest launch;
     counted_on: programs a multiprocessor that its launcher counts on, where the grid is so many on each, else 0;
-    products: whether the source multiplies matrices (`tl.dot`).
 
     spilled_registers: on NVIDIA the instructions that access local memory, on AMD the vector registers kept there.
-    accesses: instructions by width in bytes a thread, e.g. {"load 16": 8}; `matrix`: instructions of the matrix units;
-    tensor_memory: columns of a Blackwell multiprocessor's 512, 0 elsewhere.
+    accesses: instructions by width in bytes a thread, e.g. {"load 16": 8}.
     """
 
     kernel: str
     constants: dict[str, Any]
-    dtypes: tuple[str, ...]
+    dtypes: dict[str, str]
     case: str
     registers: int
     stack_bytes: int
     spilled_registers: int
     shared_bytes: int
-    matrix: int
     accesses: dict[str, int]
     warps: int
     resident: int
     programs: int
     counted_on: int
-    products: bool
-    tensor_memory: int = 0
 
 
 # Reading what the compilers wrote -------------------------------------------------------------------------------------
@@ -119,7 +106,7 @@ def _sass_width(modifiers: str) -> int:
     return 4
 
 
-def _nvidia(kernel: Any, matrix_instruction: str) -> dict[str, Any]:
+def _nvidia(kernel: Any) -> dict[str, Any]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -133,8 +120,6 @@ def _nvidia(kernel: Any, matrix_instruction: str) -> dict[str, Any]:
         "registers": used["REG"],
         "stack_bytes": used["STACK"] + used["LOCAL"],
         "spilled_registers": len(re.findall(r"\b(?:LDL|STL)\b", sass)),  # accesses of local memory
-        "matrix": len(re.findall(matrix_instruction, sass)),
-        "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "accesses": _widths(
             [
                 ("store" if name == "STG" else "load", _sass_width(modifiers))
@@ -152,7 +137,7 @@ def amd_field(text: str, name: str) -> int:
     return int(found.group(1))
 
 
-def _amd(kernel: Any, matrix_instruction: str) -> dict[str, Any]:
+def _amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
     accesses = re.findall(
         r"\b(?:global|buffer|flat)_(load|store)_(?:[us](?=byte|short))?(byte|short|dword(?:x\d)?)", text
@@ -164,7 +149,6 @@ def _amd(kernel: Any, matrix_instruction: str) -> dict[str, Any]:
         "spilled_registers": amd_field(
             text, "vgpr_spill_count"
         ),  # scalar registers spill into vector registers, not to memory
-        "matrix": len(re.findall(matrix_instruction, text)),
         "accesses": _widths([(kind, sizes[size]) for kind, size in accesses]),
     }
 
@@ -182,13 +166,13 @@ def resources(compiled: Compiled, target: Target, **known: Any) -> Resources:
     """The report of a compiled kernel; known: `kernel` (its name) and `case`."""
     name = next(name for name, known_target in TARGETS.items() if known_target is target)
     kernel = compiled.kernel
-    measured = (_amd if target.is_amd else _nvidia)(kernel, MATRIX_INSTRUCTIONS[name])
+    measured = (_amd if target.is_amd else _nvidia)(kernel)
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     return Resources(
         **known, **measured, constants=compiled.constants, dtypes=compiled.dtypes, shared_bytes=shared, warps=warps,
         resident=MULTIPROCESSORS[name].resident(measured["registers"], shared, warps),
         programs=max(map(math.prod, compiled.grids), default=0),
-        counted_on=counted_on(compiled.grids, target.multiprocessors), products="tt.dot" in kernel.asm["ttir"],
+        counted_on=counted_on(compiled.grids, target.multiprocessors),
     )  # fmt: skip
 
 

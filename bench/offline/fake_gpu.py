@@ -22,7 +22,6 @@ What a CPU build of PyTorch lacks is imitated, here and in bench/offline/fake_cu
 """
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.offline.fake_cuda import Autocast, Event, apply, copied, graph_patches, lock_pages, numbered
 from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
+from looped.kernels.registration import BODIES
 
 
 @dataclass(frozen=True)
@@ -107,28 +107,21 @@ class StubDriver:
         return torch.cpu
 
 
-NO_META = {torch.ops.aten._fused_adamw_.tensor_lr}  # in place, and PyTorch has them for real tensors alone
-
-
 class FakeCUDA(FakeTensorMode):
     """Fake tensors; what C++ makes "on the device of" one of them is made on the GPU."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": torch.device("cuda")}
-        if func in NO_META:
-            return None
         return super().dispatch(func, types, args, kwargs or {})
 
 
 def body_of(func: Any) -> Callable[..., Any] | None:
-    """What a custom op runs on a device; None for PyTorch's own ops.  Ours may be registered without `custom_op`."""
-    registration = sys.modules.get("looped.kernels.registration")
-    ours = {} if registration is None else registration.BODIES
-    name = func._schema.name
-    if name.startswith("looped::") and name.partition("::")[2] in ours:
-        return ours[name.partition("::")[2]]
-    return OPDEFS[name]._init_fn if name in OPDEFS else None
+    """What a custom op runs on a device; None for PyTorch's own ops."""
+    package, _, name = func._schema.name.partition("::")
+    if package == "looped":
+        return BODIES.get(name)
+    return OPDEFS[func._schema.name]._init_fn if func._schema.name in OPDEFS else None
 
 
 # Packages whose custom ops are Python and Triton.  Another's body may load a library that was made for the device.
@@ -255,7 +248,8 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
         kernel = original(self, grid=grid, warmup=True, **given | pointers)
         constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        found = Compiled(kernel, constants, tuple(str(t.dtype) for t in tensors.values()))
+        dtypes = {name.removesuffix("_ptr"): str(t.dtype) for name, t in tensors.items()}
+        found = Compiled(kernel, constants, dtypes)
         programs = tuple(grid(given) if callable(grid) else grid)
         record.kernels.setdefault((kernel_name, kernel.hash), found).grids.add(programs)
         arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}

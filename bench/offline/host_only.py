@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.driver import driver
 
@@ -41,6 +42,11 @@ class HostDriver(StubDriver):
         return 2000  # Triton keeps compiled kernels by device: not those that another stub driver made
 
 
+def _one_operation(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """F.rms_norm, one operation each way on a GPU and several on a CPU, by one that is one on both."""
+    return F.layer_norm(x, shape, weight, None, eps)
+
+
 def _on_cpu(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of torch that makes a tensor where it is told: here always on the CPU."""
 
@@ -48,6 +54,18 @@ def _on_cpu(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return create(*args, **kwargs)
 
     return created
+
+
+def _staying(move: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Tensor.to, which moves nothing here, as all tensors are on one device."""
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, (torch.dtype, Tensor)):
+                return move(tensor, arg)
+        return tensor
+
+    return to
 
 
 @contextlib.contextmanager
@@ -58,7 +76,11 @@ def host_only(target: Target = TARGETS["sm_90"]) -> Iterator[None]:
         name=target.name, multi_processor_count=target.multiprocessors, major=target.triton.arch // 10,
         minor=target.triton.arch % 10, L2_cache_size=50 << 20, total_memory=80 << 30,
     )  # fmt: skip
-    of_tensor = {"is_cuda": property(lambda _: True), "device": property(lambda _: device)}
+    of_tensor: dict[str, Any] = {
+        "is_cuda": property(lambda _: True),
+        "device": property(lambda _: device),
+        "to": _staying(Tensor.to),
+    }
     of_cuda: dict[str, Any] = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
@@ -80,6 +102,7 @@ def host_only(target: Target = TARGETS["sm_90"]) -> Iterator[None]:
             stack.enter_context(patch.object(torch._C, name, stand_in, create=True))
         for name in CREATORS:
             stack.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        stack.enter_context(patch.object(F, "rms_norm", _one_operation))
         stack.enter_context(patch.object(torch, "_assert_async", lambda condition, _: condition.logical_not()))
         stack.callback(setattr, driver, "_active", previous)
         driver.set_active(HostDriver(target))

@@ -28,11 +28,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A Triton kernel in one specialisation: Triton's own object, its constants, its tensors' dtypes, its grids."""
+    """A Triton kernel in one specialisation: Triton's own object, its constants, its grids.
+
+    dtypes: of the tensors that it is given, by name; one that is not there is not in it.
+    """
 
     kernel: Any
     constants: dict[str, Any]
-    dtypes: tuple[str, ...]
+    dtypes: dict[str, str]
     grids: set[tuple[int, ...]] = field(default_factory=set)
 
 
@@ -99,7 +102,7 @@ def traffic(func: Any, args: Any, returned: list[Tensor]) -> int:
 
 def launch_bytes(tensors: dict[str, Tensor], launch: dict[str, Any]) -> int:
     """Bytes of the tensors that a Triton launch is given; those that it reads and writes count twice."""
-    twice = {"logits_ptr"} if launch.get("HAS_GRADIENT", True) else set()
+    twice = {"logits_ptr"} if launch.get("GRADIENT") else set()
     twice |= {"dweight_ptr", "dbias_ptr"} if launch.get("ADD") else set()
     return bytes_of(list(tensors.values())) + bytes_of([tensors[name] for name in twice & tensors.keys()])
 

@@ -117,7 +117,7 @@ def step_report(preset: str, target_name: str, **options: Any) -> StepReport:
         tokens=step.tokens,
         launches=step.record.launches(),
         triton_launches=_triton(step.record),
-        residual_norms=sum(call.arguments.get("HAS_RESIDUAL", False) for call in step.record.calls),
+        residual_norms=sum(call.arguments.get("residual_ptr") is not None for call in step.record.calls),
         flops=sum(call.flops for call in step.record.calls),
         expected_flops=step.expected_flops,
         read_write_bytes=sum(call.read_write_bytes for call in step.record.calls),

@@ -1,7 +1,8 @@
 """What does the loss of a looped model control? Measurements of any recurrent-depth model, a verdict, and a page.
 
 `python -m looped.diagnose RUN` for a run of this project; for another model, describe it as a LoopedModel and call
-`diagnose` and `write_diagnosis`. Definitions: Sharma & Vu, arXiv 2606.24898.
+`diagnose` and `write_diagnosis`. `read_record` reads the numbers of a page back.
+Definitions: Sharma & Vu, arXiv 2606.24898.
 """
 
 from looped.diagnose.diagnosis import Diagnosis, diagnose, diagnose_run, validation_batches

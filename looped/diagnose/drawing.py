@@ -100,8 +100,8 @@ def symlog_if_wide(axes: Axes, rows: Iterable[Any]) -> None:
 
 def symlog_beyond(axes: Axes, linear: float) -> None:
     """A y axis that shows at least -linear to linear, and is logarithmic beyond that."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -linear), max(high, linear))
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(min(1.4 * low, -linear), max(1.4 * high, linear))
     if min(low, -high) >= -linear:
         return  # a symlog axis has no ticks where all of it is linear
     axes.set_yscale("symlog", linthresh=linear)

@@ -10,10 +10,10 @@ from train.paper.paper_scale import paper_scale
 from train.paper.runs import RunResult
 from train.paper.seed_tables import seed_tables
 from train.paper.tables import (
-    code_block,
     condition_table,
     cost,
     depth_table,
+    made_by,
     page,
     paper_depth_rows,
     settings_line,
@@ -38,7 +38,7 @@ def markdown(record: Record) -> str:
         f"# The claims of the paper, at the scale of preset {record['settings']['preset']}",
         "Every claim of Sharma & Vu, *Dense Supervision Is Not Enough* (arXiv 2606.24898), beside what a sweep gives. "
         + settings_line(runs, record["settings"]),
-        code_block(record["commands"]),
+        made_by(record["commands"]),
         f"**{', '.join(f'{count} {mark}' for mark, count in counts.items() if count)}.** A claim is *reproduced* if "
         "its rules hold for every seed that has all the runs it needs, *not reproduced* if one fails for one of them, "
         "and *not measured* if there is no such seed. The program applies the rules; nobody marks by hand. They stand "

@@ -18,13 +18,14 @@ import torch
 
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
+from looped.diagnose.record import read_diagnosis_of_run
 from looped.run_directory import check_writable, load_run
 from train.metrics import finite
 from train.paper.claim import Claim, Mark, Seed, Untestable, judge
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
 from train.paper.conditions import N_LOOPS, SEEDS
-from train.paper.evidence import HORIZON, Evidence, kept_diagnosis, make_diagnosis
+from train.paper.evidence import HORIZON, Evidence, make_diagnosis
 from train.paper.exit_gap import COLOURS, draw_exit_gap
 from train.paper.options import check_distinct, check_positive
 from train.paper.plan import check_runs, sweep_command
@@ -124,7 +125,8 @@ def collect(config: ClaimsConfig, command: str) -> Sweep:
 def _diagnoses(runs: Sequence[FoundRun], config: ClaimsConfig) -> dict[FoundRun, Diagnosis | None]:
     """The diagnosis of every run, in their order, None if it has diverged."""
     seq_len = load_run(runs[0].directory).model.config.max_seq_len
-    diagnoses = {run: kept_diagnosis(run.directory, config.tokens // seq_len * seq_len) for run in runs}
+    n_tokens = config.tokens // seq_len * seq_len
+    diagnoses = {run: read_diagnosis_of_run(run.directory, n_tokens=n_tokens, horizon=HORIZON) for run in runs}
     waiting = []
     for run in (run for run, kept in diagnoses.items() if kept is None):
         try:

@@ -5,7 +5,6 @@ Given again, the command skips what is complete, continues what has a checkpoint
 made by sweep_report.py. What follows `` -- `` on the command line goes to every run.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -16,13 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-if not __package__:  # run by its path: with the packages of its own checkout, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from looped.run_directory import hold
 from train.config import TrainConfig
 from train.data import cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
@@ -61,9 +57,9 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     check_same(config.out, tasks[0].config)
     _check_claims(config, tasks[0].config)
     _make_cache(tasks)
-    with _locked(config.out) as lock:
+    with _held(config.out) as locks:
         _check_removable(tasks)
-        code = _sweep(config, tasks, lock, interruptions, [*SWEEP, *words])
+        code = _sweep(config, tasks, locks, interruptions, [*SWEEP, *words])
     return code or _judge(config)
 
 
@@ -96,20 +92,23 @@ def _report_only(config: SweepConfig) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[IO[bytes]]:
-    """Hold ``out`` for this sweep. Its runs inherit the lock, so that it lasts as long as any of them, should the
-    sweep be killed. Raises ValueError if another sweep has it."""
+def _held(out: Path) -> Iterator[list[int]]:
+    """Hold ``out`` for this sweep; gives the descriptors that its runs inherit.
+
+    So the lock lasts as long as any of them, should the sweep be killed. Raises ValueError if another sweep, or a run
+    of one, has it.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out must not be in use. Another sweep, or a run of one, is at work in {out}.") from None
-        yield lock
+    lock = hold(out)
+    try:
+        yield [] if lock is None else [lock]
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _sweep(
-    config: SweepConfig, tasks: list[Task], lock: IO[bytes], interruptions: Interruptions, command: list[str]
+    config: SweepConfig, tasks: list[Task], locks: list[int], interruptions: Interruptions, command: list[str]
 ) -> int:
     """Train what is not complete. Returns the exit code; raises Interrupted after a signal."""
     waiting = _waiting(tasks)
@@ -128,7 +127,7 @@ def _sweep(
         write_report(config.out, command)
 
     with interruptions.deferred():
-        _train_all(waiting, config.jobs, lock, interruptions, on_end)
+        _train_all(waiting, config.jobs, locks, interruptions, on_end)
     write_report(config.out, command)
     if interruptions.pending is not None:
         raise Interrupted(interruptions.pending)
@@ -158,7 +157,7 @@ def _make_cache(tasks: Sequence[Task]) -> None:
 
 
 def _train_all(
-    tasks: Iterable[Task], jobs: int, lock: IO[bytes], interruptions: Interruptions, on_end: Callable[[Child], None]
+    tasks: Iterable[Task], jobs: int, locks: list[int], interruptions: Interruptions, on_end: Callable[[Child], None]
 ) -> None:
     """Train ``jobs`` tasks at a time until none is left or a signal is pending; then stop those that are running."""
     waiting, children = list(tasks), dict[int, Child]()
@@ -166,7 +165,7 @@ def _train_all(
         while (waiting or children) and interruptions.pending is None:
             for slot in range(jobs):
                 if slot not in children and waiting:
-                    children[slot] = _start(waiting.pop(0), slot, jobs, lock)
+                    children[slot] = _start(waiting.pop(0), slot, jobs, locks)
             for slot, child in list(children.items()):
                 if child.process.poll() is not None:
                     del children[slot]
@@ -176,7 +175,7 @@ def _train_all(
         _stop(children.values())
 
 
-def _start(task: Task, slot: int, jobs: int, lock: IO[bytes]) -> Child:
+def _start(task: Task, slot: int, jobs: int, locks: list[int]) -> Child:
     """Begin a run, or continue it from its checkpoint."""
     state = status(task.directory)
     if state == "unfinished":
@@ -194,7 +193,7 @@ def _start(task: Task, slot: int, jobs: int, lock: IO[bytes]) -> Child:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | _share(slot, jobs, task.config),
-            pass_fds=[lock.fileno()],
+            pass_fds=locks,
             process_group=0,  # Ctrl-C reaches the sweep alone, which passes it on once
         )
     return Child(task, process)

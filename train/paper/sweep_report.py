@@ -13,7 +13,7 @@ from train.paper.exit_gap import draw_exit_gap
 from train.paper.paper_scale import paper_scale
 from train.paper.record import write_record
 from train.paper.runs import RunResult, by_condition, complete_runs, find_runs, read_run, sweep_settings
-from train.paper.tables import code_block, condition_table, cost, depth_table, known_values, page, settings_line
+from train.paper.tables import condition_table, cost, depth_table, known_values, made_by, page, settings_line
 
 
 def write_report(out: Path, command: Sequence[str] | None = None) -> list[RunResult]:
@@ -62,7 +62,7 @@ def markdown(results: Sequence[RunResult], settings: dict[str, Any], command: Se
         [
             "# Loss placement, readout and the size of the state",
             settings_line(results, settings),
-            code_block([shlex.join(command)] if command else []),
+            made_by([shlex.join(command)] if command else []),
             condition_table(results, settings),
             "Perplexity when stopping after K loops, each read as the last, mean over seeds:",
             depth_table(results),

@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], rule: Sequence[s
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule or ["---"] * len(header), *rows])
 
 
-def code_block(commands: Sequence[str]) -> str:
+def made_by(commands: Sequence[str]) -> str:
     return "Made by\n\n```\n" + "\n".join(commands) + "\n```" if commands else ""
 
 

@@ -1,0 +1,124 @@
+"""`swiglu`: SwiGLU's product of a gate and a value, and its gradient, one pass each way.
+
+    y = silu(gate) * up,   silu(g) = g * sigmoid(g)
+    dup = dy * silu(gate),   dgate = dy * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
+
+Shapes: gate, up and y [...], of one dtype.  On a GPU all arithmetic is in float32, with one rounding at the store; on a
+CPU it is PyTorch's own, operation by operation, so that the bits are those of the definition and its gradient.
+Saved for the backward pass: gate and up; silu(gate) is formed again.
+Elements moved: forward reads 2 and writes 1; backward reads 3 and writes 2.  Without a gradient of `up` it writes one
+less, without one of `gate` it also reads one less.
+
+SwiGLU: Shazeer, arXiv 2002.05202.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import check_values
+from .device import implementation, uses_triton
+from .registration import register
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in plain PyTorch: its definition."""
+    return F.silu(gate) * up
+
+
+def _rows_of_both(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [rows, columns] of one row stride, their columns contiguous; a copy only where the layout needs one.
+
+    Contiguous tensors are one long row.  The two halves of one [..., 2 f] are rows of f at a stride of 2 f.
+    """
+    if gate.stride() == up.stride() and not gate.is_contiguous() and gate.stride(-1) == 1:
+        return gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    return gate.contiguous().view(1, -1), up.contiguous().view(1, -1)
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    if not uses_triton(gate):
+        return F.silu(gate).mul_(up).contiguous()
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel() > 0:
+        implementation("swiglu_triton").swiglu_forward(*_rows_of_both(gate, up), y)
+    return y
+
+
+def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _backward_cpu(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
+    dgate, dup = gate.new_empty(0), gate.new_empty(0)
+    if need_dgate:
+        dsilu = dy * up
+        dgate = torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu).contiguous()
+    if need_dup:
+        dup = F.silu(gate).mul_(dy).contiguous()
+    return dgate, dup
+
+
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
+    """dgate and dup; empty where not needed."""
+    if not uses_triton(gate):
+        return _backward_cpu(dy, gate, up, need_dgate, need_dup)
+    dgate, dup = (
+        torch.empty(gate.shape if needed else 0, dtype=gate.dtype, device=gate.device)
+        for needed in (need_dgate, need_dup)
+    )
+    if gate.numel() > 0:
+        implementation("swiglu_triton").swiglu_backward(
+            dy.contiguous(), *_rows_of_both(gate, up), dgate if need_dgate else None, dup if need_dup else None
+        )
+    return dgate, dup
+
+
+def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
+    return tuple(gate.new_empty(gate.shape if needed else 0) for needed in (need_dgate, need_dup))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _swiglu.below_autograd(gate, up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_dgate, need_dup = ctx.needs_input_grad
+        dgate, dup = _swiglu_backward(dy, *ctx.saved_tensors, need_dgate, need_dup)
+        return dgate if need_dgate else None, dup if need_dup else None
+
+
+_swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", _forward, _forward_fake, _SwiGLU.apply)
+_swiglu_backward = register(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` in one pass, and its gradient in one.
+
+    Args:
+        gate: [...], float32, bfloat16 or float16 (float64 too on CPU).  Contiguous tensors and the two halves of one
+            [..., 2 f] are read where they are; other layouts are copied first.
+        up: of the same shape, dtype and device.
+
+    Returns:
+        [...] in their dtype, contiguous.  Under autocast too: a matrix product has given both its dtype by then.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit.
+    """
+    check_values("gate", gate)
+    check_values("up", up)
+    for what in ("shape", "dtype", "device"):
+        expected, got = getattr(gate, what), getattr(up, what)
+        if got != expected:
+            expected, got = (tuple(x) if what == "shape" else x for x in (expected, got))
+            raise (TypeError if what == "dtype" else ValueError)(f"up must have gate's {what} {expected}. Got {got}.")
+    y: Tensor = _swiglu(gate, up)
+    return y

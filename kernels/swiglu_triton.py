@@ -1,0 +1,70 @@
+"""The Triton kernels of kernels/swiglu.py, which has their equations and is their only caller.
+
+gate and up are [rows, columns] of one row stride, their columns contiguous; all other tensors are contiguous.  A
+gradient that is not needed is None, which Triton compiles for.  A program's start is 64 bits wide and its offsets from
+there are 32: sums of both in every element take up to 200 registers where a tensor's size is odd.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+
+BLOCK = 2048  # elements of a program: 16 a thread, which are two accesses of 16 bytes in 16 bits
+WARPS = 4
+
+
+@triton.jit
+def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, n_columns, stride_row, BLOCK: tl.constexpr):
+    blocks_of_a_row = tl.cdiv(n_columns, BLOCK)
+    row = (tl.program_id(0) // blocks_of_a_row).to(tl.int64)
+    first = (tl.program_id(0) % blocks_of_a_row).to(tl.int64) * BLOCK
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = column < n_columns - first
+    start, given_start = row * n_columns + first, row * stride_row + first  # of contiguous tensors; of gate and up
+
+    gate = tl.load(gate_ptr + given_start + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + given_start + column, mask=inside, other=0.0).to(tl.float32)
+
+    y = gate * tl.sigmoid(gate) * up
+
+    tl.store(y_ptr + start + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_columns, stride_row, BLOCK: tl.constexpr
+):  # fmt: skip
+    blocks_of_a_row = tl.cdiv(n_columns, BLOCK)
+    row = (tl.program_id(0) // blocks_of_a_row).to(tl.int64)
+    first = (tl.program_id(0) % blocks_of_a_row).to(tl.int64) * BLOCK
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = column < n_columns - first
+    start, given_start = row * n_columns + first, row * stride_row + first  # of contiguous tensors; of gate and up
+
+    dy = tl.load(dy_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + given_start + column, mask=inside, other=0.0).to(tl.float32)
+
+    sigmoid = tl.sigmoid(gate)
+    if dup_ptr is not None:
+        tl.store(dup_ptr + start + column, (dy * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=inside)
+    if dgate_ptr is not None:
+        up = tl.load(up_ptr + given_start + column, mask=inside, other=0.0).to(tl.float32)
+        dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(dgate_ptr + start + column, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
+    n_rows, n_columns = gate.shape
+    grid = (n_rows * cdiv(n_columns, BLOCK),)
+    launch(swiglu_forward_kernel, grid, gate, gate, up, y, n_columns, gate.stride(0), BLOCK, num_warps=WARPS)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
+    n_rows, n_columns = gate.shape
+    grid = (n_rows * cdiv(n_columns, BLOCK),)
+    launch(
+        swiglu_backward_kernel, grid, gate,
+        dy, gate, up, dgate, dup, n_columns, gate.stride(0), BLOCK, num_warps=WARPS,
+    )  # fmt: skip
