@@ -102,8 +102,7 @@ def looped_cross_entropy_reference(
     n_loops, wide, device = len(states), accumulator(states[0].dtype), head.device
     options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide))
     weights = [1 / n_loops] * n_loops if weights is None else weights
-    n = (targets != ignore_index).sum() if n_targets is None else torch.as_tensor(n_targets, device=device)
-    n = torch.where(n > 0, n, 1)
+    n = _target_count(targets, ignore_index, n_targets)
 
     def rows(state: Tensor, loop: int) -> tuple[Tensor, Tensor]:
         """CE [...] of a loop and its logits after bias and softcap, [..., V]."""
@@ -135,11 +134,22 @@ def looped_cross_entropy_reference(
     if reduction == "none":
         return LoopedCrossEntropy(torch.stack(shares), per_loop, measured)
     loss = sum(shares[1:], start=shares[0])
-    if isinstance(penalty, Tensor) or penalty != 0:
-        squares = [state.to(wide).square().mean(-1) for state in states]
-        mean_square = torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
-        loss = loss + _scalar(penalty, head, wide, zero=True) * mean_square
+    penalty_ = _scalar(penalty, head, wide)
+    if penalty_ is not None:
+        loss = loss + penalty_ * _mean_square(states, wide)
     return LoopedCrossEntropy(loss, per_loop, measured)
+
+
+def _target_count(targets: Tensor, ignore_index: int, n_targets: float | Tensor | None) -> Tensor:
+    """By what a mean divides, []: at least 1, so that a batch of ignored targets has loss 0 and not nan."""
+    n = (targets != ignore_index).sum() if n_targets is None else torch.as_tensor(n_targets, device=targets.device)
+    return torch.where(n > 0, n, 1)
+
+
+def _mean_square(states: Tensor | Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """The mean over loops, tokens and channels of h^2, []; 0 for no token."""
+    squares = [state.to(wide).square().mean(-1) for state in states]
+    return torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
 
 
 def _statistics(

@@ -1,4 +1,12 @@
-"""Looped language models: one decoder stack applied K times, its states, and the losses that train them."""
+"""Looped language models: one decoder stack applied K times, its states, and the losses that train them.
+
+    model = LoopedLM(PRESETS["demo"])
+    output = model(tokens, targets)  # tokens, targets: [B, T] int64
+    output.loss.backward()
+
+config -> block (attention, SwiGLU) -> recurrence (tokens to states H_1..H_K) -> model (states to loss, logits,
+statistics). Each is a file; implementation.py says what is fused and what the same is in plain PyTorch.
+"""
 
 from looped.checkout import search_path as _search_path
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looped.kernels import (
@@ -22,6 +21,7 @@ from looped.kernels import (
 from looped.kernels.device import product_autocast
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from looped.kernels.statistics import readout_statistics_reference
+from looped.kernels.swiglu import swiglu_reference
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,6 @@ def _add_and_normalise(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tup
     return norm(x), x
 
 
-def _glu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
 def _no_context(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
@@ -76,7 +72,7 @@ FUSED = Implementation(
 )
 PLAIN = Implementation(
     add_and_normalise=_add_and_normalise,
-    glu=_glu,
+    glu=swiglu_reference,
     product_context=_no_context,
     readout_loss=looped_cross_entropy_reference,
     readout_statistics=readout_statistics_reference,

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from looped.config import PRESETS, LoopedConfig
+from looped.config import PRESETS, LoopedConfig, LoopedShape
+from train.config import preset_config
+from train.run import main
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48, "max_seq_len": 16}
 
@@ -101,3 +103,15 @@ def test_paper_presets_keep_the_papers_setup() -> None:
         config = PRESETS[preset]
         assert (config.dropout, config.embedding_std, config.tied, config.positions) == (0.1, 1.0, True, "learned")
         assert not config.inter_loop_norm
+
+
+def test_a_field_of_the_model_is_an_option_of_training_with_the_same_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Written once, in LoopedShape."""
+    for field in dataclasses.fields(LoopedShape):
+        assert getattr(preset_config("paper-44m"), field.name) == getattr(PRESETS["paper-44m"], field.name)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(LoopedShape):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert "Hidden channels of SwiGLU" in shown

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from readout_case import DTYPES, READOUTS, Case
 
 from looped.kernels import looped_cross_entropy
+from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from looped.kernels.readout import TENSORS
 from looped.kernels.readout_call import ReadoutCall
 
@@ -128,6 +131,45 @@ def test_statistics_radial_fraction_of_a_raw_readout(backend, device):
     torch.testing.assert_close(result.statistics.radial_fraction, expected, rtol=1e-4, atol=1e-6)
     _, result = case.run(looped_cross_entropy, statistics=True, frozen=("states",))
     assert result.statistics.radial_dot is None
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_reference_is_its_equations(readout):
+    """In float64, without the functions of PyTorch that the reference is made of."""
+    options = {"label_smoothing": 0.2, "softcap": 3.0, "z_loss": 0.03, "n_targets": 11}
+    case = Case((2, 6, 24, 31), dtype=torch.float64, readout=readout, bias=True, weights="token", ignored=2, **options)
+    tensors, targets = case.tensors, case.targets
+    found, result = case.run(looped_cross_entropy_reference, penalty=0.4)
+    losses = torch.zeros(2, 6, dtype=torch.float64)
+    for k, t in itertools.product(range(2), range(6)):
+        y = tensors["states"][k, t]
+        y = y - y.mean() if readout == "layernorm" else y
+        if readout in ("rmsnorm", "layernorm") or (readout == "final-only" and k == 1):
+            y = y / (y.square().mean() + 1e-6).sqrt() * tensors["norm_weight"]
+        y = y + tensors["norm_bias"] if readout == "layernorm" else y
+        z = 3.0 * torch.tanh((tensors["head"] @ y + tensors["bias"]) / 3.0)
+        lse = z.exp().sum().log()
+        if targets[t] != -100:
+            losses[k, t] = 0.8 * (lse - z[targets[t]]) + 0.2 * (lse - z).mean() + 0.03 * lse**2
+    square = tensors["states"].square().mean()
+    torch.testing.assert_close(result.per_loop, losses.sum(1) / 11)
+    torch.testing.assert_close(found["loss"], (tensors["weights"] * losses).sum() / 11 + 0.4 * square)
+    none = case.run(looped_cross_entropy_reference, reduction="none", **{"n_targets": None})[1]
+    torch.testing.assert_close(none.loss, tensors["weights"] * losses)
+
+
+@pytest.mark.parametrize("weights", ["token", [0.5, 0.0, 1.5]])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics_of_the_reference(weights, reduction):
+    """Those of the op: also of loops that are not read, and of states that need no gradient."""
+    case = Case((3, 7, 24, 31), readout="raw", bias=True, weights=weights, ignored=1, softcap=4.0, reduction=reduction)
+    options = {"statistics": True, "n_targets": 9 if reduction == "mean" else None}
+    for frozen in ((), ("states",)):
+        wanted = case.run(looped_cross_entropy, frozen=frozen, **options)[1].statistics
+        found = case.run(looped_cross_entropy_reference, frozen=frozen, **options)[1].statistics
+        assert (found.radial_dot is None) == (bool(frozen) or reduction == "none")
+        for name, a, b in zip(found._fields, found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_step_of_adaptive_supervision_through_per_token_weights(backend, device):

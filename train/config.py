@@ -190,7 +190,9 @@ def read_config(run: Path) -> TrainConfig:
     try:
         stored = run_directory.read_config(run)["train"]
         cache = None if stored["cache"] is None else Path(stored["cache"])
-        return TrainConfig(**(stored | {"cache": cache}))
+        config = TrainConfig(**(stored | {"cache": cache}))
+        model_config(config, config.vocab_size or 1)
+        return config
     except ValueError as error:
         raise ValueError(f"resume must be the directory of a run. {error}") from error
     except (KeyError, TypeError) as error:
@@ -233,9 +235,7 @@ def validate(config: TrainConfig) -> None:
     Raises ValueError naming the option, the rule and the value.
     """
     for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
-                 "max_bad_steps"):  # fmt: skip
-        _check(config, name, lambda value: value >= 1, "at least 1")
-    for name in ("seq_len", "n_loops", "d_model", "n_heads", "n_layers", "d_ff"):
+                 "max_bad_steps", "seq_len"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
     for name in ("epochs", "learning_rate", "grad_clip"):
         _check(config, name, lambda value: 0 < value < math.inf, "finite and above 0")

@@ -17,6 +17,7 @@ from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
 from looped.run_directory import SavedRun, Validation
+from looped.supervision import supervision_weights
 
 DEPTH_FACTOR = 4  # depth is measured up to this times the trained loops
 LEAST_DEPTH = 16  # and at least up to this
@@ -139,8 +140,7 @@ def diagnose_run(
     decoder = copy.deepcopy(run.model).to(device)
     n_loops = decoder.config.n_loops
     training = run.config["train"]
-    terminal = training["supervision"] == "terminal"
-    weights = (0.0,) * (n_loops - 1) + (1.0,) if terminal else None
+    weights = tuple(supervision_weights(training["supervision"], n_loops))
     batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
     return diagnose(
         from_decoder(decoder, weights=weights, penalty=training["penalty"]),

@@ -1,0 +1,52 @@
+"""LoopedLM as data-parallel training wraps it: one call forms the loss, and its gradients are those of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from tiny_decoder import V, assert_same_gradients, model
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+N_PROCESSES = 2
+OPTIONS = {"penalty": 0.05, "supervision": "per-loop"}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Two rows for each process; the targets that count are not equally many."""
+    tokens = torch.randint(V, (2 * N_PROCESSES, 12), generator=torch.Generator().manual_seed(1))
+    targets = tokens[:, 1:].clone()
+    targets[0, 2:] = -100
+    return tokens[:, :-1], targets
+
+
+def train(rank: int, folder: str) -> None:
+    """One process: the gradients of its rows, averaged with the other's, into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=N_PROCESSES)
+    tokens, targets = (rows.chunk(N_PROCESSES)[rank] for rows in batch())
+    # The mean over processes of sums over n / 2 is the sum over n.
+    n_targets = (batch()[1] != -100).sum() / N_PROCESSES
+    for fused in (True, False):
+        wrapped = DistributedDataParallel(model(fused=fused, tied=False))
+        loss = wrapped(tokens, targets, n_targets=n_targets, **OPTIONS).loss
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in wrapped.module.named_parameters()}
+        torch.save((loss.detach(), gradients), Path(folder, f"{fused}-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=N_PROCESSES)
+    for fused in (True, False):
+        alone = model(fused=fused, tied=False)
+        loss = alone(*batch(), **OPTIONS).loss
+        loss.backward()
+        expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
+        results = [torch.load(tmp_path / f"{fused}-{rank}.pt") for rank in range(N_PROCESSES)]
+        torch.testing.assert_close(torch.stack([part for part, _ in results]).mean(), loss)
+        for _, gradients in results:
+            assert_same_gradients(gradients, expected)
