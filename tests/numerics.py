@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+# Layouts of a matrix [..., rows, d] in which an op may be given it.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[..., :1, :].expand(x.shape),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., ::2],
+}
 FLOOR = 1e-6  # of the truth's largest magnitude: a few float32 roundings
 
 

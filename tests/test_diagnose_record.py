@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from diagnosed_models import halting, measurements
 
+from looped.checkpoint import WEIGHTS, Progress, seal, weights_hash
 from looped.diagnose import Diagnosis, read_diagnosis_of_run, read_record, write_record
 from looped.diagnose.record import FORMAT, OtherFormatError, record_of_run, to_json
 from looped.diagnose.verdict import judge
@@ -80,27 +83,41 @@ def test_a_damaged_record_is_named_in_one_line(text, message, tmp_path):
         read_record(path)
 
 
+def trained(run: Path, weights: bytes) -> Diagnosis:
+    """A run's checkpoint with these weights, and a diagnosis of them."""
+    checkpoint = run / "checkpoint"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / WEIGHTS).write_bytes(weights)
+    seal(checkpoint, Progress(8, "text"))
+    one = diagnosis()
+    return Diagnosis(one.name, one.n_tokens, one.measured, one.verdict, {"weights": weights_hash(run) or ""})
+
+
 def test_the_diagnosis_of_a_run_serves_as_long_as_it_is_of_its_weights(tmp_path):
-    assert read_diagnosis_of_run(tmp_path, n_tokens=1, horizon=1) is None
-    path = record_of_run(tmp_path)
-    write_record([diagnosis()], path)
-    weights = tmp_path / "checkpoint" / "model.safetensors"
-    weights.parent.mkdir()
-    weights.touch()
-    for age, serves in ((-1, True), (1, False)):
-        written = path.stat().st_mtime
-        os.utime(weights, (written + age, written + age))
-        assert (read_diagnosis_of_run(tmp_path, n_tokens=512, horizon=5) == diagnosis()) == serves
+    """Whatever the files' times are: a copy of the run has others."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert read_diagnosis_of_run(run, n_tokens=1, horizon=1) is None
+    of_weights = trained(run, b"weights")
+    write_record([of_weights], record_of_run(run))
+    copied = tmp_path / "copy"
+    shutil.copytree(run, copied)
+    os.utime(copied / "checkpoint" / WEIGHTS, (2e9, 2e9))
+    assert read_diagnosis_of_run(copied, n_tokens=512, horizon=5) == of_weights
+    trained(run, b"others")
+    os.utime(run / "checkpoint" / WEIGHTS, (1, 1))
+    assert read_diagnosis_of_run(run, n_tokens=512, horizon=5) is None
 
 
 def test_a_diagnosis_of_a_run_that_cannot_serve(tmp_path):
-    path = record_of_run(tmp_path)
-    write_record([diagnosis()], path)
+    path, of_weights = record_of_run(tmp_path), trained(tmp_path, b"weights")
+    write_record([of_weights], path)
+    assert read_diagnosis_of_run(tmp_path, n_tokens=512, horizon=5) == of_weights
     assert read_diagnosis_of_run(tmp_path, n_tokens=513, horizon=5) is None
     assert read_diagnosis_of_run(tmp_path, n_tokens=512, horizon=6) is None
-    write_record([diagnosis(), diagnosis("other")], path)
+    write_record([of_weights, of_weights], path)
     assert read_diagnosis_of_run(tmp_path, n_tokens=1, horizon=1) is None
-    path.write_text(to_json([diagnosis()]).replace(f'"format": {FORMAT}', '"format": 1'))
+    path.write_text(to_json([of_weights]).replace(f'"format": {FORMAT}', '"format": 1'))
     assert read_diagnosis_of_run(tmp_path, n_tokens=1, horizon=1) is None
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_no_worse_than
+from numerics import LAYOUTS, assert_no_worse_than
 from torch import Tensor
 
 from looped.attention import causal_attention
@@ -119,8 +119,9 @@ def test_attention_with_dropout_keeps_no_scores_for_the_backward_pass() -> None:
     assert sorted(saved) == [1, *[q.numel()] * 4]  # the seed, q, k, v and the output
 
 
-def test_attention_with_dropout_passes_opcheck() -> None:
-    q, k, v = random_qkv(*SHAPE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_with_dropout_passes_opcheck(layout: str) -> None:
+    q, k, v = (LAYOUTS[layout](x.detach()).requires_grad_() for x in random_qkv(*SHAPE))
     torch.library.opcheck(torch.ops.looped.dropout_attention.default, (q, k, v, torch.tensor(3), 0.2))
 
 
@@ -205,8 +206,9 @@ def test_dropout_of_an_activation() -> None:
     assert dropout(x, 0.0) is x
 
 
-def test_dropout_passes_opcheck() -> None:
-    x = torch.randn(5, 7, requires_grad=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_passes_opcheck(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(5, 7)).requires_grad_()
     torch.library.opcheck(torch.ops.looped.dropout.default, (x, torch.tensor(3), 0.2))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numerics import LAYOUTS
 from readout_case import DTYPES, READOUTS, Case
 
 from looped.kernels import looped_cross_entropy
@@ -180,14 +181,6 @@ def test_a_step_of_adaptive_supervision_through_per_token_weights(backend, devic
 
 
 # The op in PyTorch ----------------------------------------------------------------------------------------------------
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "expanded": lambda x: x[..., :1, :].expand(x.shape),
-    "sliced": lambda x: torch.cat([x, x], -1)[..., ::2],
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

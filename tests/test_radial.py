@@ -1,6 +1,6 @@
 import pytest
 import torch
-from numerics import assert_no_worse_than
+from numerics import LAYOUTS, assert_no_worse_than
 
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
@@ -40,6 +40,26 @@ def test_fraction_of_tiny_gradients_does_not_underflow(backend, device):
     torch.testing.assert_close(radial_gradient(h, h * 1e-8).fraction, torch.ones(5, device=device))
 
 
+@pytest.mark.parametrize(
+    ("h_size", "grad_size"), [(3e19, 2.0), (1e25, 1e-25), (1.0, 3e-24), (1e-30, 1e-30), (7e22, 5e21)]
+)
+def test_fraction_of_sizes_whose_squares_leave_the_range(backend, device, h_size, grad_size):
+    h = torch.randn(5, 33, device=device)
+    fraction = radial_gradient(h * h_size, -h * grad_size).fraction
+    torch.testing.assert_close(fraction, torch.ones(5, device=device))
+    mixed = radial_gradient(h * h_size, torch.randn(5, 33, device=device) * grad_size).fraction
+    assert ((mixed > 0) & (mixed < 1)).all()
+
+
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_fraction_of_rows_that_are_not_finite(backend, device, lost):
+    h, grad = torch.randn(4, 20, device=device), torch.randn(4, 20, device=device)
+    h[1, 7], grad[2, 0] = lost, lost
+    fraction = radial_gradient(h, grad).fraction
+    assert fraction[[1, 2]].isnan().all()
+    assert fraction[[0, 3]].isfinite().all()
+
+
 def test_behind_rmsnorm_the_radial_part_is_epsilons():
     """<dL/dh, h> = eps * rstd^3 * <dL/dy * w, h>, exactly."""
     torch.manual_seed(0)
@@ -57,14 +77,12 @@ def test_noncontiguous(backend, device):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-def test_opcheck():
-    tensors = (torch.randn(4, 24, requires_grad=True), torch.randn(4, 24, requires_grad=True))
-    torch.library.opcheck(torch.ops.looped.radial_gradient.default, tensors)
-
-
-def test_opcheck_backward():
-    arguments = (torch.randn(4, 24), torch.randn(4, 24), torch.randn(4), torch.randn(4), torch.randn(4))
-    torch.library.opcheck(torch.ops.looped.radial_gradient_backward.default, arguments)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    h, grad = (LAYOUTS[layout](torch.randn(3, 4, 24)).requires_grad_() for _ in range(2))
+    torch.library.opcheck(torch.ops.looped.radial_gradient.default, (h, grad))
+    sums = [torch.randn(3, 4).t().contiguous().t() for _ in range(3)]
+    torch.library.opcheck(torch.ops.looped.radial_gradient_backward.default, (h.detach(), grad.detach(), *sums))
 
 
 def test_compiles_without_graph_breaks():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from numerics import assert_no_worse_than
+from numerics import LAYOUTS, assert_no_worse_than
 
 from looped.kernels import rms_norm_penalty
 from looped.kernels.rms_norm import rms_norm_penalty_reference
@@ -130,6 +130,15 @@ def test_empty(backend, device):
     assert torch.autograd.grad(result.y.sum(), x)[0].shape == (0, 8)
 
 
+def test_a_zero_row_without_eps_is_as_in_pytorch(backend, device):
+    x = torch.randn(5, 8, device=device)
+    x[3] = 0.0
+    weight = torch.rand(8, device=device)
+    result = rms_norm_penalty(x, weight, eps=0.0)
+    expected = torch.nn.functional.rms_norm(x, (8,), weight, 0.0)
+    torch.testing.assert_close(result.y, expected, equal_nan=True)
+
+
 def test_zero_rows_have_no_nan(backend, device):
     x = torch.zeros(3, 8, device=device, requires_grad=True)
     result = rms_norm_penalty(x)
@@ -157,16 +166,18 @@ def test_int32_offsets(monkeypatch):
     torch.testing.assert_close(rms_norm_penalty(x).y, rms_norm_penalty_reference(x).y, rtol=2e-3, atol=2e-3)
 
 
-def test_opcheck():
-    x = torch.randn(4, 24, requires_grad=True)
-    weight, residual = torch.rand(24, requires_grad=True), torch.randn(4, 24, requires_grad=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    x, residual = (LAYOUTS[layout](torch.randn(4, 24)).requires_grad_() for _ in range(2))
+    weight = torch.rand(24, requires_grad=True)
     op = torch.ops.looped.rms_norm_penalty.default
     for arguments in [(x, weight, residual), (x, None, None), (x.detach(), weight, None)]:
         torch.library.opcheck(op, (*arguments, 1e-6, torch.float32))
 
 
-def test_opcheck_backward():
-    dy, h, weight = torch.randn(4, 24), torch.randn(4, 24), torch.rand(24)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_backward(layout):
+    dy, h, weight = LAYOUTS[layout](torch.randn(4, 24)), LAYOUTS[layout](torch.randn(4, 24)), torch.rand(24)
     op = torch.ops.looped.rms_norm_penalty_backward.default
     for x_dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(op, (dy, torch.randn(4), torch.randn(4, 24), h, weight, 1e-6, x_dtype, True))

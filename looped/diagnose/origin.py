@@ -1,6 +1,5 @@
 """Where the numbers of a diagnosis come from: when, by which code, on which machine, and of which run."""
 
-import json
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,19 +28,8 @@ def origin(device: torch.device, run: SavedRun | None = None) -> dict[str, str]:
     training = run.config["train"]
     return facts | {
         "run": run.name,
-        "step": _step(run.directory),
+        "step": str(run.step),
+        "weights": run.weights_hash,
         "data": Path(training["data"]).name,
         "tokenizer": Path(training["tokenizer"]).name,
     }
-
-
-def _step(run: Path) -> str:
-    """Optimisation steps of the checkpoint that `load_run` reads."""
-    for name in ("checkpoint", "checkpoint.old"):
-        path = run / name / "checkpoint.json"
-        if path.is_file():
-            try:
-                return str(json.loads(path.read_text(encoding="utf-8"))["step"])
-            except (ValueError, KeyError, TypeError):
-                break
-    return "not known"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from looped.checkpoint import weights_hash
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.findings import findings
@@ -78,18 +79,20 @@ def record_of_run(run: Path) -> Path:
 def read_diagnosis_of_run(run: Path, *, n_tokens: int, horizon: int) -> Diagnosis | None:
     """The diagnosis that stands in a run's directory, or None if the run has to be diagnosed again.
 
-    It has to be when there is no record; when the weights are younger than the record; when the record is of another
+    It has to be when there is no record; when it is of other weights than the run has now; when it is of another
     format or of several runs; and when it is on fewer than `n_tokens` tokens or follows the state for fewer than
     `horizon` loops. Raises ValueError if the record is damaged.
     """
-    path, weights = record_of_run(run), run / "checkpoint" / "model.safetensors"
-    if not path.exists() or (weights.exists() and weights.stat().st_mtime > path.stat().st_mtime):
+    path = record_of_run(run)
+    if not path.exists():
         return None
     try:
         diagnoses = read_record(path)
     except OtherFormatError:
         return None
-    if len(diagnoses) != 1 or diagnoses[0].n_tokens < n_tokens or len(diagnoses[0].measured.norms.mean) < horizon:
+    if len(diagnoses) != 1 or diagnoses[0].origin.get("weights") != weights_hash(run):
+        return None
+    if diagnoses[0].n_tokens < n_tokens or len(diagnoses[0].measured.norms.mean) < horizon:
         return None
     return diagnoses[0]
 
