@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import FLOAT32_MAX, Readout, States, check_number, check_options, gathered
+from .arguments import FLOAT32_MAX, Readout, States, check_eps, check_number, check_options, gathered
 from .device import accumulator, autocast_dtype, autocasts
 from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy
 from .rms_norm import RMSNormPenalty, rms_norm_penalty
@@ -248,10 +248,10 @@ def _eps(norm: nn.Module, dtype: torch.dtype) -> float:
     return torch.finfo(accumulator(dtype)).eps if eps is None else eps
 
 
-def _check_names(name: str, module: nn.Module) -> None:
-    """Raise where the module has tensors that the readout would not use."""
+def _check_names(name: str, module: nn.Module, known: tuple[str, ...] = PARAMETERS) -> None:
+    """Raise where the module has tensors that the readout would not use, outside those of the names `known`."""
     tensors = [*dict(module.named_parameters()), *dict(module.named_buffers())]
-    unused = [tensor for tensor in tensors if tensor.split(".")[0] not in (*PARAMETERS, "parametrizations")]
+    unused = [tensor for tensor in tensors if tensor.split(".")[0] not in known]
     if unused:
         got = f"{type(module).__name__} with {', '.join(unused)}"
         raise ValueError(f"{name} must have no parameters and buffers but weight and bias. Got {got}.")
@@ -261,7 +261,7 @@ def _check_head(head: nn.Module) -> None:
     """Raise unless logits = head.weight @ y + head.bias."""
     if getattr(type(head), "forward", None) not in (nn.Linear.forward, nn.Embedding.forward):
         raise TypeError(f"head must be an nn.Linear or nn.Embedding, with its forward. Got {type(head).__name__}.")
-    _check_names("head", head)
+    _check_names("head", head, (*PARAMETERS, "parametrizations"))  # which are computed when they are read
 
 
 class _WithoutHooks(nn.Module):
@@ -275,7 +275,6 @@ class _WithoutHooks(nn.Module):
         return self.module.forward(x)
 
 
-@torch.no_grad()
 def _formula(norm: nn.Module, head: Tensor) -> Readout:
     """Which norm the module computes, "rmsnorm" or "layernorm". Raises where it is neither.
 
@@ -299,6 +298,7 @@ def _formula(norm: nn.Module, head: Tensor) -> Readout:
             raise ValueError(f"norm.{key} must have the head's columns ({d},). Got {tuple(parameter.shape)} of {name}.")
 
     eps = _eps(norm, torch.float32)
+    check_eps(eps)
     scales = torch.tensor([1.0, 30.0, eps**0.5 or 1.0], device=device)  # in the last row eps weighs
     x = (scales[:, None] * (3 * ramp - 1)).unsqueeze(0)  # [1, 3, d]
     try:
@@ -307,8 +307,10 @@ def _formula(norm: nn.Module, head: Tensor) -> Readout:
         reason = str(error).split("\n")[0]
         raise ValueError(f"norm must norm float32 rows of {d} on {device}. {name} raised: {reason}") from error
     weight, bias = values.get("weight"), values.get("bias")
-    for formula in ("layernorm", "rmsnorm") if bias is None else ("layernorm",):
+    formulas: tuple[Readout, ...] = ("layernorm", "rmsnorm")
+    for formula in formulas:
         wanted = _normed(x, weight, bias, eps, layernorm=formula == "layernorm")
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y.float(), wanted, rtol=1e-2, atol=1e-2):
             return formula
-    raise ValueError(f"norm must be an RMSNorm without bias or a LayerNorm, of rows of {d}. Got another, {name}.")
+    rule = f"norm must compute an RMSNorm without bias or a LayerNorm of rows of {d}"
+    raise ValueError(f"{rule}. Got {name}, which computes something else.")
