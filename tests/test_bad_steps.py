@@ -62,7 +62,7 @@ def test_what_is_not_in_a_block_is_located():
     model = make()
     model.blocks[0].mlp.w1.weight.data[3, 4] = math.nan
     assert located(model) == "in the weight blocks.0.mlp.w1.weight"
-    assert located(make(), penalty=1e38 * 10) == "in the norm penalty"
+    assert located(make(), penalty=3e38) == "in the norm penalty"  # times a mean square above 2: past float32
     model = make(readout="raw")
     model.embedding.weight.data[:] *= 1e30
     assert located(model, penalty=0.0).startswith("in the readout of loop 1")
