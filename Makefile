@@ -8,8 +8,9 @@ PY     := $(VENV)/bin/python
 train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
 
+# a process a core, each with the tests of a file at a time
 test: $(VENV)/.installed
-	GOMP_SPINCOUNT=2000 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 # measures and writes bench/results/<date>-<device>.jsonl; under 15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed

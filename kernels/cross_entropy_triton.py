@@ -37,15 +37,18 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(logits_row, bias_ptr, column, n_columns, softcap):
-    """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary."""
+def load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap):
+    """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary.
+
+    Read to the end of the row in memory, as only a mask of 16 columns each keeps accesses wide.
+    """
     in_columns = column < n_columns
-    z = tl.load(logits_row + column, mask=in_columns, other=float("-inf")).to(tl.float32)
+    z = tl.load(logits_row + column, mask=column < row_length, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
     if softcap is not None:
-        z = tl.where(in_columns, softcap * tanh(z / softcap), float("-inf"))
-    return z
+        z = softcap * tanh(z / softcap)
+    return tl.where(in_columns, z, float("-inf"))
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def cross_entropy_kernel(
     sum_z = tl.zeros((), tl.float32)
     for start in range(0, n_columns, BLOCK_VOCAB):
         column = start + block_column
-        z = load_logits(logits_row, bias_ptr, column, n_columns, softcap)
+        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
         maximum = tl.maximum(maximum, tl.max(z, axis=0))
         new_shift = tl.fma(maximum, LOG2E, 0.0)
         total = total * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(tl.fma(z, LOG2E, -new_shift)), axis=0)
@@ -111,7 +114,7 @@ def cross_entropy_kernel(
     if GRADIENT or statistics_ptr is not None:
         for start in range(0, n_columns, BLOCK_VOCAB):
             column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, softcap)
+            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
             exponent = tl.fma(z, LOG2E, -shift)
             e = tl.exp2(exponent)
             if statistics_ptr is not None:
@@ -142,12 +145,12 @@ def cross_entropy_kernel(
         tl.store(top1_ptr + out, best.to(tl.int64))
 
 
-def block_vocab(n_columns: int, finished: bool, statistics: bool) -> int:
-    """Columns of a step, for rows of `n_columns`; finished: with a bias or a softcap.
+def block_vocab(n_columns: int, finished: bool, statistics: bool, padded: bool) -> int:
+    """Columns of a step, for rows of `n_columns`; finished: with a bias or a softcap; padded: longer in memory.
 
     What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident.
     """
-    block = BLOCK_VOCAB // (2 if finished else 1) // (2 if statistics else 1)
+    block = BLOCK_VOCAB >> max(finished + statistics, padded)
     return max(128, min(block, power_of_2(n_columns)))
 
 
@@ -157,7 +160,8 @@ def cross_entropy(
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
     statistics = results.statistics
-    block = block_vocab(n_columns, bias is not None or options.softcap is not None, statistics is not None)
+    finished, padded = bias is not None or options.softcap is not None, logits.stride(0) > n_columns
+    block = block_vocab(n_columns, finished, statistics is not None, padded)
     # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
     registers = {"maxnreg": 128} if statistics is not None and logits.is_cuda and not torch.version.hip else {}
     launch(

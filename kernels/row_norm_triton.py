@@ -15,7 +15,7 @@ from .launch import cdiv, launch, power_of_2, radial_fraction
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
 TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
-RESIDENT_WARPS = 24  # of a backward pass on a multiprocessor, which 80 registers a thread let be there
+RESIDENT_WARPS = {32: 24, 64: 20}  # of so many threads, that 80 and 88 registers a thread let be on a multiprocessor
 
 
 @triton.jit
@@ -139,15 +139,19 @@ def norm_tile(n_columns: int) -> tuple[int, int]:
     return max(1, min(16, TILE // block_columns)), block_columns
 
 
+def threads_of_a_warp() -> int:
+    return 64 if torch.version.hip else 32
+
+
 def backward_warps(tile: tuple[int, int]) -> int:
     """Warps of a backward program: eight elements of the tile a thread, so that 80 registers hold what it needs."""
-    return min(16, max(1, tile[0] * tile[1] // 256))
+    return min(16, max(1, tile[0] * tile[1] // (8 * threads_of_a_warp())))
 
 
 def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: as many as are resident at once."""
     tile = norm_tile(n_columns)
-    resident = RESIDENT_WARPS // backward_warps(tile)
+    resident = RESIDENT_WARPS[threads_of_a_warp()] // backward_warps(tile)
     return min(cdiv(n_rows, tile[0]), resident * multiprocessors(device))
 
 

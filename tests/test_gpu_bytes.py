@@ -179,12 +179,15 @@ def cross_entropy_launch(
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("n_columns", [1003, 20_011])
 def test_cross_entropy(audit, n_columns, gradient, statistics, dtype):
-    """The logits read twice, the second time from cache, and written once; without gradient and statistics once."""
+    """The logits read twice, the second time from cache, and written once; without gradient and statistics once.
+
+    A row to its end in memory, a multiple of 16 words.
+    """
     n_rows = 3
     launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics=statistics, gradient=gradient)
-    row, passes = n_columns * dtype.itemsize, 1 + (gradient or statistics)
+    row, passes = -(-n_columns // 16) * 16 * dtype.itemsize, 1 + (gradient or statistics)
     assert launch.loaded["logits_ptr"] == n_rows * (passes * row + dtype.itemsize)  # and the target's
-    assert launch.stored["logits_ptr"] == n_rows * -(-n_columns // 16) * 16 * dtype.itemsize * gradient
+    assert launch.stored["logits_ptr"] == n_rows * row * gradient
     assert sum(launch.stored.values()) - launch.stored["logits_ptr"] == n_rows * (4 + 20 * statistics)
 
 
@@ -192,12 +195,13 @@ def test_cross_entropy(audit, n_columns, gradient, statistics, dtype):
 @pytest.mark.parametrize(("n_columns", "gradient", "passes"), [(1003, True, 2), (20_011, True, 2), (20_011, False, 1)])
 def test_cross_entropy_with_bias_and_softcap(audit, softcap, n_columns, gradient, passes):
     """The bias once a pass and row, from cache, and the target's; a softcap moves nothing."""
-    n_rows = 5
+    n_rows, row_length = 5, -(-n_columns // 16) * 16
     launch = cross_entropy_launch(
         audit, n_rows, n_columns, torch.float32, gradient=gradient, biased=True, softcap=softcap
     )
-    assert launch.loaded["logits_ptr"] == launch.loaded["bias_ptr"] == n_rows * 4 * (passes * n_columns + 1)
-    assert launch.stored["logits_ptr"] == n_rows * -(-n_columns // 16) * 16 * 4 * gradient
+    assert launch.loaded["logits_ptr"] == n_rows * 4 * (passes * row_length + 1)
+    assert launch.loaded["bias_ptr"] == n_rows * 4 * (passes * n_columns + 1)
+    assert launch.stored["logits_ptr"] == n_rows * 4 * row_length * gradient
 
 
 # The losses' weights and sums: one program each -----------------------------------------------------------------------

@@ -94,9 +94,8 @@ def narrow_limit(kernel: dict, target: str) -> int:
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
         numbers = 3 + given("row_weight", "z_loss") + 4 * given("statistics")  # the target, its logit, the loss
         return numbers + (1 + words) * given("bias")
-    if name == "row_weights_kernel":  # four results; weights of loops, or of tokens under the mask of the ignored
-        weights = 2 * (on["BLOCK_TOKENS"] // threads(kernel, target) if on["PER_TOKEN"] else 1)
-        return 4 + given("penalty", "n_targets") + weights * given("weights")
+    if name == "row_weights_kernel":  # four results; weights under the mask of the ignored
+        return 4 + given("penalty", "n_targets") + 20 * given("weights")
     if name == "loss_sums_kernel":
         return 5  # three factors, two results
     assert name == "scaled_kernel"

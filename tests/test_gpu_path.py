@@ -74,8 +74,8 @@ def test_launches_of_a_fused_step(report):
         "swiglu_backward_kernel": CONFIG.n_layers * CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
         "row_weights_kernel": 1,
-        "scaled_kernel": 1,
         "loss_sums_kernel": 1,
+        "scaled_kernel": 1,
     }
     assert report["plain"]["triton_launches"] == {}
     assert report["fused"]["launches"] < 0.85 * report["plain"]["launches"]

@@ -5,7 +5,9 @@ from train.paper.paper_scale import PAPER_PRESETS, RUNS, STEP_GIB, STEP_SECONDS,
 
 
 def test_memory_is_that_of_the_measured_step():
-    assert estimate("paper-129m").bytes / 2**30 == pytest.approx(STEP_GIB, rel=0.1)
+    run = estimate("paper-129m")
+    assert run.bytes / 2**30 == pytest.approx(STEP_GIB, rel=0.1)
+    assert run.bytes == 16 * run.parameters + (21 * 768 + 8 * 3072) * 12 * 4 * 32 * 256
 
 
 def test_share_of_the_peak_is_that_of_the_measured_step():

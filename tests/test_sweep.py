@@ -164,7 +164,7 @@ def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
         ([], ("--seed", "3"), "--seed is the sweep's own option"),
         ([], ("--no-inter_loop_norm",), "--no-inter_loop_norm is the sweep's own option"),
         ([], ("--readout=raw",), "--readout=raw is the sweep's own option"),
-        (["--jobs", "2"], ("--device", "cuda:0"), "device"),
+        (["--jobs", "2"], ("--device", "cuda:0"), "device must be auto, cpu or cuda with several jobs"),
     ],
 )
 def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):

@@ -148,10 +148,10 @@ def test_the_decoders_bits_on_a_cpu_are_the_same_fused_or_plain(dtype, autocast)
     module = SwiGLU(LoopedConfig(d_model=24, d_ff=52, n_heads=2, n_layers=1, vocab_size=10, max_seq_len=4, n_loops=1))
     module, found = module.to(dtype), []
     x, dy = torch.randn(2, 3, 5, 24).to(dtype)
-    for fused in (True, False):
+    for implementation in (FUSED, PLAIN):
         h = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y = module(h, Context(FUSED if fused else PLAIN))
+            y = module(h, Context(implementation))
         found.append((y, *torch.autograd.grad(y, (h, *module.parameters()), dy.to(y.dtype))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

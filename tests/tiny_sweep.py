@@ -15,7 +15,8 @@ from train.run import command_line
 
 NAMES = ("terminal-rmsnorm", "per-loop-rmsnorm")
 PROGRAM = [sys.executable, "-m", "train.paper"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+CHECKOUT = str(Path(__file__).parents[1])
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": CHECKOUT}
 
 
 def training_words(directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 `python -m looped.diagnose RUN` for a run of this project; for another model, describe it as a LoopedModel and call
 `diagnose` and `write_diagnosis`. `read_record` reads the numbers of a page back.
+
 Definitions: Sharma & Vu, arXiv 2606.24898.
 """
 

@@ -30,6 +30,7 @@ from train.paper.runs import FoundRun, RunResult, read_run, status
 from train.paper.sweep_report import write_report
 from train.run import command_line
 
+PROGRAM = Path(__file__).parents[1] / "run.py"  # by its path: of this checkout, whatever else is installed
 UNFINISHED_FILES = {"config.json", "tokenizer.json", "metrics.jsonl", "validation.safetensors", "checkpoint.new"}
 POLL_SECONDS = 0.2
 
@@ -188,7 +189,7 @@ def _start(task: Task, slot: int, jobs: int, locks: list[int]) -> Child:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "train.run", *options],
+            [sys.executable, str(PROGRAM), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
