@@ -1,41 +1,23 @@
-"""The loss from its definition, fused against plain, what terminal supervision spares, statistics, evaluation."""
+"""The loss from its definition, fused against plain, what terminal supervision spares, logits, evaluation."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_decoder
 import torch
 import torch.nn.functional as F
+from tiny_decoder import D, V, assert_same_gradients
 from torch import Tensor
 
 import looped.kernels.device
-from looped.config import LoopedConfig
 from looped.model import LoopedLM, LoopedOutput
 
-V, D, K, BATCH, LENGTH = 67, 24, 3, 2, 11
+K, BATCH, LENGTH = 3, 2, 11
 READOUTS = ["rmsnorm", "layernorm", "raw", "final-only"]
-
-
-def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedLM:
-    """A decoder with norms away from 1 and a bias away from 0, so that a forgotten parameter shows."""
-    shape: dict[str, Any] = {
-        "vocab_size": V,
-        "d_model": D,
-        "n_heads": 3,
-        "n_layers": 2,
-        "d_ff": 40,
-        "max_seq_len": 16,
-        "n_loops": K,
-        "dropout": 0.0,
-        "embedding_std": 0.3,
-    }
-    torch.manual_seed(seed)
-    decoder = LoopedLM(LoopedConfig(**{**shape, **changes}), fused=fused)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return decoder
+model = functools.partial(tiny_decoder.model, embedding_std=0.3)
 
 
 def batch(ignored: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -136,12 +118,7 @@ def test_fused_and_plain_agree(options: dict[str, Any]) -> None:
     fused, fused_gradients = run(model(fused=True, **shape), **training)
     torch.testing.assert_close(fused.loss, plain.loss, atol=0, rtol=1e-5)
     torch.testing.assert_close(fused.per_loop, plain.per_loop, atol=0, rtol=1e-5, equal_nan=True)
-    assert fused_gradients.keys() == plain_gradients.keys()
-    for name, wanted in plain_gradients.items():
-        tolerance = 2e-5 * wanted.abs().max().item()
-        torch.testing.assert_close(
-            fused_gradients[name], wanted, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same_gradients(fused_gradients, plain_gradients, 2e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -151,10 +128,7 @@ def test_gradients_are_those_of_float64(fused: bool) -> None:
     exact = model(fused=False, readout="final-only", positions="rotary").double()
     exact.load_state_dict(decoder.state_dict())
     _, truth = run(exact, penalty=0.05)
-    for name, wanted in truth.items():
-        torch.testing.assert_close(
-            found[name].double(), wanted, atol=2e-5 * wanted.abs().max().item(), rtol=1e-4, msg=lambda m, n=name: n + m
-        )
+    assert_same_gradients({name: gradient.double() for name, gradient in found.items()}, truth, 2e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -280,113 +254,7 @@ def test_the_whole_forward_compiles_into_one_graph(fused: bool, checkpoint_loops
     result.loss.backward()
     for name in ("loss", "per_loop", "logits"):
         torch.testing.assert_close(getattr(result, name), getattr(expected, name))
-    for name, gradient in gradients(decoder).items():
-        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_compiled_model_measures_statistics(fused: bool) -> None:
-    torch._dynamo.reset()
-    decoder = model(fused=fused)
-    expected, expected_gradients = run(decoder, statistics=True)
-    decoder.compile(backend="aot_eager")
-    result, found = run(decoder, statistics=True)
-    for a, b in zip(result.statistics, expected.statistics, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-4)
-
-
-# Statistics -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
-@pytest.mark.parametrize("readout", READOUTS)
-def test_statistics_of_fused_and_plain_agree(readout: Any, supervision: Any) -> None:
-    options = {"supervision": supervision, "penalty": 0.1, "statistics": True}
-    plain, _ = run(model(fused=False, readout=readout), **options)
-    fused, _ = run(model(fused=True, readout=readout), **options)
-    assert plain.statistics is not None
-    assert fused.statistics is not None
-    assert fused.statistics._fields == plain.statistics._fields
-    for name, found, wanted in zip(plain.statistics._fields, fused.statistics, plain.statistics, strict=True):
-        assert found is not None, name
-        assert wanted is not None, name
-        assert found.shape == wanted.shape == (K, BATCH, LENGTH), name
-        assert found.dtype == wanted.dtype == (torch.int64 if name == "top1" else torch.float32), name
-        assert not found.requires_grad, name
-        assert not wanted.requires_grad, name
-        tolerance = 1e-6 if name.startswith("radial") else 1e-5
-        torch.testing.assert_close(
-            found, wanted, atol=tolerance, rtol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_statistics_are_their_definitions(fused: bool) -> None:
-    decoder = model(fused=fused, readout="raw")
-    tokens, targets = batch()
-    states = decoder(tokens).states
-    found = decoder.readout_loss(states, targets, penalty=0.3, statistics=True).statistics
-    assert found is not None
-    for loop, state in enumerate(states):
-        h = state.detach().double().requires_grad_()
-        logits = expected_logits(decoder, h, loop, K)
-        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        g = torch.autograd.grad(ce.sum() / (targets != -100).sum() / K, h)[0]
-        p = logits.softmax(-1)
-        ordered = logits.sort(-1, descending=True)
-        radial = (g * h).sum(-1)
-        fraction = (radial.abs() / (g.norm(dim=-1) * h.norm(dim=-1))).nan_to_num(0.0)
-        wanted = {
-            "loss": ce,
-            "lse": logits.exp().sum(-1).log(),
-            "entropy": -(p * p.log()).sum(-1),
-            "margin": ordered.values[..., 0] - ordered.values[..., 1],
-            "mean_square": h.square().mean(-1),
-            "radial_dot": radial,
-            "radial_fraction": fraction,
-        }
-        for name, truth in wanted.items():
-            actual = getattr(found, name)[loop].double()
-            torch.testing.assert_close(actual, truth.detach(), atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.equal(found.top1[loop], ordered.indices[..., 0])
-        assert fraction.median() > 1e-3
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_normalised_readouts_do_not_see_the_scale(fused: bool) -> None:
-    fractions = {}
-    for readout in ("rmsnorm", "layernorm", "raw", "final-only"):
-        statistics = run(model(fused=fused, readout=readout), statistics=True)[0].statistics
-        assert statistics is not None
-        assert statistics.radial_fraction is not None
-        fractions[readout] = statistics.radial_fraction.flatten(1).median(dim=1).values
-    assert fractions["rmsnorm"].max() < 1e-4
-    assert fractions["raw"].min() > 1e-2
-    assert fractions["final-only"][:-1].min() > 1e-2
-    assert fractions["final-only"][-1] < 1e-4
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_statistics_change_neither_loss_nor_gradients(fused: bool) -> None:
-    without, expected = run(model(fused=fused), penalty=0.1)
-    result, found = run(model(fused=fused), penalty=0.1, statistics=True)
-    assert torch.equal(result.loss, without.loss)
-    assert torch.equal(result.per_loop, without.per_loop)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_statistics_without_gradients_have_no_radial_part(fused: bool) -> None:
-    decoder = model(fused=fused)
-    tokens, targets = batch()
-    with torch.no_grad():
-        result = decoder(tokens, targets, statistics=True)
-    assert result.statistics is not None
-    assert result.statistics.radial_dot is None
-    assert result.statistics.radial_fraction is None
-    torch.testing.assert_close(result.statistics.loss.sum((1, 2)) / (targets != -100).sum(), result.per_loop)
+    assert_same_gradients(gradients(decoder), expected_gradients)
 
 
 # Logits and evaluation ------------------------------------------------------------------------------------------------

@@ -271,6 +271,16 @@ def test_resume_with_a_damaged_configuration(run, tmp_path, capsys):
         assert_rejected(["--resume", str(run), "--steps", "9"], tmp_path, "config.json cannot be used", capsys)
 
 
+@pytest.mark.parametrize(("field", "value"), [("n_layers", ...), ("n_loops", "3"), ("d_ff", 0), ("preset", "demo-2")])
+def test_resume_with_a_configuration_of_another_version(run, tmp_path, capsys, field, value):
+    config = json.loads((run / "config.json").read_text())
+    del config["train"][field]
+    if value is not ...:
+        config["train"][field] = value
+    (run / "config.json").write_text(json.dumps(config))
+    assert_rejected(["--resume", str(run), "--steps", "9"], tmp_path, "config.json cannot be used", capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -189,13 +189,14 @@ def read_config(run: Path) -> TrainConfig:
     path = run / CONFIG
     try:
         stored = run_directory.read_config(run)["train"]
+    except ValueError as error:
+        raise ValueError(f"resume must be the directory of a run. {error}") from error
+    try:
         cache = None if stored["cache"] is None else Path(stored["cache"])
         config = TrainConfig(**(stored | {"cache": cache}))
         model_config(config, config.vocab_size or 1)
         return config
-    except ValueError as error:
-        raise ValueError(f"resume must be the directory of a run. {error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"resume must be the directory of a run. {path} cannot be used ({error!r:.120}).") from error
 
 
