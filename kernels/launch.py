@@ -20,8 +20,8 @@ def launch(
     classifies anew each time.  Here a kernel is looked up by the arguments' values, and by what matters of tensors:
     dtypes, and whether all addresses are multiples of 16.
     """
-    device = on.get_device()  # -1 for a CPU
-    if device >= 0 and device != torch.cuda.current_device():
+    device = on.device.index if on.is_cuda else None
+    if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, on, *arguments, num_warps=num_warps, **options)
             return

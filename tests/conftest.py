@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]  # the programs that tests start are no workers
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
