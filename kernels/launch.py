@@ -17,8 +17,8 @@ def launch(
     """Run a kernel, its arguments by position, on the GPU of the tensor `on`.
 
     Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
-    classifies anew each time.  Here a kernel is looked up by the arguments' values, and by what matters of tensors:
-    dtypes, and whether all addresses are multiples of 16.
+    classifies anew each time.  Here a kernel is looked up by the arguments' values and the tensors' dtypes, where all
+    addresses are multiples of 16.
     """
     device = on.device.index if on.is_cuda else None
     if device is not None and device != torch.cuda.current_device():
@@ -36,7 +36,10 @@ def launch(
             known.append(argument.dtype)
         else:  # of a float Triton compiles for the type alone
             known.append(float if kind is float else argument)
-    key = (addresses & 15, *known)
+    if addresses & 15:
+        kernel[grid](*arguments, num_warps=num_warps, **options)
+        return
+    key = tuple(known)
     compiled = COMPILED.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*arguments)

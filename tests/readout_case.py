@@ -44,7 +44,7 @@ class Case:
         arguments = dict(tensors)
         states = arguments.pop("states")
         states = list(states.unbind(0)) if sequence else states
-        result = function(states, arguments.pop("head"), self.targets, **arguments, **self.options, **more)
+        result = function(states, arguments.pop("head"), self.targets, **arguments, **(self.options | more))
         loss, per_loop = result[:2]
         if not isinstance(upstream, torch.Tensor):
             upstream = torch.full_like(loss, upstream)

@@ -170,8 +170,9 @@ def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
 def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):
     """Found before there is a directory, so before it is locked."""
     monkeypatch.setattr(sweep, "_start", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if "cuda:0" in extra:  # as where there is one
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     argv = sweep_words(tmp_path, *options, extra=extra)
     assert_rejected(argv, tmp_path, message, capsys)
 

@@ -301,6 +301,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "torch.version.hip": "6.4" if target.is_amd else None,
         "torch.Tensor.pin_memory": lock_pages,
         "torch.Tensor.to": numbered(torch.Tensor.to),
+        "torch.Tensor.get_device": lambda tensor: tensor.device.index if tensor.device.type == "cuda" else -1,
         "torch.nn.Module._apply": apply,
         "torch.tensor": copied(torch.tensor),
         "torch.clear_autocast_cache": autocast.casts.clear,
