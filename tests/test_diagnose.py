@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import importlib.metadata
 import json
 import re
 import shutil
@@ -316,9 +317,11 @@ def test_a_run_that_has_diverged_is_found_before_anything_is_measured(runs, tmp_
 def test_the_page_says_where_its_numbers_are_from(out, runs):
     (first, second) = (one["origin"] for one in json.loads((out / "diagnosis.json").read_text())["diagnoses"])
     assert (first["run"], first["step"], first["data"], first["tokenizer"]) == ("seed-1", "8", "text.txt", "bpe")
-    assert second["device"].startswith("cpu: ")
+    assert second["device"].startswith(
+        "cuda: " if torch.cuda.is_available() else "cpu: "
+    )  # where --device auto measures
     text = (out / "index.html").read_text()
-    for fact in (*first.values(), f"torch {torch.__version__}"):
+    for fact in (*first.values(), f"torch {importlib.metadata.version('torch')}"):
         assert fact in text
     origin = {tuple(row[:2]): row[2] for row in Page(text).tables[-1]}
     assert origin["run", "seed-1"] == "all"
