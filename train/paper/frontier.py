@@ -29,7 +29,7 @@ from tqdm import tqdm
 from looped.model import LoopedLM
 from looped.provenance import instructions, processor
 from looped.run_directory import SavedRun, load_run
-from train.batches import Windows, spread
+from train.batches import Windows, evaluation_windows
 from train.interrupt import Interruptions
 from train.metrics import finite
 from train.paper import sweep
@@ -203,7 +203,7 @@ def check_comparable(first: SavedRun, run: SavedRun) -> None:
 
 
 def windows_of(run: SavedRun) -> Windows:
-    """Windows in which every validation token but the first, and what is left over at the end, is a target once."""
+    """The validation text in windows of the model's length."""
     seq_len = run.model.config.max_seq_len
     windows = Windows(run.validation.tokens.numpy(), seq_len, seq_len)
     if len(windows) == 0:
@@ -216,9 +216,12 @@ def windows_of(run: SavedRun) -> Windows:
 
 @torch.no_grad()
 def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents:
-    """Losses of about ``n_tokens`` targets at K = 1..n_loops by document; documents without a target are left out."""
-    windows, validation = windows_of(run), run.validation
-    indices = spread(len(windows), max(1, n_tokens // windows.seq_len))
+    """Losses of about ``n_tokens`` targets at K = 1..n_loops by document; documents without a target are left out.
+
+    With at least as many tokens as the validation text has, every one but the first is a target once.
+    """
+    validation = run.validation
+    windows, indices = evaluation_windows(validation.tokens.numpy(), windows_of(run).seq_len, n_tokens)
     model = run.model.to(DEVICE)
     losses, targets = [], []
     for start in range(0, len(indices), EVALUATION_BATCH):
@@ -229,6 +232,8 @@ def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents
         targets.append(batch_targets.flatten())
     model.cpu()
     positions = (indices[:, None] * windows.stride + 1 + np.arange(windows.seq_len)).ravel()  # of the targets
+    inside = positions < len(windows.tokens)  # the last window may be filled up
+    positions = positions[inside]
     document = np.searchsorted(validation.bounds.numpy(), positions, side="right") - 1
 
     def summed(values: np.ndarray | None) -> np.ndarray:
@@ -238,9 +243,9 @@ def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents
     seen = counted > 0
     sizes = validation.bytes_per_token
     return Documents(
-        np.stack([summed(loss)[seen] for loss in torch.cat(losses, 1).double().numpy()]),
+        np.stack([summed(loss[inside])[seen] for loss in torch.cat(losses, 1).double().numpy()]),
         counted[seen],
-        None if sizes is None else summed(sizes[torch.cat(targets)].numpy())[seen],
+        None if sizes is None else summed(sizes[torch.cat(targets)[torch.from_numpy(inside)]].numpy())[seen],
     )
 
 
