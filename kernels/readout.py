@@ -179,7 +179,8 @@ def _forward(
     y = results.dy if call.needs_dy else head.new_empty((n_rows, d), dtype=dtype)
     _normed_rows(loops, norm_weight, norm_bias, y, mean_square, call)
     if n_rows == 0:
-        results.dhead.zero_(), results.dbias.zero_()
+        results.dhead.zero_()
+        results.dbias.zero_()
     else:
         rows = RowResults(results.ce.view(-1))
         if call.statistics:
@@ -269,7 +270,10 @@ def _call_again(ctx, call: ReadoutCall) -> ReadoutCall:
 
 
 class _Readout(torch.autograd.Function):
-    """`total` carries gradients that were formed in the forward pass; without them `ce` is differentiated."""
+    """`total` carries gradients that were formed in the forward pass, and that of the weights.
+
+    Without either `ce` is differentiated.
+    """
 
     @staticmethod
     def forward(ctx, call, n_states, *tensors):
@@ -279,7 +283,7 @@ class _Readout(torch.autograd.Function):
         ctx.call, ctx.n_states, ctx.is_stack = call, n_states, states[0].dim() == 3
         ctx.dtypes = [states[0].dtype if others[name] is None else others[name].dtype for name in ("head", "bias")]
         ctx.weights_shape = None if others["weights"] is None else others["weights"].shape
-        ctx.formed = call.needs_dlogits or bool(call.differentiated)
+        ctx.formed = call.needs_dlogits or bool(call.differentiated) or others["weights"] is not None
         differentiable = results.total if ctx.formed else results.ce
         ctx.mark_non_differentiable(*(result for result in results if result is not differentiable))
         if ctx.formed:

@@ -180,6 +180,15 @@ def test_a_step_of_adaptive_supervision_through_per_token_weights(backend, devic
     torch.testing.assert_close(actual["weights"], result.statistics.loss / 5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weights", ["token", "loop"])
+def test_weights_of_a_frozen_model(backend, device, weights, reduction):
+    """An exit gate that is trained behind a model that is not."""
+    case = Case((3, 7, 16, 21), device, weights=weights, reduction=reduction, bias=True)
+    upstream = torch.rand(3, 7, device=device) if reduction == "none" else 2.0
+    case.check(upstream=upstream, frozen=("states", "head", "norm_weight", "bias"))
+
+
 # The op in PyTorch ----------------------------------------------------------------------------------------------------
 
 
