@@ -1,5 +1,6 @@
 """The peak of temporary memory in one untimed call: beyond what was there before and what the call leaves behind."""
 
+import gc
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,7 @@ def peak_memory(call: Callable[[], Any]) -> tuple[int, Any]:
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), result
+    gc.collect()  # what an earlier call left in reference cycles is not to be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     assert profiler.profiler is not None
