@@ -258,6 +258,21 @@ def test_trap_a_row_without_weight_may_have_any_loss(backend, device, reduction,
     torch.testing.assert_close(actual["states"][others], expected["states"][others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trap_a_row_without_weight_whose_logits_are_not_finite_has_no_gradient(backend, device, dtype):
+    case = Case((2, 6, 24, 31), device, dtype, readout="raw", bias=True)
+    weights = torch.rand(2, 6, device=device) + 0.1
+    weights[1, 4] = 0.0
+    case.options["weights"] = weights
+    expected, _ = case.run(looped_cross_entropy)
+    case.tensors["states"][1, 4] = torch.finfo(dtype).max
+    actual, result = case.run(looped_cross_entropy, statistics=True)
+    assert not result.statistics.loss[1, 4].isfinite()
+    assert actual["states"][1, 4].eq(0).all()
+    for name in ("loss", "head", "bias"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
 @pytest.mark.parametrize("as_tensor", [True, False])
 @pytest.mark.parametrize("weights", [None, "token"])
 def test_trap_the_mean_of_parts_is_that_of_the_whole(backend, device, weights, as_tensor):
