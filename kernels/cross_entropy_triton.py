@@ -21,7 +21,7 @@ from .launch import launch, power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-BLOCK_VOCAB = 4096  # columns of a step of plain rows; half of it with bias or softcap, half of that with statistics
+BLOCK_VOCAB = 4096  # columns of a step of plain rows that end where the vocabulary does; `block_vocab` has the others
 NUM_WARPS = 8
 
 
