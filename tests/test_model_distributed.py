@@ -22,25 +22,34 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], targets
 
 
-def train(rank: int, folder: str) -> None:
-    """One process: the gradients of its rows, averaged with the other's, into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=N_PROCESSES)
+def save_gradients(rank: int, folder: str, fused: bool) -> None:
+    """The gradients of this process's rows, averaged with the other's, into a file."""
     tokens, targets = (rows.chunk(N_PROCESSES)[rank] for rows in batch())
     # The mean over processes of sums over n / 2 is the sum over n.
     n_targets = (batch()[1] != -100).sum() / N_PROCESSES
+    wrapped = DistributedDataParallel(model(fused=fused, tied=False))
+    loss = wrapped(tokens, targets, n_targets=n_targets, **OPTIONS).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in wrapped.module.named_parameters()}
+    torch.save((loss.detach(), gradients), Path(folder, f"{fused}-{rank}.pt"))
+
+
+def process(rank: int, folder: str) -> None:
+    """What one process does.
+
+    The wrapped model must be gone before the process group is. Otherwise it is the group's last owner: it then waits,
+    holding Python's lock, for a thread of the group that may want that lock, for ever.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=N_PROCESSES)
     for fused in (True, False):
-        wrapped = DistributedDataParallel(model(fused=fused, tied=False))
-        loss = wrapped(tokens, targets, n_targets=n_targets, **OPTIONS).loss
-        loss.backward()
-        gradients = {name: parameter.grad for name, parameter in wrapped.module.named_parameters()}
-        torch.save((loss.detach(), gradients), Path(folder, f"{fused}-{rank}.pt"))
+        save_gradients(rank, folder, fused)
     dist.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=N_PROCESSES)
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=N_PROCESSES, daemon=True)
     for fused in (True, False):
         alone = model(fused=fused, tied=False)
         loss = alone(*batch(), **OPTIONS).loss
