@@ -61,7 +61,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(
     for state, wanted in zip(states, exact, strict=True):
         assert state.dtype == torch.float32
         assert not torch.equal(state, wanted)
-        torch.testing.assert_close(state, wanted, atol=0.2, rtol=0.05)
+        assert (state - wanted).norm() < 0.03 * wanted.norm()
     assert all(torch.isfinite(g).all() for g in gradients(decoder, states).values())
 
 
