@@ -13,6 +13,7 @@ from looped.checkout import search_path as _search_path
 __path__ = _search_path()  # where looped.kernels is found, in a checkout too
 
 from looped.attention import causal_attention
+from looped.capture import Captured, capture
 from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
 from looped.model import LoopedLM, LoopedOutput
 from looped.supervision import IGNORE_INDEX, Supervision
@@ -20,6 +21,7 @@ from looped.supervision import IGNORE_INDEX, Supervision
 __all__ = [
     "IGNORE_INDEX",
     "PRESETS",
+    "Captured",
     "LoopedConfig",
     "LoopedLM",
     "LoopedOutput",
@@ -27,5 +29,6 @@ __all__ = [
     "Positions",
     "Readout",
     "Supervision",
+    "capture",
     "causal_attention",
 ]
