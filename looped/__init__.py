@@ -16,6 +16,7 @@ from looped.attention import causal_attention
 from looped.capture import Captured, capture
 from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
 from looped.model import LoopedLM, LoopedOutput
+from looped.patch import Patched, patch
 from looped.supervision import IGNORE_INDEX, Supervision
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "LoopedLM",
     "LoopedOutput",
     "LoopedShape",
+    "Patched",
     "Positions",
     "Readout",
     "Supervision",
     "capture",
     "causal_attention",
+    "patch",
 ]

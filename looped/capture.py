@@ -105,14 +105,18 @@ class Captured:
 
     def begin(self) -> None:
         """The model starts to run: what an earlier call left is forgotten."""
-        self._states, self._versions = [], []
-        self.calls.clear()
+        self.forget()
         self._running = self._called = True
         self._with_gradients = torch.is_grad_enabled()
 
     def end(self) -> None:
         """The model has run."""
         self._running = False
+
+    def forget(self) -> None:
+        """Let go of the states and of what the coda was given."""
+        self._states, self._versions = [], []
+        self.calls.clear()
 
     def _keep(self, state_of: Any, given: Any) -> None:
         if self._running:
