@@ -47,7 +47,7 @@ def patch(model: nn.Module, *, loss: PatchedLoss = "own", penalty: float = 0.0) 
     if "forward" in vars(model):
         raise ValueError(f"model must have the forward of its class. Got {type(model).__name__} with another.")
     patched = Patched(model, loss, penalty)
-    model.forward = patched  # type: ignore[method-assign, assignment]
+    model.forward = patched
     return patched
 
 
@@ -110,7 +110,7 @@ class Patched:
     def _captured_run(self) -> Iterator[None]:
         """The model's states are recorded, and its head forms no logits."""
         handles = self.captured.attach() + ([] if self.expected is None else self.expected.attach())
-        self.head.forward = self._no_logits  # type: ignore[method-assign]
+        self.head.forward = self._no_logits
         self.captured.begin()
         try:
             yield
@@ -133,7 +133,8 @@ class Patched:
         targets = labels if shift_labels is None else shift_labels
         if shift_labels is None and self.adapter.shifts:
             targets = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-        targets, n_targets, penalty = targets.to(device), num_items_in_batch, self.penalty
+        targets, n_targets = targets.to(device), num_items_in_batch
+        penalty: float | Tensor = self.penalty
         if isinstance(n_targets, Tensor):
             n_targets = n_targets.to(device)
         if n_targets is not None and self.penalty:  # a batch of several that are added up has its share of the penalty

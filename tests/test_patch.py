@@ -156,7 +156,7 @@ def test_patch_rejects_options(options, message):
 
 def test_patch_rejects_a_model_that_is_patched():
     model = small("ouro")
-    with looped.patch(model), pytest.raises(ValueError, match="model must have the forward of its class. Got Ouro"):
+    with looped.patch(model), pytest.raises(ValueError, match=r"model must have the forward of its class. Got Ouro"):
         looped.patch(model)
 
 
@@ -169,7 +169,7 @@ def test_patch_rejects_models():
             return self.model(input_ids)
 
     model = Headless()
-    with pytest.raises(ValueError, match="model must take labels. Got Headless"):
+    with pytest.raises(ValueError, match=r"model must take labels. Got Headless"):
         looped.patch(model)
     assert "forward" not in vars(model)
 
@@ -185,6 +185,6 @@ def test_patch_rejects_copies():
 
 def test_patch_rejects_outputs_that_are_tuples():
     model = small("hrm_text")
-    with looped.patch(model), pytest.raises(ValueError, match="return_dict must be True .* Got a tuple"):
+    with looped.patch(model), pytest.raises(ValueError, match=r"return_dict must be True .* Got a tuple"):
         run(model, TOKENS, labels=LABELS, return_dict=False)
     assert isinstance(run(model, TOKENS, labels=LABELS, return_dict=False), tuple)
