@@ -34,6 +34,8 @@ class LoopedShape:
     """The head is the token embedding."""
     positions: Positions = "learned"
     """Learned absolute positions, added once before the first loop, or rotary ones in every attention."""
+    exit_gate: bool = False
+    """A gate that says for every loop and token how probable it is to stop there. Gated supervision needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)

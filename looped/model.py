@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looped.config import LoopedConfig
+from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.kernels import LoopedCrossEntropy, LoopedStatistics
 from looped.recurrence import Recurrence
-from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
+from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
 class LoopedOutput(NamedTuple):
@@ -56,6 +57,8 @@ class LoopedLM(Recurrence):
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=config.embedding_std)
+        # Last, and without a random number: a gate leaves the other parameters as they would be.
+        self.exit_gate = ExitGate(config.d_model, config.n_loops) if config.exit_gate else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -68,7 +71,7 @@ class LoopedLM(Recurrence):
         targets: Tensor | None = None,
         *,
         n_loops: int | None = None,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         logits: bool = False,
@@ -88,7 +91,7 @@ class LoopedLM(Recurrence):
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
             _check_targets(targets, tokens.shape)
-            _check_loss_options(supervision, penalty)
+            self._check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
         states = self.unroll(tokens, n_loops)
@@ -105,7 +108,7 @@ class LoopedLM(Recurrence):
         states: Sequence[Tensor],
         targets: Tensor,
         *,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
@@ -114,29 +117,59 @@ class LoopedLM(Recurrence):
 
         `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`, where CE_k is the mean
         cross-entropy of loop k over the targets that are not -100 (0 if all are), and w_k = 1/K for `per-loop`
-        supervision; for `terminal` w_K = 1, the others 0 and not read out.
+        supervision; for `terminal` w_K = 1, the others 0 and not read out. With `gated` supervision every token has
+        weights of its own, its exit probabilities, and a term that holds those close to a prior is added
+        (`looped.supervision.Gated`, whose options go in the word's place).
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
         tensor. statistics: measure what the readout sees of every loop and token.
-        Raises ValueError for states and targets that do not fit, a negative penalty or an unknown supervision,
-        TypeError for targets that are not int64.
+        Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
+        supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
-        _check_loss_options(supervision, penalty)
-        return self.implementation.readout_loss(
+        self._check_loss_options(supervision, penalty)
+        gate = gated(supervision)
+        log_p = None if gate is None else self.log_exit_probabilities(states)
+        result = self.implementation.readout_loss(
             states,
             self.head_weight,
             targets,
             readout=self.config.readout,
             **self._readout_norm_options(),
             penalty=penalty,
-            weights=supervision_weights(supervision, len(states)),
+            weights=supervision_weights(supervision, len(states)) if log_p is None else log_p.exp(),
             ignore_index=IGNORE_INDEX,
             n_targets=n_targets,
             statistics=statistics,
         )
+        if gate is None or log_p is None:
+            return result
+        return result._replace(loss=result.loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets))
+
+    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
+        """The gate's g [K, B, T] of K states [B, T, d], fp32 under autocast too: lambda_k = sigmoid(g_k).
+
+        The gate sees every state through the readout's norm, if there is one (`final-only` has it at every loop here).
+        Raises ValueError for a model without a gate.
+        """
+        if self.exit_gate is None:
+            raise ValueError("exit probabilities are those of a gate and need exit_gate=True. Got exit_gate=False.")
+        norm = self.readout_norm
+        with torch.autocast(states[0].device.type, enabled=False):
+            return torch.stack([self.exit_gate(state if norm is None else norm(state)) for state in states])
+
+    def log_exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
+        """log p_k [K, B, T] fp32, differentiable, of all K states [B, T, d]. Raises as `exit_logits` does."""
+        return log_exit_probabilities(self.exit_logits(states))
+
+    def exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
+        """p_k [K, B, T] fp32: how probable it is that a token stops at loop k. Over the K loops they add up to 1.
+
+        The last one takes what remains, whatever K is (looped/exit_gate.py). Raises as `exit_logits` does.
+        """
+        return self.log_exit_probabilities(states).exp()
 
     def readout_logits(self, state: Tensor, *, final: bool = True) -> Tensor:
         """Logits [..., V] of one state [..., d]: the readout's norm, then the head.
@@ -166,6 +199,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
+        if gated(supervision) is None:
+            supervision_weights(supervision, 1)
+        elif self.exit_gate is None:
+            raise ValueError("gated supervision needs a model with exit_gate=True. Got exit_gate=False.")
+        if not isinstance(penalty, Tensor) and not penalty >= 0:
+            raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
 
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""
@@ -220,9 +261,3 @@ def _check_states(states: Sequence[Tensor], targets: Tensor) -> None:
     if len(shapes) > 1:
         raise ValueError(f"states must have one shape [..., d]. Got {[list(shape) for shape in shapes]}.")
     _check_targets(targets, states[0].shape[:-1])
-
-
-def _check_loss_options(supervision: Supervision, penalty: float | Tensor) -> None:
-    supervision_weights(supervision, 1)
-    if not isinstance(penalty, Tensor) and not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
