@@ -47,6 +47,15 @@ def test_figure_is_drawn(tmp_path, rows):
     assert not plt.get_fignums()
 
 
+def test_a_gated_run_has_a_panel_of_its_exits(tmp_path):
+    rows = [row(1, exit_loop=1.5, exit_entropy=0.6), row(2, exit_loop=None, exit_entropy=None), row(3)]
+    draw(tmp_path / "three.png", [row(1)], RESULTS, "title")
+    draw(tmp_path / "four.png", rows, RESULTS, "title")
+    three, four = (plt.imread(tmp_path / f"{name}.png") for name in ("three", "four"))
+    assert four.shape[1] * 3 == three.shape[1] * 4
+    assert (four[100:, three.shape[1] :, :3] < 0.9).mean() > 0.003
+
+
 def test_environment():
     values = environment(torch.device("cpu"))
     assert values["device"].startswith("cpu: ")
