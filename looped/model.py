@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looped.config import LoopedConfig
+from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
-from looped.kernels import LoopedCrossEntropy, LoopedStatistics
+from looped.kernels import LoopedStatistics
 from looped.recurrence import Recurrence
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
@@ -17,12 +18,13 @@ from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervis
 class LoopedOutput(NamedTuple):
     """What `LoopedLM` returns.
 
-    states: (H_1, ..., H_K), each [B, T, d] in the embedding's dtype, under autocast too.
+    states: (H_1, ..., H_K), those that are fed back, each [B, T, d] in the embedding's dtype, under autocast too.
     loss: scalar, fp32, differentiable; None without targets.
     per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
     statistics: per (loop, token), or None if not asked for.
+    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss; None unless gated.
     """
 
     states: tuple[Tensor, ...]
@@ -30,12 +32,23 @@ class LoopedOutput(NamedTuple):
     per_loop: Tensor | None = None
     logits: Tensor | None = None
     statistics: LoopedStatistics | None = None
+    log_exits: Tensor | None = None
+
+
+class ReadoutLoss(NamedTuple):
+    """What `LoopedLM.readout_loss` returns, as in `LoopedOutput`."""
+
+    loss: Tensor
+    per_loop: Tensor
+    statistics: LoopedStatistics | None
+    log_exits: Tensor | None
 
 
 class LoopedLM(Recurrence):
     """A decoder stack applied K times to its own output, and read out after every loop (Sharma & Vu, arXiv 2606.24898).
 
-    The recurrence is described in looped/recurrence.py. Every H_k is a readout's input before the readout's norm.
+    The recurrence is described in looped/recurrence.py. Every state H_k that is fed back can be read out: through the
+    coda, if there is one, whose result is R_k; then the readout's norm; then the head.
 
     fused: use the functions of `kernels` instead of plain PyTorch (looped/implementation.py).
     checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
@@ -101,7 +114,9 @@ class LoopedLM(Recurrence):
         result = self.readout_loss(
             states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        return output._replace(loss=result.loss, per_loop=result.per_loop, statistics=result.statistics)
+        return output._replace(
+            loss=result.loss, per_loop=result.per_loop, statistics=result.statistics, log_exits=result.log_exits
+        )
 
     def readout_loss(
         self,
@@ -112,14 +127,15 @@ class LoopedLM(Recurrence):
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
-    ) -> LoopedCrossEntropy:
-        """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
+    ) -> ReadoutLoss:
+        """The training loss of the states of all loops, in nats.
 
-        `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`, where CE_k is the mean
-        cross-entropy of loop k over the targets that are not -100 (0 if all are), and w_k = 1/K for `per-loop`
-        supervision; for `terminal` w_K = 1, the others 0 and not read out. With `gated` supervision every token has
-        weights of its own, its exit probabilities, and a term that holds those close to a prior is added
-        (`looped.supervision.Gated`, whose options go in the word's place).
+        `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
+        H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
+        targets that are not -100 (0 if all are). w_k = 1/K for `per-loop` supervision; for `terminal` w_K = 1, the
+        others are 0 and not read out. With `gated` supervision every token has weights of its own, its exit
+        probabilities, and a term that holds those close to a prior is added (`looped.supervision.Gated`, whose options
+        go in the word's place).
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
@@ -130,52 +146,70 @@ class LoopedLM(Recurrence):
         """
         _check_states(states, targets)
         self._check_loss_options(supervision, penalty)
-        gate = gated(supervision)
-        log_p = None if gate is None else self.log_exit_probabilities(states)
+        read, weights, log_p = self._weighed(states, supervision)
         result = self.implementation.readout_loss(
-            states,
+            read,
             self.head_weight,
             targets,
             readout=self.config.readout,
             **self._readout_norm_options(),
-            penalty=penalty,
-            weights=supervision_weights(supervision, len(states)) if log_p is None else log_p.exp(),
+            penalty=0.0 if self.config.n_coda else penalty,  # the kernel's penalty is one on what is read
+            weights=weights,
             ignore_index=IGNORE_INDEX,
             n_targets=n_targets,
             statistics=statistics,
         )
+        loss = result.loss
+        if self.config.n_coda:
+            loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
+        gate = gated(supervision)
         if gate is None or log_p is None:
-            return result
-        return result._replace(loss=result.loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets))
+            return ReadoutLoss(loss, result.per_loop, result.statistics, None)
+        loss = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets)
+        return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
 
-    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
-        """The gate's g [K, B, T] of K states [B, T, d], fp32 under autocast too: lambda_k = sigmoid(g_k).
+    def _weighed(
+        self, states: Sequence[Tensor], supervision: Supervision | Gated
+    ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
+        """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
+        if gated(supervision) is None:
+            weights = supervision_weights(supervision, len(states))
+            # A loop that has no weight needs no coda; its state stands for what is not read.
+            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+            return read, weights, None
+        read = [self.read(state) for state in states]
+        log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
+        return read, log_p.exp(), log_p
 
-        The gate sees every state through the readout's norm, if there is one (`final-only` has it at every loop here).
-        Raises ValueError for a model without a gate.
+    def exit_logit(self, read: Tensor) -> Tensor:
+        """The gate's g [B, T] of what is read of one loop, R_k = `read(H_k)` [B, T, d]; lambda_k = sigmoid(g_k).
+
+        The gate sees it through the readout's norm, if there is one (`final-only` has it at every loop here). fp32,
+        under autocast too. Raises ValueError for a model without a gate.
         """
         if self.exit_gate is None:
             raise ValueError("exit probabilities are those of a gate and need exit_gate=True. Got exit_gate=False.")
-        norm = self.readout_norm
-        with torch.autocast(states[0].device.type, enabled=False):
-            return torch.stack([self.exit_gate(state if norm is None else norm(state)) for state in states])
+        with torch.autocast(read.device.type, enabled=False):
+            return self.exit_gate(read if self.readout_norm is None else self.readout_norm(read))
 
-    def log_exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
-        """log p_k [K, B, T] fp32, differentiable, of all K states [B, T, d]. Raises as `exit_logits` does."""
-        return log_exit_probabilities(self.exit_logits(states))
+    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
+        """g [K, B, T] of K states H_k [B, T, d], as `exit_logit` gives it and raises."""
+        return torch.stack([self.exit_logit(self.read(state)) for state in states])
 
     def exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
-        """p_k [K, B, T] fp32: how probable it is that a token stops at loop k. Over the K loops they add up to 1.
+        """p_k [K, B, T] fp32 of all K states H_k: how probable it is that a token stops at loop k.
 
-        The last one takes what remains, whatever K is (looped/exit_gate.py). Raises as `exit_logits` does.
+        Over the K loops they add up to 1: the last one takes what remains, whatever K is (looped/exit_gate.py, which
+        has their logarithms too). Raises as `exit_logit` does.
         """
-        return self.log_exit_probabilities(states).exp()
+        return log_exit_probabilities(self.exit_logits(states)).exp()
 
-    def readout_logits(self, state: Tensor, *, final: bool = True) -> Tensor:
-        """Logits [..., V] of one state [..., d]: the readout's norm, then the head.
+    def readout_logits(self, state: Tensor, *, final: bool = True, context: Context | None = None) -> Tensor:
+        """Logits [B, T, V] of one state H_k [B, T, d]: the coda, the readout's norm, then the head.
 
-        final: whether this is the last loop; the `final-only` readout normalises no other.
+        final: whether this is the last loop; the `final-only` readout normalises no other. context: as in `read`.
         """
+        state = self.read(state, context)
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
             state = self.readout_norm(state)
         with self.implementation.product_context(state):
@@ -190,7 +224,7 @@ class LoopedLM(Recurrence):
         """
         _check_states(states, targets)
         result = self.implementation.readout_statistics(
-            states,
+            [self.read(state) for state in states],
             self.head_weight,
             targets,
             readout="rmsnorm" if self.config.readout == "final-only" else self.config.readout,
@@ -231,19 +265,24 @@ class LoopedLM(Recurrence):
     ) -> int:
         """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
 
-        `n_loops * n_layers * (2 * (4 d^2 + 3 d d_ff) + 2 T d) + n_readouts * 2 V d`, times 3 for training (the
-        backward pass multiplies each matrix twice). `2 T d` is causal attention: `2 * 2 T d` for scores and
-        mixing, halved because a token sees half of the sequence on average. Recomputation is not counted.
+        A block takes `2 * (4 d^2 + 3 d d_ff) + 2 T d`. `2 T d` is causal attention: `2 * 2 T d` for scores and mixing,
+        halved because a token sees half of the sequence on average. A loop takes n_layers blocks, `4 d^2` to join E and
+        H where the injection is `concat`, and `4 d r` for a low-rank update of rank r. A readout takes n_coda blocks
+        and `2 V d`. The sum, with the prelude's blocks, counts 3 times for training (the backward pass multiplies each
+        matrix twice). Recomputation is not counted.
         Defaults: the trained n_loops; a readout of every loop; T = max_seq_len.
         """
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
         n_readouts = n_loops if n_readouts is None else n_readouts
         seq_len = config.max_seq_len if seq_len is None else seq_len
-        projections = 2 * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
-        attention = 2 * seq_len * config.d_model
-        readout = 2 * config.vocab_size * config.d_model
-        forward = n_loops * config.n_layers * (projections + attention) + n_readouts * readout
+        d_model = config.d_model
+        block = 2 * (4 * d_model**2 + 3 * d_model * config.d_ff) + 2 * seq_len * d_model
+        loop = config.n_layers * block + 4 * d_model * config.loop_rank
+        if config.injection == "concat":
+            loop += 4 * d_model**2
+        readout = config.n_coda * block + 2 * config.vocab_size * d_model
+        forward = config.n_prelude * block + n_loops * loop + n_readouts * readout
         return 3 * forward if training else forward
 
 

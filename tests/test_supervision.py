@@ -24,10 +24,10 @@ def gated_model(*, spread: float = 0.5, **options: Any) -> LoopedLM:
     return decoder
 
 
-def exits_by_definition(decoder: LoopedLM, states: Any) -> Tensor:
-    """p [K, B, T] in the states' dtype, a product of probabilities."""
+def exits_by_definition(decoder: LoopedLM, read: Any) -> Tensor:
+    """p [K, B, T] of what is read, in its dtype: a product of probabilities."""
     left, p = 1.0, []
-    for loop, state in enumerate(states):
+    for loop, state in enumerate(read):
         x = state
         if decoder.config.readout == "layernorm":
             x = x - x.mean(-1, keepdim=True)
@@ -38,7 +38,7 @@ def exits_by_definition(decoder: LoopedLM, states: Any) -> Tensor:
             x = x + decoder.readout_norm.bias.to(x.dtype)
         gate = decoder.exit_gate
         stop = torch.sigmoid((x * gate.weight.to(x.dtype)).sum(-1) + gate.bias.to(x.dtype))
-        last = loop == len(states) - 1
+        last = loop == len(read) - 1
         p.append(left if last else left * stop)
         left = left * (1 - stop)
     return torch.stack(p)
@@ -56,9 +56,10 @@ def loss_by_definition(
     decoder: LoopedLM, states: Any, targets: Tensor, options: Gated, penalty: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(loss, per_loop [K]), token by token."""
-    p, n = exits_by_definition(decoder, states), len(states)
+    read, n = [decoder.read(state) for state in states], len(states)
+    p = exits_by_definition(decoder, read)
     prior = prior_by_definition(options.prior, n)
-    ce = [-expected_logits(decoder, state, loop, n).log_softmax(-1) for loop, state in enumerate(states)]
+    ce = [-expected_logits(decoder, state, loop, n).log_softmax(-1) for loop, state in enumerate(read)]
     losses, per_loop = [], []
     for b, t in (targets != -100).nonzero().tolist():
         of_token = torch.stack([ce[k][b, t, targets[b, t]] for k in range(n)])
@@ -71,22 +72,25 @@ def loss_by_definition(
 
 
 PRIORS = ["uniform", "geometric:0.3"]
+SHAPES: list[dict[str, Any]] = [*({"readout": readout} for readout in READOUTS), {"n_coda": 1, "injection": "add"}]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("readout", READOUTS)
-def test_loss_is_its_definition(readout: Any, prior: str, fused: bool) -> None:
-    decoder = gated_model(fused=fused, readout=readout)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_is_its_definition(shape: dict[str, Any], prior: str, fused: bool) -> None:
+    decoder = gated_model(fused=fused, **shape)
     tokens, targets = batch()
     options = Gated(0.2, prior)
     result = decoder(tokens, targets, supervision=options, penalty=0.25)
-    exact = gated_model(readout=readout).double()
+    exact = gated_model(**shape).double()
     with torch.no_grad():
         loss, per_loop = loss_by_definition(exact, exact(tokens).states, targets, options, 0.25)
     torch.testing.assert_close(result.loss.double(), loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(result.per_loop.double(), per_loop, atol=1e-5, rtol=1e-5)
     assert result.loss.dtype == torch.float32
+    torch.testing.assert_close(result.log_exits.exp(), decoder.exit_probabilities(result.states).detach())
+    assert not result.log_exits.requires_grad
 
 
 def test_uniform_is_ouros_equation() -> None:
@@ -104,8 +108,8 @@ def test_uniform_is_ouros_equation() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("readout", READOUTS)
-def test_gradients_are_those_of_autograd_in_float64(readout: Any, prior: str, fused: bool) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_those_of_autograd_in_float64(shape: dict[str, Any], prior: str, fused: bool) -> None:
     """Of gate and trunk; no worse than plain PyTorch in float32."""
     options = Gated(0.2, prior)
     tokens, targets = batch()
@@ -114,9 +118,9 @@ def test_gradients_are_those_of_autograd_in_float64(readout: Any, prior: str, fu
         loss_by_definition(decoder, decoder(tokens).states, targets, options, 0.05)[0].backward()
         return gradients(decoder)
 
-    truth = plainly(gated_model(readout=readout).double())
-    plain = plainly(gated_model(readout=readout))
-    _, found = run(gated_model(fused=fused, readout=readout), supervision=options, penalty=0.05)
+    truth = plainly(gated_model(**shape).double())
+    plain = plainly(gated_model(**shape))
+    _, found = run(gated_model(fused=fused, **shape), supervision=options, penalty=0.05)
     assert found.keys() == truth.keys()
     assert {"exit_gate.weight", "exit_gate.bias"} < found.keys()
     for name, wanted in truth.items():
@@ -269,7 +273,7 @@ def test_statistics_come_with_the_gate() -> None:
     result = decoder(tokens, targets, supervision="gated", statistics=True)
     assert result.statistics.loss.shape == (K, *targets.shape)
     assert result.statistics.radial_fraction.isfinite().any()
-    found = exit_means(decoder, result.states, targets, None)
+    found = exit_means(result.log_exits, targets, None)
     p = decoder.exit_probabilities(result.states)[:, targets != -100]
     torch.testing.assert_close(found[0], (p * torch.arange(1, K + 1).view(-1, 1)).sum(0).mean())
     torch.testing.assert_close(found[1], torch.special.entr(p).sum(0).mean())

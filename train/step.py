@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.model import LoopedLM
-from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated
+from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from train.batches import Windows
 from train.config import Schedule
 from train.graph import WARM_UP, Launch, eagerly
@@ -113,8 +113,8 @@ def training_step(
         if measure:
             radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
-            if gated(supervision) is not None:
-                parts[-1].append(exit_means(model, output.states, part_targets, n_targets))
+            if output.log_exits is not None:
+                parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
     loss, per_loop, *measured = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     bad = ~(loss.isfinite() & grad_norm.isfinite())
@@ -137,11 +137,9 @@ def state_norms(states: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(state.float(), dim=-1).mean() for state in states])
 
 
-@torch.no_grad()
-def exit_means(model: LoopedLM, states: tuple[Tensor, ...], targets: Tensor, n_targets: Tensor | None) -> Tensor:
-    """[2] fp32: sums over the targets that count of the mean exit loop and of the exit entropy in nats, by n_targets
-    or by their number."""
-    log_p = model.log_exit_probabilities(states)
+def exit_means(log_p: Tensor, targets: Tensor, n_targets: Tensor | None) -> Tensor:
+    """[2] of log p [K, B, T]: the mean exit loop and the exit entropy in nats, summed over the targets that count and
+    divided by n_targets, or by their number."""
     counted = targets != IGNORE_INDEX
     n = counted.sum().clamp(min=1) if n_targets is None else n_targets
     return torch.where(counted, torch.stack([mean_exit_loop(log_p), exit_entropy(log_p)]), 0.0).sum((1, 2)) / n
