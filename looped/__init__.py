@@ -17,12 +17,13 @@ from looped.capture import Captured, capture
 from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
 from looped.model import LoopedLM, LoopedOutput
 from looped.patch import Patched, patch
-from looped.supervision import IGNORE_INDEX, Supervision
+from looped.supervision import IGNORE_INDEX, Gated, Supervision
 
 __all__ = [
     "IGNORE_INDEX",
     "PRESETS",
     "Captured",
+    "Gated",
     "LoopedConfig",
     "LoopedLM",
     "LoopedOutput",
