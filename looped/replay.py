@@ -61,7 +61,7 @@ def named_module(model: nn.Module, argument: str, name: str) -> nn.Module:
 
 
 class Calls:
-    """The last call of each of some modules of a model, by their names.
+    """The last call of each of some modules of a model, by their names, and the state of the first.
 
     Nothing is recorded until `record`, and nothing while `wanted()` is false.
     """
@@ -69,6 +69,7 @@ class Calls:
     def __init__(self, model: nn.Module, argument: str, names: Iterable[str]) -> None:
         self.modules = {name: named_module(model, argument, name) for name in names}
         self.last: dict[str, Call] = {}
+        self.first_states: dict[str, Tensor] = {}
 
     def record(self, wanted: Callable[[], bool] = lambda: True) -> list[RemovableHandle]:
         """Record from now until the handles are removed."""
@@ -77,6 +78,7 @@ class Calls:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if wanted():
                     self.last[name] = call_of(args, kwargs)
+                    self.first_states.setdefault(name, self.last[name].state)
 
             return keep
 
@@ -91,6 +93,7 @@ class Calls:
     def clear(self) -> None:
         """Forget all calls, and the tensors that they hold."""
         self.last.clear()
+        self.first_states.clear()
 
 
 def check_eager(model: nn.Module, argument: str, name: str) -> None:

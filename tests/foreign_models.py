@@ -265,6 +265,8 @@ def run(model: nn.Module, tokens: Tensor, n_loops: int | None = None, **options)
     Huginn begins with the same state every time, and runs as many of its iterations without gradients as it does whole.
     """
     kind = model.config.model_type
+    if kind == "hrm_text":
+        options["use_cache"] = False  # its cache has room for the loops that are configured
     if kind == "huginn_raven":
         start = torch.randn(*tokens.shape, D, generator=torch.Generator().manual_seed(2))
         options["input_states"] = start.to(model.lm_head.weight.dtype)
