@@ -167,10 +167,13 @@ def checkpointed_reentrant(model: nn.Module) -> None:
 
 
 def loss_and_gradients(model: nn.Module) -> list[Tensor]:
-    result = captured(model.train())
-    loss = result.cross_entropy(targets_of(model), penalty=0.1).loss
-    loss.backward()
-    assert len(result.states) == find_adapter(model).n_loops  # after the backward pass too
+    """Of a step within the block, where the backward pass may run the modules again."""
+    n_loops = find_adapter(model).n_loops
+    with looped.capture(model.train()) as result:
+        run(model, TOKENS)
+        loss = result.cross_entropy(targets_of(model), penalty=0.1).loss
+        loss.backward()
+        assert len(result.states) == n_loops
     return [loss.detach(), *gradients(model).values()]
 
 

@@ -95,6 +95,53 @@ def test_load_pretrained_takes_tokens(saved, tokens, tmp_path):
     assert sum(len(rows) for rows, _ in loaded.batches) == 5
 
 
+REMOTE_CODE = """
+import foreign_models
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class OuroConfig(PreTrainedConfig):
+    model_type = "ouro"
+    num_hidden_layers: int = 2
+    total_ut_steps: int = 3
+    vocab_size: int = 37
+
+
+class OuroForCausalLM(PreTrainedModel):
+    config_class = OuroConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        whole = foreign_models.Ouro(config.total_ut_steps)
+        self.model, self.lm_head = whole.model, whole.lm_head
+        self.post_init()
+
+    def forward(self, input_ids, labels=None, use_cache=None):
+        return foreign_models.Ouro.forward(self, input_ids, labels, use_cache)
+"""
+
+
+def test_load_pretrained_with_code_of_its_own(tokens, tmp_path, monkeypatch, capsys):
+    """It is run where it is trusted, and not before."""
+    directory, place = tmp_path / "model", tmp_path / "modules"
+    directory.mkdir()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place))
+    monkeypatch.syspath_prepend(str(place))
+    (directory / "modeling_ouro.py").write_text(REMOTE_CODE, encoding="utf-8")
+    names = {"AutoConfig": "modeling_ouro.OuroConfig", "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"}
+    config = {"model_type": "ouro", "auto_map": names, "num_hidden_layers": 2, "total_ut_steps": 3, "vocab_size": 37}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = small("ouro", torch.float32).state_dict()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    assert "needs --trust-remote-code" in refused(capsys, arguments(directory, tokens, tmp_path / "page"))
+    assert not place.exists()
+    loaded = load_pretrained(str(directory), str(tokens), **options(trust_remote_code=True))
+    assert type(loaded.model).__name__ == "OuroForCausalLM"
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert loaded.diagnose(5).verdict.control == "removed"
+
+
 def test_mask_tokens():
     inputs = torch.randint(5, (8, 100))
     ((masked, targets),) = mask_tokens([(inputs, inputs)], 9)
