@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from looped.graph import WARM_UP, Launch, eagerly
 from looped.model import LoopedLM
 from looped.supervision import IGNORE_INDEX, Supervision
 from train.batches import Windows
 from train.config import Schedule
-from train.graph import WARM_UP, Launch, eagerly
 
 FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends
 
