@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from looped.config import LoopedConfig
 from looped.context import Context
+from looped.generate import Generated, Options, generate
 from looped.kernels import LoopedCrossEntropy, LoopedStatistics
 from looped.recurrence import Recurrence
 from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
@@ -180,6 +181,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def generate(self, prompts: Tensor | Sequence[Sequence[int]], **options: Any) -> Generated:
+        """New tokens after each of the prompts: [B, T] int64, or B lists of token ids, of any lengths.
+
+        options: the fields of `looped.generate.Options`: max_new_tokens, n_loops, temperature, top_k, top_p, seed,
+        stop_tokens, exit, shared_cache, draft_loops, draft_tokens. Raises as it and `looped.generate.stream` do.
+        """
+        return generate(self, prompts, Options(**options))
 
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""
