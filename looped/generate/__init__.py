@@ -10,7 +10,7 @@ A prompt is computed in one pass, and then one token at a time with the keys and
                    the prompt take all K loops.
     speculation    with `draft_loops`, the model's own first loops draft a few tokens, and the other loops verify them
                    in one pass that goes on from the draft's states. What comes out is distributed exactly as without
-                   (`looped.generate.sampling.verify`); with temperature 0 it is the same tokens.
+                   (`looped.generate.speculation.verify`); with temperature 0 it is the same tokens.
 
 A batch is padded on the left and every row is as if alone, its random numbers included. All rows take a step together:
 a step ends when its last row leaves, speculation keeps as many tokens as all rows can, and generation ends when all
@@ -19,7 +19,6 @@ rows have stopped. On a GPU a step (with early exit a loop) is captured once as 
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,63 +26,16 @@ from torch import Tensor
 
 from looped.cache import KeyValueCache
 from looped.generate.decoder import Decoder, Exit
-from looped.generate.sampling import Draws, Sampling, draw, verify
+from looped.generate.options import Options
+from looped.generate.rows import Rows, Step
+from looped.generate.sampling import Draws, draw
+from looped.generate.speculation import speculate
 from looped.graph import CudaGraphs, Launch, eagerly
-from looped.halting import check_tau
 
 if TYPE_CHECKING:
     from looped.model import LoopedLM
 
 __all__ = ["Exit", "Generated", "Options", "Step", "generate", "stream"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Sampling):
-    """How to generate. Raises ValueError if a value breaks a rule, naming the option, the rule and the value.
-
-    max_new_tokens: of every row, unless a stop token comes first. n_loops: K, by default the trained number.
-    temperature, top_k, top_p: as in `Sampling`. seed: row b draws as a batch of one with seed + b does.
-    stop_tokens: end a row, and are its last token. exit: leave loops early. shared_cache: one set of keys and values
-    for all loops, which is another function than the model's own (looped/cache.py).
-    draft_loops: loops that draft, at least 1 and fewer than n_loops; None for no speculation. draft_tokens: how many
-    tokens are drafted at a time.
-    """
-
-    max_new_tokens: int = 64
-    n_loops: int | None = None
-    seed: int = 0
-    stop_tokens: Sequence[int] = ()
-    exit: Exit | None = None
-    shared_cache: bool = False
-    draft_loops: int | None = None
-    draft_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_new_tokens", "n_loops", "draft_loops", "draft_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2^63. Got seed={self.seed}.")
-        if self.exit is not None:
-            check_tau(self.exit.tau)
-        for name, value in (("exit", self.exit), ("shared_cache", self.shared_cache)):
-            if self.draft_loops is not None and value:
-                raise ValueError(f"draft_loops must not be given with {name}: it would not be exact. Got both.")
-
-
-class Step(NamedTuple):
-    """What a step has brought every row: no token if the row has stopped before.
-
-    loops: of the logits that each token was drawn from. drafted, kept: tokens of every row that were drafted, and that
-    stayed.
-    """
-
-    tokens: list[list[int]]
-    loops: list[list[int]]
-    drafted: int = 0
-    kept: int = 0
 
 
 class Generated(NamedTuple):
@@ -145,7 +97,7 @@ def stream(
 
 @torch.no_grad()
 def _steps(decoder: Decoder, prompts: Tensor, options: Options) -> Iterator[Step]:
-    rows = Rows(len(prompts), options)
+    rows = Rows(len(prompts), options.max_new_tokens, options.stop_tokens)
     draws = Draws(options.seed, len(prompts), prompts.device)
     logits = decoder.prompt(prompts)
     if not bool(logits.isfinite().all()):
@@ -157,68 +109,13 @@ def _steps(decoder: Decoder, prompts: Tensor, options: Options) -> Iterator[Step
         if rows.remaining == 0:
             return
         if options.draft_loops is not None:
-            yield from _speculate(decoder, tokens, draws, rows, options)
+            yield from speculate(decoder, tokens, draws, rows, options)
             return
         if options.exit is None:
             logits = decoder.step(tokens)
         else:
             finished = torch.tensor(rows.finished, device=tokens.device)
             logits, loops = decoder.step_with_exits(tokens, options.exit, finished)
-
-
-def _speculate(decoder: Decoder, tokens: Tensor, draws: Draws, rows: "Rows", options: Options) -> Iterator[Step]:
-    """tokens: [B], the last of every row, which have not been fed."""
-    assert options.draft_loops is not None
-    loops = torch.full_like(tokens, decoder.n_loops)
-    while rows.remaining > 0:
-        n = min(options.draft_tokens, rows.remaining - 1)
-        start = decoder.end
-        drafted, distributions, states, embedded = [tokens], [], [], []
-        uniforms = draws.uniforms(2 * n + 1)
-        for i in range(n + 1):  # the last token is fed and its successor not drafted
-            logits, *fed = decoder.first_loops(drafted[-1], options.draft_loops)
-            states.append(fed[0])
-            embedded.append(fed[1])
-            if i < n:
-                distributions.append(options.probabilities(logits))
-                drafted.append(draw(distributions[-1], uniforms[:, i]))
-        logits = decoder.other_loops(options.draft_loops, torch.cat(states, dim=1), torch.cat(embedded, dim=1))
-        target = options.probabilities(logits)
-        kept = 0
-        if n == 0:
-            tokens = draw(target[:, 0], uniforms[:, -1])
-        else:
-            draft = torch.stack(distributions, dim=1)
-            kept, tokens = verify(
-                torch.stack(drafted[1:], dim=1), draft, target, uniforms[:, n:-1], uniforms[:, -1], rows.finished
-            )
-        decoder.end = start + 1 + kept
-        yield rows.take(torch.stack([*drafted[1 : kept + 1], tokens], dim=1), loops, drafted=n, kept=kept)
-
-
-class Rows:
-    """Which rows of a batch have stopped, and how many tokens the others may still have."""
-
-    def __init__(self, batch_size: int, options: Options) -> None:
-        self.finished = [False] * batch_size
-        self._remaining = options.max_new_tokens
-        self._stop = frozenset(options.stop_tokens)
-
-    @property
-    def remaining(self) -> int:
-        """New tokens that a row may still have; 0 if all rows have stopped."""
-        return 0 if all(self.finished) else self._remaining
-
-    def take(self, tokens: Tensor, loops: Tensor, *, drafted: int = 0, kept: int = 0) -> Step:
-        """The step of new tokens [B, n], each after loops [B]; those after a stop token are left out."""
-        self._remaining -= tokens.shape[1]
-        taken: list[list[int]] = []
-        for row, ids in enumerate(tokens.tolist()):
-            end = next((i + 1 for i, token in enumerate(ids) if token in self._stop), len(ids))
-            taken.append([] if self.finished[row] else ids[:end])
-            self.finished[row] |= bool(taken[row]) and taken[row][-1] in self._stop
-        counts = [[number] * len(ids) for number, ids in zip(loops.tolist(), taken, strict=True)]
-        return Step(taken, counts, drafted, kept)
 
 
 def _n_loops(model: "LoopedLM", options: Options) -> int:

@@ -1,7 +1,6 @@
 """What a token is drawn from, how it is drawn, and which drafted tokens may stay."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,30 +72,3 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]  # ends in exactly 1
     return torch.searchsorted(cumulative, uniform.double().unsqueeze(-1).contiguous(), right=True).squeeze(-1)
-
-
-def verify(
-    drafted: Tensor, draft: Tensor, target: Tensor, accepting: Tensor, drawing: Tensor, finished: Sequence[bool]
-) -> tuple[int, Tensor]:
-    """How many drafted tokens m stay in all rows, and the token [B] that comes after them.
-
-    Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318): token x from a draft's q stays
-    with probability min(1, p(x) / q(x)). In place of the first that does not stay, one is drawn from
-    max(p - q, 0), normalised; after n that stay, one from p. All m + 1 tokens are then distributed as p has it.
-
-    m is the smallest number in a row, so that rows stay aligned. A row that could have kept more keeps token m + 1 as
-    the one that comes after: cutting a row short for another one's sake does not look at its own tokens.
-
-    drafted: [B, n]. draft: q [B, n, V]. target: p [B, n + 1, V]. accepting [B, n], drawing [B]: uniform numbers.
-    finished: rows whose tokens do not matter.
-    """
-    n = drafted.shape[1]
-    chosen = drafted.unsqueeze(-1)
-    p, q = (each.gather(-1, chosen).squeeze(-1).double() for each in (target[:, :n], draft))
-    stays = (accepting * q < p).long().cumprod(1).sum(1)  # [B], of each row
-    stays = stays.masked_fill(torch.tensor(finished, device=stays.device), n)
-    m = int(stays.min())
-    if m == n:
-        return n, draw(target[:, n], drawing)
-    rest = (target[:, m] - draft[:, m]).clamp(min=0)
-    return m, torch.where(stays == m, draw(rest, drawing), drafted[:, m])
