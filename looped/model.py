@@ -1,5 +1,6 @@
 """The looped language model: tokens and targets -> states H_1..H_K, the training loss, logits, statistics."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from looped.config import LoopedConfig
 from looped.kernels import LoopedCrossEntropy, LoopedStatistics
-from looped.recurrence import Recurrence
+from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
 
 
@@ -21,7 +22,7 @@ class LoopedOutput(NamedTuple):
     per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
-    statistics: per (loop, token), or None if not asked for.
+    statistics: per (loop, token), or None if not asked for. Only of the loops with gradient.
     """
 
     states: tuple[Tensor, ...]
@@ -68,6 +69,7 @@ class LoopedLM(Recurrence):
         targets: Tensor | None = None,
         *,
         n_loops: int | None = None,
+        backprop_loops: int | None = None,
         supervision: Supervision = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
@@ -78,12 +80,16 @@ class LoopedLM(Recurrence):
 
         tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
         n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
+        backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
+            alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
+            What comes before is neither read out nor penalised: it could train the head alone, on states that the
+            rest of the model does not learn from. The embedding then learns as the head, if tied, or not at all.
         supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
 
         Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
-        than the learned positions, n_loops < 1, statistics without targets, what `readout_loss` refuses, or tokens out
-        of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel asserts the range
-        itself).
+        than the learned positions, n_loops or backprop_loops < 1, statistics without targets, what `readout_loss`
+        refuses, or tokens out of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel
+        asserts the range itself).
         """
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
@@ -91,14 +97,17 @@ class LoopedLM(Recurrence):
             _check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
-        states = self.unroll(tokens, n_loops)
+        states = self.unroll(tokens, n_loops, backprop_loops)
         output = LoopedOutput(states, logits=self.readout_logits(states[-1]) if logits else None)
         if targets is None:
             return output
+        first = first_with_gradient(n_loops, backprop_loops)
+        trained = states[first:]
         result = self.readout_loss(
-            states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
+            trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        return output._replace(loss=result.loss, per_loop=result.per_loop, statistics=result.statistics)
+        per_loop = F.pad(result.per_loop, (first, 0), value=math.nan) if first > 0 else result.per_loop
+        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics)
 
     def readout_loss(
         self,
@@ -187,23 +196,27 @@ class LoopedLM(Recurrence):
         n_readouts: int | None = None,
         seq_len: int | None = None,
         training: bool = True,
+        backprop_loops: int | None = None,
     ) -> int:
         """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
 
         `n_loops * n_layers * (2 * (4 d^2 + 3 d d_ff) + 2 T d) + n_readouts * 2 V d`, times 3 for training (the
         backward pass multiplies each matrix twice). `2 T d` is causal attention: `2 * 2 T d` for scores and
         mixing, halved because a token sees half of the sequence on average. Recomputation is not counted.
-        Defaults: the trained n_loops; a readout of every loop; T = max_seq_len.
+        Defaults: the trained n_loops; a readout of every loop with gradient; T = max_seq_len. backprop_loops: as in
+        `forward`; the loops before have no backward pass.
         """
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
-        n_readouts = n_loops if n_readouts is None else n_readouts
+        n_forward_only = first_with_gradient(n_loops, backprop_loops)
+        n_readouts = n_loops - n_forward_only if n_readouts is None else n_readouts
         seq_len = config.max_seq_len if seq_len is None else seq_len
         projections = 2 * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
         attention = 2 * seq_len * config.d_model
         readout = 2 * config.vocab_size * config.d_model
-        forward = n_loops * config.n_layers * (projections + attention) + n_readouts * readout
-        return 3 * forward if training else forward
+        loop = config.n_layers * (projections + attention)
+        forward = n_loops * loop + n_readouts * readout
+        return 3 * forward - 2 * n_forward_only * loop if training else forward
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:

@@ -7,6 +7,8 @@
 It stops after a number of loops that the caller gives. How states are read out is the model's (looped/model.py).
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,15 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.dropout import dropout
 from looped.implementation import FUSED, PLAIN, Implementation
+
+
+def first_with_gradient(n_loops: int, backprop_loops: int | None) -> int:
+    """The first of n_loops loops, from 0, that has a gradient where the last backprop_loops have one (None: all)."""
+    if backprop_loops is None:
+        return 0
+    if backprop_loops < 1:
+        raise ValueError(f"backprop_loops must be at least 1. Got backprop_loops={backprop_loops}.")
+    return max(0, n_loops - backprop_loops)
 
 
 class Recurrence(nn.Module):
@@ -40,15 +51,21 @@ class Recurrence(nn.Module):
     def implementation(self) -> Implementation:
         return FUSED if self.fused else PLAIN
 
-    def unroll(self, tokens: Tensor, n_loops: int) -> tuple[Tensor, ...]:
-        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops."""
+    def unroll(self, tokens: Tensor, n_loops: int, backprop_loops: int | None = None) -> tuple[Tensor, ...]:
+        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops.
+
+        backprop_loops: the loops before so many last ones run without gradient (truncated backpropagation; Huginn,
+        arXiv 2502.05171). No gradient reaches H_0 through them. None: all loops have one.
+        """
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
+        first = first_with_gradient(n_loops, backprop_loops)
         state = self.embed(tokens)
         context = self._context(state)  # once for all loops and layers
         states: list[Tensor] = []
         for loop in range(n_loops):
-            state = self._loop(state, loop, context)
+            with torch.no_grad() if loop < first else nullcontext():
+                state = self._loop(state, loop, context)
             states.append(state)
         return tuple(states)
 
