@@ -95,14 +95,15 @@ def _colours(n_loops: int) -> np.ndarray:
 
 
 def _of_loop(rows: Sequence[dict[str, Any]], key: str, loop: int) -> np.ndarray:
-    """[2, n] float64: the steps that had the loop, and a field's value at it; null is nan, which is not drawn."""
-    return np.array([(row["step"], row[key][loop]) for row in rows if loop < len(row[key])], dtype=np.float64).T
+    """[2, n] float64: the steps in which the loop has a number in the field's list, and that."""
+    points = [(row["step"], row[key][loop]) for row in rows if loop < len(row[key]) and row[key][loop] is not None]
+    return np.array(points, dtype=np.float64).reshape(-1, 2).T
 
 
 def _draw_losses(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
     for loop, colour in enumerate(colours):
         steps, ce = _of_loop(rows, "ce", loop)
-        if np.isfinite(ce).any():
+        if ce.size:
             axes.plot(steps, ce, color=colour, linewidth=1.4, label=f"CE after loop {loop + 1}")
     steps, loss = np.array([(row["step"], row["loss"]) for row in rows], dtype=np.float64).T
     axes.plot(steps, loss, color="0.25", linewidth=1.1, linestyle="--", label="loss with penalty")
@@ -116,7 +117,7 @@ def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray)
         axes.plot(steps, norm, color=colour, linewidth=1.4, label=f"$H_{{{loop}}}$")
     axes.set_yscale("log")
     norms = np.concatenate([norm for _, norm in series])
-    seen = norms[np.isfinite(norms) & (norms > 0)]
+    seen = norms[norms > 0]
     if seen.size:
         # Whole decades, so that norms in the tens look like it.
         low = np.floor(np.log10(seen.min()))
