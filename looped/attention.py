@@ -70,24 +70,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).transpose(1, 2)
 
 
-def rotary_table(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles `t * theta^(-2i / head_dim)`, each [seq_len, head_dim / 2] fp32.
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles `t * theta^(-2i / head_dim)`, each [..., head_dim / 2] fp32.
 
-    t = 0..seq_len-1 is the position, i = 0..head_dim/2-1 the pair of channels (RoFormer, arXiv 2104.09864).
+    t is a position, of positions [...]; i = 0..head_dim/2-1 is the pair of channels (RoFormer, arXiv 2104.09864).
     """
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    times = torch.arange(seq_len, device=device, dtype=torch.float32)
-    angles = torch.outer(times, theta**-exponents)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of channels (i, i + head_dim/2) of x [B, T, H, head_dim] by its angle ("rotate_half" pairs).
 
-    cos, sin: [T, head_dim / 2] fp32, so that the products are fp32 (autocast or not). Returned in x's dtype.
+    cos, sin: [T, head_dim / 2], or [B, T, head_dim / 2] where rows differ in their positions; fp32, so that the
+    products are fp32 (autocast or not). Returned in x's dtype.
     """
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, head_dim / 2]: the same for all heads
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [..., T, 1, head_dim / 2]: the same for all heads
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
@@ -107,5 +107,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        if context.attend is not None:
+            mixed = context.attend(q, k, v)
+        else:
+            mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.output(mixed.reshape(batch, seq_len, d_model))

@@ -6,6 +6,9 @@ from typing import Literal, get_args
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 Positions = Literal["learned", "rotary"]
+Injection = Literal["none", "add", "concat", "diagonal"]
+Start = Literal["embedding", "zero", "noise"]
+BlockNorm = Literal["pre", "sandwich", "sandwich-sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,21 @@ class LoopedShape:
     """The head is the token embedding."""
     positions: Positions = "learned"
     """Learned absolute positions, added once before the first loop, or rotary ones in every attention."""
+    n_prelude: int = 0
+    """Blocks before the loops, applied once. E is what they make of the embeddings."""
+    n_coda: int = 0
+    """Blocks between a loop's state and its readout. What they make of it is read and not fed back."""
+    injection: Injection = "none"
+    """What enters loop k beside the state H: H + E (add), W [H; E] (concat), or a H + b E with a and b for each channel
+    and 0 < a < 1 (diagonal)."""
+    start: Start = "embedding"
+    """What the first loop starts from: E, zero, or noise (which is zero outside training)."""
+    block_norm: BlockNorm = "pre"
+    """A norm before every sublayer; with sandwich one of its output too, with sandwich-sum one of the sum."""
+    loop_embedding: bool = False
+    """Add a learned vector to what enters each loop; loops beyond n_loops share the last one's."""
+    loop_rank: int = 0
+    """Rank r of a learned update U_k V_k H of what enters loop k; 0 for none. Loops beyond n_loops share the last's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +81,22 @@ class LoopedConfig(LoopedShape):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                _check_size(field.name, value)
+                _check_size(field.name, value, least=0 if field.default == 0 else 1)
             elif field.type is float:
                 _check_finite(field.name, value)
             elif field.type is bool and not isinstance(value, bool):
                 raise TypeError(f"{field.name} must be True or False. Got {field.name}={value!r}.")
         _check_choice("readout", self.readout, get_args(Readout))
         _check_choice("positions", self.positions, get_args(Positions))
+        _check_choice("injection", self.injection, get_args(Injection))
+        _check_choice("start", self.start, get_args(Start))
+        _check_choice("block_norm", self.block_norm, get_args(BlockNorm))
+        if self.start != "embedding" and self.injection == "none":
+            raise ValueError(
+                f"start must be embedding with injection=none: the loops would see no token. Got start={self.start!r}."
+            )
+        if self.loop_rank > self.d_model:
+            raise ValueError(f"loop_rank must be at most d_model={self.d_model}. Got loop_rank={self.loop_rank}.")
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model must be divisible by n_heads. Got d_model={self.d_model}, n_heads={self.n_heads}."
@@ -86,11 +113,11 @@ class LoopedConfig(LoopedShape):
                 raise ValueError(f"{name} must be above 0. Got {name}={getattr(self, name)}.")
 
 
-def _check_size(name: str, value: object) -> None:
+def _check_size(name: str, value: object, *, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}. Got {name}={value}.")
 
 
 def _check_finite(name: str, value: object) -> None:
@@ -137,8 +164,7 @@ PRESETS: dict[str, LoopedConfig] = {
         d_ff=3072,
         max_seq_len=256,
     ),
-    # The shape of Ouro-1.4B (arXiv 2510.25741), which feeds the normed state back; not its blocks: Ouro also
-    # normalises the output of attention and MLP ("sandwich"), which is not built here, so its weights do not load.
+    # Ouro-1.4B (arXiv 2510.25741): its norm after every loop is fed back and read.
     "ouro-1.4b": LoopedConfig(
         vocab_size=49_152,
         d_model=2048,
@@ -151,6 +177,45 @@ PRESETS: dict[str, LoopedConfig] = {
         tied=False,
         positions="rotary",
         rope_theta=1_000_000.0,
+        block_norm="sandwich",
+        embedding_std=0.02,
+    ),
+    # Huginn (arXiv 2502.05171) in shape, a fifth of its width: 2 blocks before, 4 in the loop, 2 after.
+    "huginn-small": LoopedConfig(
+        vocab_size=65_536,
+        d_model=1024,
+        n_heads=16,
+        n_layers=4,
+        d_ff=3456,
+        max_seq_len=4096,
+        dropout=0.0,
+        n_loops=32,
+        positions="rotary",
+        rope_theta=50_000.0,
+        n_prelude=2,
+        n_coda=2,
+        injection="concat",
+        start="noise",
+        block_norm="sandwich-sum",
+        embedding_std=math.sqrt(2 / 5),
+    ),
+    # Parcae-140M (arXiv 2604.12946) in shape. Its MLP is ReLU^2 of 3072 channels, which has as many parameters as
+    # SwiGLU of 2048; its norms of q and k and of the prelude's output are not built.
+    "parcae-140m": LoopedConfig(
+        vocab_size=32_768,
+        d_model=768,
+        n_heads=6,
+        n_layers=2,
+        d_ff=2048,
+        max_seq_len=2048,
+        dropout=0.0,
+        n_loops=8,
+        positions="rotary",
+        n_prelude=2,
+        n_coda=2,
+        injection="diagonal",
+        start="noise",
+        norm_eps=1e-5,
         embedding_std=0.02,
     ),
 }

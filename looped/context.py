@@ -1,19 +1,41 @@
 """What every block of a forward pass is told beside its input."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from looped.implementation import Implementation
 
+Part = Literal["prelude", "loop", "coda"]
+# q, k, v of the rows at hand, each [B, T, H, head_dim] -> what attention makes of them, in the same shape.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Cache(Protocol):
+    """Keys and values of tokens seen before: another way to attend than causally within the rows at hand."""
+
+    def at(self, part: Part, loop: int, layer: int) -> Attend:
+        """How layer `layer` of a part attends, and what it keeps. loop counts from 0, and is 0 outside the loops."""
+        ...
+
 
 @dataclass(frozen=True)
 class Context:
-    """The same for all loops and layers of one forward pass.
+    """The same for all loops and layers of one forward pass, but for `attend`.
 
     implementation: what the block computes with.
-    rotary: the tables of `rotary_table` for the sequence's positions, or None without rotary positions.
+    rotary: the tables of `rotary_table` for the rows' positions, or None without rotary positions.
+    cache: None where every row attends to the rows at hand that are not after it.
+    attend: how the layer at hand attends; None without a cache.
     """
 
     implementation: Implementation
     rotary: tuple[Tensor, Tensor] | None = None
+    cache: Cache | None = None
+    attend: Attend | None = None
+
+    def at(self, part: Part, loop: int, layer: int) -> "Context":
+        """The context of one layer."""
+        return self if self.cache is None else replace(self, attend=self.cache.at(part, loop, layer))

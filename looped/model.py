@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from looped.config import LoopedConfig
+from looped.context import Context
 from looped.kernels import LoopedCrossEntropy, LoopedStatistics
 from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
@@ -17,7 +18,7 @@ from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
 class LoopedOutput(NamedTuple):
     """What `LoopedLM` returns.
 
-    states: (H_1, ..., H_K), each [B, T, d] in the embedding's dtype, under autocast too.
+    states: (H_1, ..., H_K), those that are fed back, each [B, T, d] in the embedding's dtype, under autocast too.
     loss: scalar, fp32, differentiable; None without targets.
     per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
         without targets.
@@ -35,7 +36,8 @@ class LoopedOutput(NamedTuple):
 class LoopedLM(Recurrence):
     """A decoder stack applied K times to its own output, and read out after every loop (Sharma & Vu, arXiv 2606.24898).
 
-    The recurrence is described in looped/recurrence.py. Every H_k is a readout's input before the readout's norm.
+    The recurrence is described in looped/recurrence.py. Every state H_k that is fed back can be read out: through the
+    coda, if there is one, whose result is R_k; then the readout's norm; then the head.
 
     fused: use the functions of `kernels` instead of plain PyTorch (looped/implementation.py).
     checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
@@ -83,7 +85,8 @@ class LoopedLM(Recurrence):
         backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
             alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
             What comes before is neither read out nor penalised: it could train the head alone, on states that the
-            rest of the model does not learn from. The embedding then learns as the head, if tied, or not at all.
+            rest of the model does not learn from. Embedding and prelude have a gradient through the injection; with
+            none there is only what a tied embedding learns as the head.
         supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
 
         Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
@@ -121,9 +124,10 @@ class LoopedLM(Recurrence):
     ) -> LoopedCrossEntropy:
         """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
 
-        `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`, where CE_k is the mean
-        cross-entropy of loop k over the targets that are not -100 (0 if all are), and w_k = 1/K for `per-loop`
-        supervision; for `terminal` w_K = 1, the others 0 and not read out.
+        `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
+        H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
+        targets that are not -100 (0 if all are). w_k = 1/K for `per-loop` supervision; for `terminal` w_K = 1, the
+        others are 0 and not read out.
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
@@ -134,24 +138,32 @@ class LoopedLM(Recurrence):
         """
         _check_states(states, targets)
         _check_loss_options(supervision, penalty)
-        return self.implementation.readout_loss(
-            states,
+        weights = supervision_weights(supervision, len(states))
+        # A loop that has no weight needs no coda; its state stands for what is not read.
+        read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+        result = self.implementation.readout_loss(
+            read,
             self.head_weight,
             targets,
             readout=self.config.readout,
             **self._readout_norm_options(),
-            penalty=penalty,
-            weights=supervision_weights(supervision, len(states)),
+            penalty=0.0 if self.config.n_coda else penalty,  # the kernel's penalty is one on what is read
+            weights=weights,
             ignore_index=IGNORE_INDEX,
             n_targets=n_targets,
             statistics=statistics,
         )
+        if self.config.n_coda == 0:
+            return result
+        mean_square = torch.stack([state.float().square().mean() for state in states]).mean()
+        return result._replace(loss=result.loss + penalty * mean_square)
 
-    def readout_logits(self, state: Tensor, *, final: bool = True) -> Tensor:
-        """Logits [..., V] of one state [..., d]: the readout's norm, then the head.
+    def readout_logits(self, state: Tensor, *, final: bool = True, context: Context | None = None) -> Tensor:
+        """Logits [B, T, V] of one state H_k [B, T, d]: the coda, the readout's norm, then the head.
 
-        final: whether this is the last loop; the `final-only` readout normalises no other.
+        final: whether this is the last loop; the `final-only` readout normalises no other. context: as in `read`.
         """
+        state = self.read(state, context)
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
             state = self.readout_norm(state)
         with self.implementation.product_context(state):
@@ -166,7 +178,7 @@ class LoopedLM(Recurrence):
         """
         _check_states(states, targets)
         result = self.implementation.readout_statistics(
-            states,
+            [self.read(state) for state in states],
             self.head_weight,
             targets,
             readout="rmsnorm" if self.config.readout == "final-only" else self.config.readout,
@@ -200,23 +212,32 @@ class LoopedLM(Recurrence):
     ) -> int:
         """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
 
-        `n_loops * n_layers * (2 * (4 d^2 + 3 d d_ff) + 2 T d) + n_readouts * 2 V d`, times 3 for training (the
-        backward pass multiplies each matrix twice). `2 T d` is causal attention: `2 * 2 T d` for scores and
-        mixing, halved because a token sees half of the sequence on average. Recomputation is not counted.
-        Defaults: the trained n_loops; a readout of every loop with gradient; T = max_seq_len. backprop_loops: as in
-        `forward`; the loops before have no backward pass.
+        A block takes `2 * (4 d^2 + 3 d d_ff) + 2 T d`. `2 T d` is causal attention: `2 * 2 T d` for scores and mixing,
+        halved because a token sees half of the sequence on average. A loop takes n_layers blocks, `4 d^2` to join E and
+        H where the injection is `concat`, and `4 d r` for a low-rank update of rank r. A readout takes n_coda blocks
+        and `2 V d`. The sum, with the prelude's blocks, counts 3 times for training (the backward pass multiplies each
+        matrix twice); what `backprop_loops` leaves without gradient counts once. Recomputation is not counted.
+        Defaults: the trained n_loops; a readout of every loop with gradient; T = max_seq_len.
         """
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
         n_forward_only = first_with_gradient(n_loops, backprop_loops)
         n_readouts = n_loops - n_forward_only if n_readouts is None else n_readouts
         seq_len = config.max_seq_len if seq_len is None else seq_len
-        projections = 2 * (4 * config.d_model**2 + 3 * config.d_model * config.d_ff)
-        attention = 2 * seq_len * config.d_model
-        readout = 2 * config.vocab_size * config.d_model
-        loop = config.n_layers * (projections + attention)
-        forward = n_loops * loop + n_readouts * readout
-        return 3 * forward - 2 * n_forward_only * loop if training else forward
+        d_model = config.d_model
+        block = 2 * (4 * d_model**2 + 3 * d_model * config.d_ff) + 2 * seq_len * d_model
+        loop = config.n_layers * block + 4 * d_model * config.loop_rank
+        if config.injection == "concat":
+            loop += 4 * d_model**2
+        prelude = config.n_prelude * block
+        readout = config.n_coda * block + 2 * config.vocab_size * d_model
+        forward = prelude + n_loops * loop + n_readouts * readout
+        if not training:
+            return forward
+        forward_only = n_forward_only * loop
+        if n_forward_only > 0 and config.injection == "none":
+            forward_only += prelude  # nothing reaches it
+        return 3 * forward - 2 * forward_only
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:

@@ -1,10 +1,15 @@
-"""The recurrence: what comes before the loops, what is repeated, what is fed back, and when it stops.
+"""The recurrence: what comes before the loops, what is repeated, what is fed back, and what is read.
 
-    H_0 = Dropout(embedding[tokens] (+ positions))        before: `embed`
-    H_k = Stack(H_{k-1})                                  repeated: `apply_loop`
-    H_{k+1} = Stack(RMSNorm_loop(H_k))                    fed back, with `config.inter_loop_norm`
+    E = Prelude(Dropout(embedding[tokens] (+ positions)))     before the loops: `embed`
+    H_0 = E, 0 or noise                                       what they start from: `start`
+    H_{k+1} = Stack(Inject_k(Feed(H_k), E))                   repeated: `apply_loop`
+    R_k = Coda(H_k)                                           what the readout sees: `read`
 
-It stops after a number of loops that the caller gives. How states are read out is the model's (looped/model.py).
+Feed is RMSNorm_loop with `config.inter_loop_norm`, for k > 0, and else nothing. Inject_k is described in
+looped/injection.py. Without prelude, coda and injection, which is the simplest case, E = H_0 and R_k = H_k. "States"
+are always the H_k, which are fed back; the readout's norm, logits and losses are of the R_k (looped/model.py).
+
+The loops stop after a number that the caller gives.
 """
 
 from contextlib import nullcontext
@@ -14,11 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from looped.attention import rotary_table
-from looped.block import Block
+from looped.block import Block, normalised_stream
 from looped.config import LoopedConfig
-from looped.context import Context
+from looped.context import Cache, Context, Part
 from looped.dropout import dropout
 from looped.implementation import FUSED, PLAIN, Implementation
+from looped.injection import Injection
+
+NOISE_STD = (2 / 5) ** 0.5  # of the state that Huginn starts from
 
 
 def first_with_gradient(n_loops: int, backprop_loops: int | None) -> int:
@@ -44,8 +52,11 @@ class Recurrence(nn.Module):
         d_model = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, d_model)
         self.positions = nn.Embedding(config.max_seq_len, d_model) if config.positions == "learned" else None
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.n_prelude))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.n_coda))
         self.loop_norm = nn.RMSNorm(d_model, eps=config.norm_eps) if config.inter_loop_norm else None
+        self.injection = Injection(config)
 
     @property
     def implementation(self) -> Implementation:
@@ -55,60 +66,84 @@ class Recurrence(nn.Module):
         """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops.
 
         backprop_loops: the loops before so many last ones run without gradient (truncated backpropagation; Huginn,
-        arXiv 2502.05171). No gradient reaches H_0 through them. None: all loops have one.
+        arXiv 2502.05171). E then has a gradient through the later loops' injection alone. None: all loops have one.
         """
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
         first = first_with_gradient(n_loops, backprop_loops)
-        state = self.embed(tokens)
-        context = self._context(state)  # once for all loops and layers
+        context = self.context(tokens)  # once for all loops and layers
+        embedded = self.embed(tokens, context=context)
+        state = self.start(embedded)
         states: list[Tensor] = []
         for loop in range(n_loops):
             with torch.no_grad() if loop < first else nullcontext():
-                state = self._loop(state, loop, context)
+                state = self.apply_loop(state, loop, embedded, context)
             states.append(state)
         return tuple(states)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """H_0 [B, T, d] of tokens [B, T]. Raises as `LoopedLM.forward` does."""
+    def context(self, rows: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Context:
+        """What the blocks are told of the rows: tokens [B, T], or states [B, T, d].
+
+        positions: [T] or [B, T] int64, the rows' positions in their sequences; None for 0..T-1. cache: what else than
+        each other the rows attend to.
+        """
+        rotary = None
+        if self.config.positions == "rotary":
+            if positions is None:
+                positions = torch.arange(rows.shape[1], device=rows.device)
+            rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        return Context(self.implementation, rotary, cache)
+
+    def embed(self, tokens: Tensor, *, positions: Tensor | None = None, context: Context | None = None) -> Tensor:
+        """E [B, T, d] of tokens [B, T]. Raises as `LoopedLM.forward` does. positions: as `context` takes them."""
         self._check_tokens(tokens)
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions.weight[: tokens.shape[1]]
-        return dropout(x, self.config.dropout if self.training else 0.0)
+            x = x + (self.positions.weight[: tokens.shape[1]] if positions is None else self.positions(positions))
+        x = dropout(x, self.config.dropout if self.training else 0.0)
+        return self._run(self.prelude, x, "prelude", 0, context) if len(self.prelude) else x
 
-    def apply_loop(self, state: Tensor, loop: int) -> Tensor:
-        """H_{loop+1} of H_loop, both [B, T, d]: one of the steps of `unroll`, loop = 0, 1, ..."""
-        return self._loop(state, loop, self._context(state))
+    def start(self, embedded: Tensor) -> Tensor:
+        """H_0 of E, both [B, T, d]. Noise is N(0, 2/5) in training, as Huginn's, and its mean otherwise."""
+        if self.config.start == "embedding":
+            return embedded
+        if self.config.start == "noise" and self.training:
+            return NOISE_STD * torch.randn_like(embedded)
+        return torch.zeros_like(embedded)
 
-    def _context(self, state: Tensor) -> Context:
-        config, rotary = self.config, None
-        if config.positions == "rotary":
-            rotary = rotary_table(state.shape[1], config.head_dim, config.rope_theta, state.device)
-        return Context(self.implementation, rotary)
+    def apply_loop(
+        self, state: Tensor, loop: int, embedded: Tensor | None = None, context: Context | None = None
+    ) -> Tensor:
+        """H_{loop+1} of H_loop, both [B, T, d]: one of the steps of `unroll`, loop = 0, 1, ...
 
-    def _loop(self, state: Tensor, loop: int, context: Context) -> Tensor:
-        if loop > 0:
-            state = self._between_loops(state)
+        embedded: E, which an injection needs. Raises ValueError if it is missing.
+        """
+        if embedded is None and self.config.injection != "none":
+            raise ValueError(f"embedded must be given with injection={self.config.injection}. Got embedded=None.")
+        if loop > 0 and self.loop_norm is not None:
+            state = normalised_stream(state, None, self.loop_norm, self.implementation)
+        state = self.injection(state, embedded, loop)
+        return self._run(self.blocks, state, "loop", loop, context)
+
+    def read(self, state: Tensor, context: Context | None = None) -> Tensor:
+        """R_k of H_k, both [B, T, d]."""
+        return self._run(self.coda, state, "coda", 0, context) if len(self.coda) else state
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, part: Part, loop: int, context: Context | None) -> Tensor:
+        context = self.context(x) if context is None else context
         if self.checkpoint_loops and torch.is_grad_enabled():
             # The generator's state is restored for dropout alone: no CUDA graph can capture that.
             random = self.training and self.config.dropout > 0
-            return checkpoint(self._stack, state, context, use_reentrant=False, preserve_rng_state=random)
-        return self._stack(state, context)
+            return checkpoint(
+                self._stack, blocks, x, part, loop, context, use_reentrant=False, preserve_rng_state=random
+            )
+        return self._stack(blocks, x, part, loop, context)
 
-    def _between_loops(self, state: Tensor) -> Tensor:
-        """What is fed back: the state, or its norm."""
-        if self.loop_norm is None:
-            return state
-        # Its result is the residual stream itself, which autocast must not round.
-        with torch.autocast(state.device.type, enabled=False):
-            return self.implementation.add_and_normalise(state, None, self.loop_norm)[0]
-
-    def _stack(self, x: Tensor, context: Context) -> Tensor:
+    def _stack(self, blocks: nn.ModuleList, x: Tensor, part: Part, loop: int, context: Context) -> Tensor:
         delta: Tensor | None = None
         with context.implementation.product_context(x):
-            for block in self.blocks:
-                x, delta = block(x, delta, context)
+            for layer, block in enumerate(blocks):
+                x, delta = block(x, delta, context.at(part, loop, layer))
         return x if delta is None else x + delta
 
     def _check_tokens(self, tokens: Tensor) -> None:

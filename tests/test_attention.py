@@ -134,7 +134,7 @@ def test_rejects_dropout(dropout_p: float) -> None:
 def test_rotation_is_a_complex_product() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 50, 3, 16)
-    cos, sin = rotary_table(50, 16, 1000.0, torch.device("cpu"))
+    cos, sin = rotary_table(torch.arange(50), 16, 1000.0)
     assert cos.shape == sin.shape == (50, 8)
     assert cos.dtype == sin.dtype == torch.float32
 
@@ -148,7 +148,7 @@ def test_rotation_is_a_complex_product() -> None:
 def test_rotated_products_depend_on_the_distance_alone() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 40, 1, 32)
-    table = rotary_table(40, 32, 10000.0, torch.device("cpu"))
+    table = rotary_table(torch.arange(40), 32, 10000.0)
     products = torch.einsum("bthd,bshd->ts", rotate(q, *table), rotate(k, *table))
     for distance in (0, 3, 20):
         diagonal = products.diagonal(-distance)
@@ -159,7 +159,7 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 def test_rotation_is_done_in_fp32() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 4000, 1, 64).bfloat16()
-    table = rotary_table(4000, 64, 10000.0, torch.device("cpu"))
+    table = rotary_table(torch.arange(4000), 64, 10000.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = rotate(x, *table)
     assert actual.dtype == torch.bfloat16

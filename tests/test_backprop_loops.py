@@ -33,12 +33,12 @@ def gradients_of(decoder: LoopedLM, loss: Tensor) -> Gradients:
 
 def by_hand(decoder: LoopedLM, n_loops: int, n_last: int, penalty: float) -> Tensor:
     """The loss of the last loops alone, on a state that is detached before the first of them."""
-    state = decoder.embed(tokens())
+    state = embedded = decoder.embed(tokens())
     losses, squares = [], []
     for loop in range(n_loops):
         if loop == n_loops - n_last:
             state = state.detach()
-        state = decoder.apply_loop(state, loop)
+        state = decoder.apply_loop(state, loop, embedded)
         if loop >= n_loops - n_last:
             logits = decoder.readout_logits(state, final=loop == n_loops - 1)
             losses.append(F.cross_entropy(logits.float().flatten(0, 1), targets().flatten()))
@@ -49,7 +49,12 @@ def by_hand(decoder: LoopedLM, n_loops: int, n_last: int, penalty: float) -> Ten
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tied": False, "readout": "final-only"}, {"positions": "rotary", "inter_loop_norm": True}],
+    [
+        {},
+        {"tied": False, "readout": "final-only"},
+        {"positions": "rotary", "inter_loop_norm": True},
+        {"n_prelude": 1, "n_coda": 1, "injection": "concat"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("n_loops", "n_last"), [(5, 2), (3, 1)])
@@ -111,7 +116,7 @@ def test_as_many_as_there_are_is_no_truncation(n_last: int | None):
 
 
 def test_what_the_first_loop_starts_from_has_no_gradient():
-    """Of a tied embedding there remains the head's."""
+    """Of a tied embedding there remains the head's. With an injection, it has one."""
     untied = model(tied=False)
     names = gradients_of(untied, untied(tokens(), targets(), n_loops=4, backprop_loops=3).loss)
     assert {name for name, _ in untied.named_parameters()} - names.keys() == {"embedding.weight", "positions.weight"}
@@ -122,6 +127,9 @@ def test_what_the_first_loop_starts_from_has_no_gradient():
     found = gradients_of(tied, tied(tokens(), targets(), n_loops=4, backprop_loops=3).loss)
     assert (found["embedding.weight"][unread] != 0).any()
     assert "positions.weight" not in found
+    injected = model(tied=False, injection="add")
+    found = gradients_of(injected, injected(tokens(), targets(), n_loops=4, backprop_loops=3).loss)
+    assert {"embedding.weight", "positions.weight"} <= found.keys()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -134,17 +142,19 @@ def test_compiles_into_one_graph(fused: bool):
     assert_same_gradients(found, gradients_of(decoder, decoder(tokens(), targets(), **options).loss))
 
 
-def test_flops_of_a_step():
+@pytest.mark.parametrize(
+    ("changes", "n_blocks"),  # passes through blocks of the prelude and the coda: a backward pass is two
+    [({}, 0), ({"n_prelude": 1, "n_coda": 1}, 1 + 3 * 2), ({"n_prelude": 1, "injection": "add"}, 3)],
+    ids=str,
+)
+def test_flops_of_a_step(changes: dict[str, Any], n_blocks: int):
     """Forward and backward, as PyTorch counts them; it multiplies the masked half of attention too."""
-    decoder = model(fused=False)
+    decoder = model(fused=False, **changes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         decoder(tokens(length=LENGTH), tokens(length=LENGTH), n_loops=5, backprop_loops=2).loss.backward()
-    triangle = LAYERS * 2 * LENGTH * D
+    triangle = 2 * LENGTH * D
     per_token = decoder.flops_per_token(5, backprop_loops=2)
-    assert per_token == counter.get_total_flops() / (2 * LENGTH) - (5 + 2 * 2) * triangle
-    readout = 2 * V * D
-    loop = decoder.flops_per_token(1, n_readouts=0, training=False)
-    assert per_token == 3 * 2 * (loop + readout) + 3 * loop
+    assert per_token == counter.get_total_flops() / (2 * LENGTH) - ((5 + 2 * 2) * LAYERS + n_blocks) * triangle
     assert decoder.flops_per_token(2, backprop_loops=7) == decoder.flops_per_token(2)
 
 

@@ -106,6 +106,9 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
     With an inter-loop norm, loop k+1 starts from RMSNorm(H_k). Its input and output are still the states that are read,
     so an update is `H_{k+1} - H_k` and includes what the norm takes away.
 
+    With a coda, the norm is the coda and the readout's norm together, of which no exact radial gradient is known. With
+    an injection, the "embedding" H_0 of the LoopedModel is E, also where the first loop starts from zero.
+
     Raises ValueError if the decoder is not in evaluation mode.
     """
     if decoder.training:
@@ -113,11 +116,21 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
     return LoopedModel(
         n_loops=decoder.config.n_loops,
         embed=decoder.embed,
-        loop=lambda state, embedded, done: decoder.apply_loop(state, done),
+        loop=lambda state, embedded, done: decoder.apply_loop(
+            decoder.start(embedded) if done == 0 else state, done, embedded
+        ),
         head=lambda state: F.linear(state, decoder.head_weight),
-        norm=decoder.readout_norm,
+        norm=_readout_norm(decoder),
         norm_every_loop=decoder.config.readout != "final-only",
         between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,
     )
+
+
+def _readout_norm(decoder: LoopedLM) -> Callable[[Tensor], Tensor] | None:
+    """What a state goes through before the head."""
+    norm = decoder.readout_norm
+    if decoder.config.n_coda == 0:
+        return norm
+    return decoder.read if norm is None else lambda state: norm(decoder.read(state))
