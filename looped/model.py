@@ -1,5 +1,6 @@
 """The looped language model: tokens and targets -> states H_1..H_K, the training loss, logits, statistics."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from looped.config import LoopedConfig
 from looped.context import Context
+from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
-from looped.kernels import LoopedCrossEntropy, LoopedStatistics
-from looped.recurrence import Recurrence
-from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
+from looped.kernels import LoopedStatistics
+from looped.recurrence import Recurrence, first_with_gradient
+from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
 class LoopedOutput(NamedTuple):
@@ -23,7 +25,9 @@ class LoopedOutput(NamedTuple):
     per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
-    statistics: per (loop, token), or None if not asked for.
+    statistics: per (loop, token), or None if not asked for. Only of the loops with gradient.
+    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss; None unless gated.
+        Nobody exits at a loop without gradient: the probability is 0 there, its log the lowest number.
     """
 
     states: tuple[Tensor, ...]
@@ -31,6 +35,16 @@ class LoopedOutput(NamedTuple):
     per_loop: Tensor | None = None
     logits: Tensor | None = None
     statistics: LoopedStatistics | None = None
+    log_exits: Tensor | None = None
+
+
+class ReadoutLoss(NamedTuple):
+    """What `LoopedLM.readout_loss` returns, as in `LoopedOutput`."""
+
+    loss: Tensor
+    per_loop: Tensor
+    statistics: LoopedStatistics | None
+    log_exits: Tensor | None
 
 
 class LoopedLM(Recurrence):
@@ -59,6 +73,8 @@ class LoopedLM(Recurrence):
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=config.embedding_std)
+        # Last, and without a random number: a gate leaves the other parameters as they would be.
+        self.exit_gate = ExitGate(config.d_model, config.n_loops) if config.exit_gate else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -71,7 +87,8 @@ class LoopedLM(Recurrence):
         targets: Tensor | None = None,
         *,
         n_loops: int | None = None,
-        supervision: Supervision = "per-loop",
+        backprop_loops: int | None = None,
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         logits: bool = False,
@@ -81,57 +98,69 @@ class LoopedLM(Recurrence):
 
         tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
         n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
+        backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
+            alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
+            What comes before is neither read out nor penalised: it could train the head alone, on states that the
+            rest of the model does not learn from. Embedding and prelude have a gradient through the injection; with
+            none there is only what a tied embedding learns as the head.
         supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
 
         Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
-        than the learned positions, n_loops < 1, statistics without targets, what `readout_loss` refuses, or tokens out
-        of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel asserts the range
-        itself).
+        than the learned positions, n_loops or backprop_loops < 1, statistics without targets, what `readout_loss`
+        refuses, or tokens out of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel
+        asserts the range itself).
         """
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
             _check_targets(targets, tokens.shape)
-            _check_loss_options(supervision, penalty)
+            self._check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
-        states = self.unroll(tokens, n_loops)
+        states = self.unroll(tokens, n_loops, backprop_loops)
         output = LoopedOutput(states, logits=self.readout_logits(states[-1]) if logits else None)
         if targets is None:
             return output
+        first = first_with_gradient(n_loops, backprop_loops)
+        trained = states[first:]
         result = self.readout_loss(
-            states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
+            trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        return output._replace(loss=result.loss, per_loop=result.per_loop, statistics=result.statistics)
+        per_loop, log_exits = result.per_loop, result.log_exits
+        if first > 0:
+            per_loop = F.pad(per_loop, (first, 0), value=math.nan)
+            if log_exits is not None:
+                log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
+        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics, log_exits=log_exits)
 
     def readout_loss(
         self,
         states: Sequence[Tensor],
         targets: Tensor,
         *,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
-    ) -> LoopedCrossEntropy:
-        """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
+    ) -> ReadoutLoss:
+        """The training loss of the states of all loops, in nats.
 
         `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
         H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
         targets that are not -100 (0 if all are). w_k = 1/K for `per-loop` supervision; for `terminal` w_K = 1, the
-        others are 0 and not read out.
+        others are 0 and not read out. With `gated` supervision every token has weights of its own, its exit
+        probabilities, and a term that holds those close to a prior is added (`looped.supervision.Gated`, whose options
+        go in the word's place).
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
         tensor. statistics: measure what the readout sees of every loop and token.
-        Raises ValueError for states and targets that do not fit, a negative penalty or an unknown supervision,
-        TypeError for targets that are not int64.
+        Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
+        supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
-        _check_loss_options(supervision, penalty)
-        weights = supervision_weights(supervision, len(states))
-        # A loop that has no weight needs no coda; its state stands for what is not read.
-        read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+        self._check_loss_options(supervision, penalty)
+        read, weights, log_p = self._weighed(states, supervision)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -144,10 +173,50 @@ class LoopedLM(Recurrence):
             n_targets=n_targets,
             statistics=statistics,
         )
-        if self.config.n_coda == 0:
-            return result
-        mean_square = torch.stack([state.float().square().mean() for state in states]).mean()
-        return result._replace(loss=result.loss + penalty * mean_square)
+        loss = result.loss
+        if self.config.n_coda:
+            loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
+        gate = gated(supervision)
+        if gate is None or log_p is None:
+            return ReadoutLoss(loss, result.per_loop, result.statistics, None)
+        loss = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets)
+        return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
+
+    def _weighed(
+        self, states: Sequence[Tensor], supervision: Supervision | Gated
+    ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
+        """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
+        if gated(supervision) is None:
+            weights = supervision_weights(supervision, len(states))
+            # A loop that has no weight needs no coda; its state stands for what is not read.
+            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+            return read, weights, None
+        read = [self.read(state) for state in states]
+        log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
+        return read, log_p.exp(), log_p
+
+    def exit_logit(self, read: Tensor) -> Tensor:
+        """The gate's g [B, T] of what is read of one loop, R_k = `read(H_k)` [B, T, d]; lambda_k = sigmoid(g_k).
+
+        The gate sees it through the readout's norm, if there is one (`final-only` has it at every loop here). fp32,
+        under autocast too. Raises ValueError for a model without a gate.
+        """
+        if self.exit_gate is None:
+            raise ValueError("exit probabilities are those of a gate and need exit_gate=True. Got exit_gate=False.")
+        with torch.autocast(read.device.type, enabled=False):
+            return self.exit_gate(read if self.readout_norm is None else self.readout_norm(read))
+
+    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
+        """g [K, B, T] of K states H_k [B, T, d], as `exit_logit` gives it and raises."""
+        return torch.stack([self.exit_logit(self.read(state)) for state in states])
+
+    def exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
+        """p_k [K, B, T] fp32 of all K states H_k: how probable it is that a token stops at loop k.
+
+        Over the K loops they add up to 1: the last one takes what remains, whatever K is (looped/exit_gate.py, which
+        has their logarithms too). Raises as `exit_logit` does.
+        """
+        return log_exit_probabilities(self.exit_logits(states)).exp()
 
     def readout_logits(self, state: Tensor, *, final: bool = True, context: Context | None = None) -> Tensor:
         """Logits [B, T, V] of one state H_k [B, T, d]: the coda, the readout's norm, then the head.
@@ -190,6 +259,14 @@ class LoopedLM(Recurrence):
         """
         return generate(self, prompts, Options(**options))
 
+    def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
+        if gated(supervision) is None:
+            supervision_weights(supervision, 1)
+        elif self.exit_gate is None:
+            raise ValueError("gated supervision needs a model with exit_gate=True. Got exit_gate=False.")
+        if not isinstance(penalty, Tensor) and not penalty >= 0:
+            raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
+
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""
         norm = self.readout_norm
@@ -210,6 +287,7 @@ class LoopedLM(Recurrence):
         n_readouts: int | None = None,
         seq_len: int | None = None,
         training: bool = True,
+        backprop_loops: int | None = None,
     ) -> int:
         """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
 
@@ -217,21 +295,28 @@ class LoopedLM(Recurrence):
         halved because a token sees half of the sequence on average. A loop takes n_layers blocks, `4 d^2` to join E and
         H where the injection is `concat`, and `4 d r` for a low-rank update of rank r. A readout takes n_coda blocks
         and `2 V d`. The sum, with the prelude's blocks, counts 3 times for training (the backward pass multiplies each
-        matrix twice). Recomputation is not counted.
-        Defaults: the trained n_loops; a readout of every loop; T = max_seq_len.
+        matrix twice); what `backprop_loops` leaves without gradient counts once. Recomputation is not counted.
+        Defaults: the trained n_loops; a readout of every loop with gradient; T = max_seq_len.
         """
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
-        n_readouts = n_loops if n_readouts is None else n_readouts
+        n_forward_only = first_with_gradient(n_loops, backprop_loops)
+        n_readouts = n_loops - n_forward_only if n_readouts is None else n_readouts
         seq_len = config.max_seq_len if seq_len is None else seq_len
         d_model = config.d_model
         block = 2 * (4 * d_model**2 + 3 * d_model * config.d_ff) + 2 * seq_len * d_model
         loop = config.n_layers * block + 4 * d_model * config.loop_rank
         if config.injection == "concat":
             loop += 4 * d_model**2
+        prelude = config.n_prelude * block
         readout = config.n_coda * block + 2 * config.vocab_size * d_model
-        forward = config.n_prelude * block + n_loops * loop + n_readouts * readout
-        return 3 * forward if training else forward
+        forward = prelude + n_loops * loop + n_readouts * readout
+        if not training:
+            return forward
+        forward_only = n_forward_only * loop
+        if n_forward_only > 0 and config.injection == "none":
+            forward_only += prelude  # nothing reaches it
+        return 3 * forward - 2 * forward_only
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:
@@ -248,9 +333,3 @@ def _check_states(states: Sequence[Tensor], targets: Tensor) -> None:
     if len(shapes) > 1:
         raise ValueError(f"states must have one shape [..., d]. Got {[list(shape) for shape in shapes]}.")
     _check_targets(targets, states[0].shape[:-1])
-
-
-def _check_loss_options(supervision: Supervision, penalty: float | Tensor) -> None:
-    supervision_weights(supervision, 1)
-    if not isinstance(penalty, Tensor) and not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
