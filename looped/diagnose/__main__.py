@@ -25,13 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = _device(options.device)
         runs = [load_run(directory) for directory in options.runs]
         for name, run in zip(names, runs, strict=True):
-            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
+            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, rounds=options.rounds)
         check_writable(out)
         diagnoses = []
         for name, run in zip(names, runs, strict=True):
             print(f"diagnosing {name}", flush=True)
             diagnoses.append(
-                diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, device=device)
+                diagnose_run(
+                    run,
+                    name=name,
+                    n_tokens=options.tokens,
+                    horizon=options.loops,
+                    device=device,
+                    rounds=options.rounds,
+                )
             )
         write_diagnosis(diagnoses, out)
     except (ValueError, OSError) as error:
@@ -81,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
     parser.add_argument("--tokens", type=int, default=8192, help="validation tokens to measure on (default: 8192)")
     parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of the halting policies' speed, 0 for none (default: 5)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure (default: auto)"
     )
