@@ -368,7 +368,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tm
     places = {"run": runs[0], "raw": runs[1], "tmp": tmp_path}
     before = sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")])
     assert main([option.format(**places) for option in options]) == 2
-    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", printed.err)
+    assert printed.out == ""
     assert sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")]) == before
 
 

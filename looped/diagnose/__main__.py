@@ -9,6 +9,7 @@ import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.findings import findings
+from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
@@ -20,12 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     try:
+        check_rounds(options.rounds)
         out = _out_directory(options.runs, options.out)
         names = run_names(options.runs)
         device = _device(options.device)
         runs = [load_run(directory) for directory in options.runs]
         for name, run in zip(names, runs, strict=True):
-            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, rounds=options.rounds)
+            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
         check_writable(out)
         diagnoses = []
         for name, run in zip(names, runs, strict=True):

@@ -119,15 +119,12 @@ def _diverged(name: str, model: LoopedModel, ce: float) -> str:
 
 
 @torch.no_grad()
-def check_run(
-    run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30, rounds: int = 0
-) -> None:
+def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30) -> None:
     """Raise what `diagnose_run` would raise, at the cost of one window.
 
     Raises ValueError for a bad argument, and DivergedError for a run without a finite loss on that window.
     """
     _check_horizon(run.model.config.n_loops, horizon)
-    check_rounds(rounds)
     batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
     tokens, targets = (rows[:1] for rows in batches[0])
     model = from_decoder(run.model)
