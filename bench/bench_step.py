@@ -25,7 +25,7 @@ def loss_and_gradients(shape: DecoderShape, variant: str, supervision: Supervisi
     """Of one short sequence, without dropout; the gradients of all parameters as one vector."""
     model = decoder(shape, variant).eval()
     model = model.double() if dtype == torch.float64 else model  # else in float32, its products in `dtype`
-    short = DecoderShape(shape.preset, 1, min(shape.seq_len, CHECKED_TOKENS), shape.n_loops)
+    short = shape._replace(batch=1, seq_len=min(shape.seq_len, CHECKED_TOKENS))
     tokens = tokens_of(short, model.config.vocab_size)
     with autocast(tokens.device, dtype):
         loss = model(tokens[:, :-1], tokens[:, 1:].contiguous(), supervision=supervision).loss

@@ -8,7 +8,7 @@ in bf16 on one small readout and one small step.
 """
 
 from collections.abc import Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -51,15 +51,16 @@ class RowsShape(NamedTuple):
 
 
 class DecoderShape(NamedTuple):
-    """A batch of sequences through a preset of `looped.config`, K loops."""
+    """A batch of sequences through a preset of `looped.config`, K loops, with another recurrence of `RECURRENCES`."""
 
     preset: str
     batch: int
     seq_len: int
     n_loops: int = 4
+    recurrence: str = ""
 
     def __str__(self) -> str:
-        return f"{self.preset}-{self.batch}x{self.seq_len}-K{self.n_loops}"
+        return "-".join(filter(None, (self.preset, self.recurrence, f"{self.batch}x{self.seq_len}-K{self.n_loops}")))
 
     @property
     def n_tokens(self) -> int:
@@ -147,6 +148,20 @@ STATISTICS = {
     or (case.shape.vocabulary <= 20_000 and (MACHINE == "cpu" or case.long or case.shape.n_tokens < 1024))
 }
 
+# What is different from a preset's own recurrence. "huginn" and "parcae" have as many blocks in a loop as before.
+RECURRENCES: dict[str, dict[str, Any]] = {
+    "": {},
+    "sandwich": {"block_norm": "sandwich"},
+    "add": {"injection": "add"},
+    "huginn": {"n_prelude": 1, "n_coda": 1, "injection": "concat", "start": "zero", "block_norm": "sandwich-sum"},
+    "parcae": {"n_prelude": 1, "n_coda": 1, "injection": "diagonal", "start": "zero"},
+    "loop-rank-8": {"loop_rank": 8, "loop_embedding": True},
+}
+_RECURRENT_STEPS = [
+    *(DecoderShape("demo", 8, 128, 4, recurrence) for recurrence in RECURRENCES),
+    *(DecoderShape("demo", 8, 128, n_loops) for n_loops in (1, 2, 8)),
+]
+
 FORWARDS: dict[str, Case[DecoderShape]] = named(
     [
         *{
@@ -177,7 +192,9 @@ STEPS: dict[str, Case[DecoderShape]] = named(
                 for dtype in DTYPES
             ],
         }[MACHINE],
+        *(Case(shape, MAIN_DTYPE, compiles=False) for shape in _RECURRENT_STEPS),
         Case(DecoderShape("demo", 2, 16, 2), "fp32", smoke=True, compiles=False),
+        Case(DecoderShape("demo", 2, 16, 2, "huginn"), "fp32", smoke=True, compiles=False),
     ]
 )
 

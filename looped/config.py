@@ -93,7 +93,7 @@ class LoopedConfig(LoopedShape):
         _check_choice("block_norm", self.block_norm, get_args(BlockNorm))
         if self.start != "embedding" and self.injection == "none":
             raise ValueError(
-                f"start must be embedding with injection=none: the loops would never see a token. Got {self.start!r}."
+                f"start must be embedding with injection=none: the loops would see no token. Got start={self.start!r}."
             )
         if self.loop_rank > self.d_model:
             raise ValueError(f"loop_rank must be at most d_model={self.d_model}. Got loop_rank={self.loop_rank}.")

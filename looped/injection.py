@@ -43,7 +43,7 @@ class Injection(nn.Module):
             entering = entering + self.loop_embedding[known]
         if self.loop_rank > 0:
             update = F.linear(F.linear(entering, self.down[known]), self.up[known])
-            entering = entering + update.to(state.dtype)
+            entering = entering + update
         return entering
 
     def _joined(self, state: Tensor, embedded: Tensor | None) -> Tensor:

@@ -26,6 +26,13 @@ def test_rejects_sizes_below_one(field: str, value: int) -> None:
         LoopedConfig(**{**SHAPE, field: value})
 
 
+@pytest.mark.parametrize("field", ["n_prelude", "n_coda", "loop_rank"])
+def test_sizes_that_may_be_zero(field: str) -> None:
+    assert getattr(LoopedConfig(**SHAPE), field) == 0
+    with pytest.raises(ValueError, match=rf"{field} must be at least 0\. Got {field}=-1\."):
+        LoopedConfig(**{**SHAPE, field: -1})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -41,6 +48,11 @@ def test_rejects_sizes_below_one(field: str, value: int) -> None:
         ({"rope_theta": float("inf")}, "rope_theta must be finite"),
         ({"readout": "rms"}, r"readout must be one of rmsnorm, layernorm, raw, final-only\. Got readout='rms'\."),
         ({"positions": "alibi"}, r"positions must be one of learned, rotary\. Got positions='alibi'\."),
+        ({"injection": "mul"}, r"injection must be one of none, add, concat, diagonal\. Got injection='mul'\."),
+        ({"start": "ones"}, r"start must be one of embedding, zero, noise\. Got start='ones'\."),
+        ({"block_norm": "post"}, r"block_norm must be one of pre, sandwich, sandwich-sum\. Got block_norm='post'\."),
+        ({"start": "zero"}, r"start must be embedding with injection=none: .*\. Got start='zero'\."),
+        ({"loop_rank": 33}, r"loop_rank must be at most d_model=32\. Got loop_rank=33\."),
     ],
 )
 def test_rejects_values(changes: dict[str, Any], message: str) -> None:

@@ -150,6 +150,17 @@ def test_what_is_said_of_a_penalty():
     assert (seen.answer, seen.action) == ("In part: the loss sees the size too", "Nothing.")
 
 
+@pytest.mark.parametrize(("response", "loops"), [(0.5, 1), (0.9, 7), (0.02, 1)])
+def test_a_decay_makes_the_memory_of_the_scale_finite(response, loops):
+    number = finding(measurements(response=[0.0, response, 0.0]), PASSED_ON).number
+    assert number.endswith(f"at most half is left after {loops} loops.")
+
+
+@pytest.mark.parametrize("response", [1.0, 1.2, 0.0])
+def test_a_scale_that_is_passed_on_whole_or_not_at_all_does_not_fade(response):
+    assert "half is left" not in finding(measurements(response=[response] * 3), PASSED_ON).number
+
+
 @pytest.mark.parametrize(("response", "passed_on"), [(0.011, True), (0.009, False)])
 def test_a_recurrence_passes_the_scale_on_or_removes_it(response, passed_on):
     measured = measurements(response=[0.0, response, 0.0])

@@ -9,7 +9,7 @@ import pytest
 import tiny_decoder
 import torch
 import torch.nn.functional as F
-from tiny_decoder import D, V, assert_same_gradients
+from tiny_decoder import D, V, assert_same_gradients, reference_read
 from torch import Tensor
 
 import looped.kernels.device
@@ -91,6 +91,36 @@ def test_loss_is_its_definition(readout: Any, tied: bool, fused: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result.states, states, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_coda_is_read_and_the_state_before_it_penalised(readout: Any, fused: bool) -> None:
+    decoder = model(fused=fused, readout=readout, n_coda=1, injection="add")
+    tokens, targets = batch()
+    states = decoder(tokens).states
+    ce = expected_losses(decoder, [reference_read(decoder, state) for state in states], targets)
+    square = torch.stack([state.detach().double().square().mean() for state in states]).mean()
+
+    per_loop = decoder(tokens, targets, penalty=0.25)
+    torch.testing.assert_close(per_loop.loss.double(), ce.mean() + 0.25 * square, atol=1e-5, rtol=1e-5)
+    terminal = decoder(tokens, targets, supervision="terminal", penalty=0.25, logits=True)
+    torch.testing.assert_close(terminal.loss.double(), ce[-1] + 0.25 * square, atol=1e-5, rtol=1e-5)
+    log_p = expected_logits(decoder, reference_read(decoder, states[-1]), 2, 3)
+    torch.testing.assert_close(terminal.logits, log_p, atol=1e-4, rtol=1e-4)
+    if readout != "final-only":
+        losses = decoder.evaluation_losses(states, targets).flatten(1).sum(1) / (targets != -100).sum()
+        torch.testing.assert_close(losses.double(), ce, atol=1e-5, rtol=1e-5)
+
+
+def test_terminal_supervision_runs_the_coda_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = model(n_coda=1)
+    read: list[Tensor] = []
+    forward = decoder.coda[0].forward
+    monkeypatch.setattr(decoder.coda[0], "forward", lambda x, *rest: (read.append(x), forward(x, *rest))[1])
+    output = decoder(*batch(), supervision="terminal")
+    assert len(read) == 1
+    assert torch.equal(read[0], output.states[-1])
+
+
 # Every readout with every supervision, with and without a penalty; the rest of the options in turn.
 COMBINATIONS = [
     {"readout": readout, "supervision": supervision, "penalty": penalty, **rest}
@@ -103,6 +133,8 @@ COMBINATIONS = [
                 {"tied": False, "positions": "learned", "inter_loop_norm": True},
                 {"tied": True, "positions": "rotary", "inter_loop_norm": False},
                 {"tied": True, "positions": "learned", "inter_loop_norm": True},
+                {"n_prelude": 1, "n_coda": 1, "injection": "concat", "block_norm": "sandwich-sum", "loop_rank": 2},
+                {"injection": "diagonal", "start": "zero", "block_norm": "sandwich", "loop_embedding": True},
             ]
         ),
         strict=False,
@@ -245,7 +277,7 @@ def test_autocast_loss_is_close(readout: Any, fused: bool, monkeypatch: pytest.M
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_whole_forward_compiles_into_one_graph(fused: bool, checkpoint_loops: bool) -> None:
     torch._dynamo.reset()
-    decoder = model(fused=fused, positions="rotary")
+    decoder = model(fused=fused, positions="rotary", n_prelude=1, n_coda=1, injection="diagonal", block_norm="sandwich")
     decoder.checkpoint_loops = checkpoint_loops
     expected, expected_gradients = run(decoder, penalty=0.01, logits=True)
     decoder.zero_grad()

@@ -1,11 +1,11 @@
 """The states against an independent reference, fused against plain, and what the model promises of its parts."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_decoder import (
     FF,
     LAYERS,
@@ -16,6 +16,7 @@ from tiny_decoder import (
     config,
     gradients,
     model,
+    reference_read,
     reference_states,
     tokens,
 )
@@ -32,28 +33,76 @@ VARIANTS: list[dict[str, Any]] = [
     {"inter_loop_norm": True},
     {"positions": "rotary", "inter_loop_norm": True, "tied": False},
     {"readout": "raw", "tied": False, "embedding_std": 0.02},
+    {"n_prelude": 1, "n_coda": 2},
+    {"injection": "add", "start": "zero", "block_norm": "sandwich", "inter_loop_norm": True},
+    {"injection": "concat", "n_prelude": 1, "start": "noise", "block_norm": "sandwich-sum", "positions": "rotary"},
+    {"injection": "diagonal", "n_coda": 1, "loop_embedding": True},
+    {"loop_embedding": True, "loop_rank": 2},
+    {"injection": "add", "loop_rank": 3, "inter_loop_norm": True},
 ]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_states_are_those_of_the_equations(changes: dict[str, Any], fused: bool) -> None:
-    decoder = model(fused=fused, **changes)
-    states = decoder(tokens()).states
-    expected = reference_states(decoder, tokens(), 3)
-    assert len(states) == 3
+    decoder = model(fused=fused, **changes).eval()
+    states = decoder(tokens(), n_loops=4).states  # one more than the config's
+    expected = reference_states(decoder, tokens(), 4)
+    assert len(states) == 4
     for state, wanted in zip(states, expected, strict=True):
-        torch.testing.assert_close(state, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(decoder.read(state), reference_read(decoder, wanted), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_parameter_has_a_gradient(changes: dict[str, Any]) -> None:
+    decoder = model(fused=True, **changes)
+    decoder(tokens(), tokens()).loss.backward()
+    without = [name for name, parameter in decoder.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert not [name for name, parameter in decoder.named_parameters() if not parameter.grad.any()]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_fused_and_plain_agree(changes: dict[str, Any]) -> None:
     plain, fused = model(fused=False, **changes), model(fused=True, **changes)
     fused.load_state_dict(plain.state_dict())
-    plain_states, fused_states = plain(tokens()).states, fused(tokens()).states
+    torch.manual_seed(3)  # of the noise
+    plain_states = plain(tokens()).states
+    torch.manual_seed(3)
+    fused_states = fused(tokens()).states
     for a, b in zip(fused_states, plain_states, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert_same_gradients(gradients(fused, fused_states), gradients(plain, plain_states))
+
+
+def test_training_starts_from_noise_and_evaluation_from_its_mean() -> None:
+    decoder = model(injection="add", start="noise")
+    embedded = torch.zeros(4, 500, D)
+    noise = decoder.start(embedded)
+    assert abs(noise.mean()) < 0.01
+    assert noise.std() == pytest.approx(math.sqrt(2 / 5), rel=0.02)
+    assert not torch.equal(decoder.start(embedded), noise)
+    assert not decoder.eval().start(embedded).any()
+
+
+def test_a_decay_is_between_zero_and_one_whatever_is_learned() -> None:
+    decoder = model(injection="diagonal")
+    with torch.no_grad():
+        decoder.injection.decay.copy_(torch.linspace(-20, 20, D))
+    decay = decoder.injection.state_decay()
+    assert (decay > 0).all()
+    assert (decay <= 1).all()
+    assert decay[D // 2 :].max() < 0.5
+    fresh = LoopedLM(config(injection="diagonal")).injection
+    torch.testing.assert_close(fresh.state_decay(), torch.full((D,), 0.5))
+
+
+@pytest.mark.parametrize("injection", ["add", "concat", "diagonal"])
+def test_an_injection_needs_what_is_injected(injection: Any) -> None:
+    decoder = model(injection=injection)
+    with pytest.raises(ValueError, match=f"embedded must be given with injection={injection}. Got embedded=None"):
+        decoder.apply_loop(torch.zeros(1, 2, D), 0)
 
 
 def test_fused_and_plain_draw_the_same_dropout() -> None:
@@ -94,18 +143,21 @@ def test_parameter_counts_of_the_paper(preset: str, readout: Any, count: int) ->
     assert decoder.parameter_count() == count
 
 
-def test_demo_and_ouro_sizes() -> None:
+def test_sizes_of_the_other_presets() -> None:
     with torch.device("meta"):
         assert 1_500_000 < LoopedLM(PRESETS["demo"]).parameter_count() < 4_000_000
         assert 1_350_000_000 < LoopedLM(PRESETS["ouro-1.4b"]).parameter_count() < 1_450_000_000
+        assert 150_000_000 < LoopedLM(PRESETS["huginn-small"]).parameter_count() < 250_000_000
+        assert 65_000_000 < LoopedLM(PRESETS["parcae-140m"]).parameter_count() < 70_000_000  # 6 blocks and the head
 
 
-def test_flops_are_those_of_the_matrix_multiplications() -> None:
-    decoder = model(fused=False)
+@pytest.mark.parametrize("changes", [{}, {"n_prelude": 1, "n_coda": 2, "injection": "concat", "loop_rank": 2}], ids=str)
+def test_flops_are_those_of_the_matrix_multiplications(changes: dict[str, Any]) -> None:
+    decoder = model(fused=False, **changes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        states = decoder(tokens(length=LENGTH), n_loops=3).states
-        F.linear(states[-1], decoder.head_weight)
-    triangle = 3 * LAYERS * 2 * LENGTH * D  # the masked half of attention, which PyTorch multiplies and counts too
+        decoder(tokens(length=LENGTH), n_loops=3, logits=True)
+    blocks = 3 * LAYERS + decoder.config.n_prelude + decoder.config.n_coda
+    triangle = blocks * 2 * LENGTH * D  # the masked half of attention, which PyTorch multiplies and counts too
     counted = counter.get_total_flops() / (2 * LENGTH)
     assert decoder.flops_per_token(3, n_readouts=1, training=False) == counted - triangle
 
@@ -128,7 +180,7 @@ def test_initialisation() -> None:
     paper = LoopedLM(dataclasses.replace(PRESETS["paper-44m"], n_layers=1))
     assert paper.embedding.weight.std().item() == pytest.approx(1.0, rel=0.01)
     first = paper.eval()(torch.randint(20_000, (1, 64)), n_loops=1).states[0]
-    logits = F.linear(first, paper.head_weight)
+    logits = first @ paper.head_weight.T
     assert logits.std().item() == pytest.approx((2 * 512) ** 0.5, rel=0.15)  # embedding + position: sqrt(2 d)
 
 
@@ -163,7 +215,8 @@ def test_fused_and_plain_start_equal_and_exchange_checkpoints() -> None:
         assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters(), strict=True))
         plain.load_state_dict(model(seed=9, **changes).state_dict())
         fused.load_state_dict(plain.state_dict())
-        torch.testing.assert_close(fused(tokens()).states[-1], plain(tokens()).states[-1], atol=1e-5, rtol=1e-5)
+        fused_states, plain_states = fused.eval()(tokens()).states, plain.eval()(tokens()).states
+        torch.testing.assert_close(fused_states[-1], plain_states[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_head_is_the_embedding_when_tied() -> None:
@@ -213,7 +266,7 @@ def test_checkpoint_loops_gives_equal_gradients(fused: bool, dropout: float, mon
     monkeypatch.setattr("looped.dropout.SCORES_PER_BLOCK", 2 * 11 * 11)  # several blocks
     results = []
     for checkpoint_loops in (False, True):
-        decoder = model(fused=fused, dropout=dropout, positions="rotary", inter_loop_norm=True)
+        decoder = model(fused=fused, dropout=dropout, positions="rotary", inter_loop_norm=True, n_prelude=1)
         decoder.checkpoint_loops = checkpoint_loops
         torch.manual_seed(5)
         states = decoder(tokens()).states

@@ -44,7 +44,7 @@ def test_dropout_acts_on_embeddings_attention_and_mlp(monkeypatch: pytest.Monkey
     [
         {},
         {"positions": "rotary", "inter_loop_norm": True},
-        {"block_norm": "sandwich", "injection": "concat", "loop_rank": 2},
+        {"block_norm": "sandwich", "injection": "add", "loop_rank": 2},
         {"block_norm": "sandwich-sum", "injection": "diagonal", "n_coda": 1},
     ],
     ids=str,
@@ -61,7 +61,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(
     for state, wanted in zip(states, exact, strict=True):
         assert state.dtype == torch.float32
         assert not torch.equal(state, wanted)
-        torch.testing.assert_close(state, wanted, atol=0.1, rtol=0.05)
+        assert (state - wanted).norm() < 0.03 * wanted.norm()
     assert all(torch.isfinite(g).all() for g in gradients(decoder, states).values())
 
 

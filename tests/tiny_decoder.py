@@ -28,12 +28,14 @@ def config(**changes: Any) -> LoopedConfig:
 
 
 def model(*, fused: bool = False, seed: int = 0, **changes: Any) -> LoopedLM:
-    """A decoder with norms away from 1, so that a forgotten weight shows."""
+    """A decoder with norms away from 1 and injections away from their start, so that a forgotten weight shows."""
     torch.manual_seed(seed)
     decoder = LoopedLM(config(**changes), fused=fused)
     for name, parameter in decoder.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.startswith("injection") and "adapter" not in name:
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
     return decoder
 
 
@@ -90,24 +92,65 @@ def reference_block(weights: dict[str, Tensor], x: Tensor, config: LoopedConfig)
     scores = q @ k.transpose(-1, -2) / math.sqrt(config.head_dim)
     scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
     mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, d_model)
-    x = x + mixed @ weights["attention.output.weight"].T
+    x = reference_sum(x, mixed @ weights["attention.output.weight"].T, weights, "attention_output_norm", config)
     y = rms_norm(x, weights["mlp_norm.weight"])
     gate, up = y @ weights["mlp.w1.weight"].T, y @ weights["mlp.w3.weight"].T
-    return x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.w2.weight"].T
+    mlp = (gate * torch.sigmoid(gate) * up) @ weights["mlp.w2.weight"].T
+    return reference_sum(x, mlp, weights, "mlp_output_norm", config)
+
+
+def reference_sum(x: Tensor, update: Tensor, weights: dict[str, Tensor], norm: str, config: LoopedConfig) -> Tensor:
+    if config.block_norm == "pre":
+        return x + update
+    if config.block_norm == "sandwich":
+        return x + rms_norm(update, weights[f"{norm}.weight"])
+    return rms_norm(x + update, weights[f"{norm}.weight"])
+
+
+def reference_stack(decoder: LoopedLM, part: str, n_blocks: int, x: Tensor) -> Tensor:
+    weights = decoder.state_dict()
+    for layer in range(n_blocks):
+        prefix = f"{part}.{layer}."
+        block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        x = reference_block(block, x, decoder.config)
+    return x
+
+
+def reference_injection(decoder: LoopedLM, state: Tensor, embedded: Tensor, loop: int) -> Tensor:
+    weights, config = decoder.state_dict(), decoder.config
+    if config.injection == "add":
+        state = state + embedded
+    elif config.injection == "concat":
+        from_state, from_embedded = weights["injection.adapter.weight"].split(config.d_model, dim=1)
+        state = state @ from_state.T + embedded @ from_embedded.T
+    elif config.injection == "diagonal":
+        decay = 1 / (1 + weights["injection.decay"].exp())  # exp(-softplus(x))
+        state = decay * state + weights["injection.gain"] * embedded
+    last = min(loop, config.n_loops - 1)
+    if config.loop_embedding:
+        state = state + weights["injection.loop_embedding"][last]
+    if config.loop_rank:
+        state = state + state @ weights["injection.down"][last].T @ weights["injection.up"][last].T
+    return state
 
 
 def reference_states(decoder: LoopedLM, tokens: Tensor, n_loops: int) -> list[Tensor]:
-    weights = decoder.state_dict()
-    x = weights["embedding.weight"][tokens]
-    if decoder.config.positions == "learned":
-        x = x + weights["positions.weight"][: tokens.shape[1]]
+    """H_1..H_K in evaluation mode."""
+    weights, config = decoder.state_dict(), decoder.config
+    embedded = weights["embedding.weight"][tokens]
+    if config.positions == "learned":
+        embedded = embedded + weights["positions.weight"][: tokens.shape[1]]
+    embedded = reference_stack(decoder, "prelude", config.n_prelude, embedded)
+    x = embedded if config.start == "embedding" else torch.zeros_like(embedded)
     states = []
     for loop in range(n_loops):
-        if loop > 0 and decoder.config.inter_loop_norm:
+        if loop > 0 and config.inter_loop_norm:
             x = rms_norm(x, weights["loop_norm.weight"])
-        for layer in range(decoder.config.n_layers):
-            prefix = f"blocks.{layer}."
-            block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            x = reference_block(block, x, decoder.config)
+        x = reference_stack(decoder, "blocks", config.n_layers, reference_injection(decoder, x, embedded, loop))
         states.append(x)
     return states
+
+
+def reference_read(decoder: LoopedLM, state: Tensor) -> Tensor:
+    """R_k of H_k."""
+    return reference_stack(decoder, "coda", decoder.config.n_coda, state)

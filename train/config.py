@@ -33,7 +33,8 @@ class _Source:
     """The options that come before those of the model: the preset, and the text."""
 
     preset: str = "demo"
-    """Whose defaults to take: demo, paper-44m, paper-129m or ouro-1.4b (see them with --preset NAME --help)."""
+    """Whose defaults to take: demo, paper-44m, paper-129m, ouro-1.4b, huginn-small or parcae-140m (see them with
+    --preset NAME --help)."""
     fused: bool = True
     """Train through the fused per-loop readout, or through plain PyTorch. Both read the same checkpoints."""
 
@@ -125,8 +126,8 @@ RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
 MOVABLE = ("data", "tokenizer")
 
 # Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
-# 2606.24898); of Ouro only the shape is taken, with defaults for one large GPU. The demo's schedule is constant, so
-# that it can be continued as if its steps had been higher from the start.
+# 2606.24898); of the released models only the shape is taken, with defaults for one large GPU. The demo's schedule is
+# constant, so that it can be continued as if its steps had been higher from the start.
 _TRAINING: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper-44m": {
@@ -141,12 +142,22 @@ _TRAINING: dict[str, dict[str, Any]] = {
         "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
         "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
     },
+    "huginn-small": {
+        "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
+        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
+    },
+    "parcae-140m": {
+        "data": "wikitext-103", "batch_size": 16, "learning_rate": 3e-4, "schedule": "warmup-cosine",
+        "warmup_steps": 200, "dtype": "bf16",
+    },
 }  # fmt: skip
 _LENGTH: dict[str, dict[str, float]] = {
     "demo": {"steps": 400},
     "paper-44m": {"epochs": 4},
     "paper-129m": {"epochs": 4},
     "ouro-1.4b": {"epochs": 1},
+    "huginn-small": {"epochs": 1},
+    "parcae-140m": {"epochs": 1},
 }
 
 

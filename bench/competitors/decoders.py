@@ -16,7 +16,7 @@ from bench.competitors.graphs import Replay
 from bench.measure.implementation import Implementation, by_name, is_ours
 from bench.measure.roofs import Roof, projection_roof
 from bench.measure.timing import Prepare
-from bench.shapes import DEVICE, Case, DecoderShape
+from bench.shapes import DEVICE, RECURRENCES, Case, DecoderShape
 from looped.attention import SelfAttention
 from looped.config import PRESETS
 from looped.context import Context
@@ -58,13 +58,14 @@ STEP_IMPLEMENTATIONS = by_name(
 
 
 def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) -> LoopedLM:
-    """A decoder of the preset, of K loops, with RMSNorm readout; the same weights in every variant."""
+    """A decoder of the shape, with RMSNorm readout; the same weights in every variant."""
     variant = variant.removesuffix(GRAPHED)
     torch.manual_seed(0)
-    config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops)
+    changes = RECURRENCES[shape.recurrence]
+    config = dataclasses.replace(PRESETS[shape.preset], readout="rmsnorm", n_loops=shape.n_loops, **changes)
     with device:
         model = LoopedLM(config, fused=is_ours(variant))
-    for block in model.blocks:
+    for block in (*model.prelude, *model.blocks, *model.coda):
         if variant == "eager":
             block.attention = EagerAttention(block.attention)
         if IMPLEMENTATIONS[variant].compiles:

@@ -4,6 +4,7 @@ A finding is a question about a model, its answer, the measured number that deci
 compared with, and what to do.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,10 +106,14 @@ def _penalty(measured: Measurements, control: Control) -> Finding:
 
 
 def _passing_on(measured: Measurements, control: Control) -> Finding:
+    largest = max(measured.response, default=0.0)
+    fades = ""
+    if PASSED_ON < largest < 1:  # as where a decay multiplies the state: what is left shrinks with every loop
+        fades = f" Of a change of size at most half is left after {math.ceil(math.log(0.5) / math.log(largest))} loops."
     return Finding(
         "Does a larger state make the next loop's result larger?",
         "Yes, size is passed on" if measured.passes_scale_on else "No, size is removed between loops",
-        f"A state twice as large changes the next loop's result by {_span(measured.response)} times its size.",
+        f"A state twice as large changes the next loop's result by {_span(measured.response)} times its size.{fades}",
         f"yes if above {PASSED_ON}",
         "Another way to hold it: normalise the state between loops." if control == "free" else NOTHING,
     )
