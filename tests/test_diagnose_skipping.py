@@ -66,25 +66,30 @@ def test_every_policy_is_calibrated_and_reported():
 CHANGES: list[dict[str, Any]] = [
     {},
     {"readout": "final-only", "embedding_std": 0.3},
+    {"exit_gate": True, "n_coda": 1, "embedding_std": 0.2, "seed": 1},
     {"injection": "add", "start": "zero", "n_coda": 1, "embedding_std": 0.2, "seed": 2},
 ]
 
 
 def decoder_of(changes: dict) -> LoopedLM:
-    return model(n_loops=4, **changes).double().eval()
+    decoder = model(n_loops=4, **changes).double().eval()
+    if decoder.exit_gate is not None:
+        torch.nn.init.normal_(decoder.exit_gate.weight)
+    return decoder
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_what_is_left_out_matters_to_no_token_that_is_alone(changes):
     """In windows of one token: the scores, readings and outcomes are those that nothing is left out of."""
     measured = measure_halting(from_decoder(decoder_of(changes)), windows(1, (33, 40)), 1.1)
-    assert list(measured.skipped) == [NO_POLICY, *NAMES]
+    assert list(measured.skipped) == [NO_POLICY, *NAMES, *(["gate"] if "exit_gate" in changes else [])]
     for name, halt in measured.policies.items():
         skipped = measured.skipped[name]
         assert skipped.exits == halt.exits
         assert skipped.loops == halt.loops
         assert skipped.ratio == pytest.approx(halt.ratio, rel=1e-12)
     assert any(1 < halt.loops < 4 for halt in measured.policies.values())
+    assert "gate" not in measured.policies or 1 < measured.policies["gate"].loops < 4
 
 
 def test_what_is_left_out_is_measured_on_the_report_slice():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looped.diagnose.model import Batch, LoopedModel, wide
 from looped.diagnose.skipping import Skipped, measure_skipping
-from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops
+from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
 
@@ -74,7 +74,7 @@ def measure_halting(
             f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
         )
     half = n_windows // 2
-    policies = WITHOUT_A_GATE
+    policies = _policies(model)
     calibration, report = _slices(model, batches, half, policies, as_last=False)
     halts = {
         policy.name: _halt(calibration[[0, place]], report[[0, place]], tolerance)
@@ -105,6 +105,15 @@ def check_rounds(rounds: int) -> None:
     """Raises ValueError below 0."""
     if rounds < 0:
         raise ValueError(f"rounds must be at least 0. Got rounds={rounds}.")
+
+
+def _policies(model: LoopedModel) -> tuple[Policy, ...]:
+    decoder = model.decoder
+    return (
+        WITHOUT_A_GATE
+        if decoder is None or decoder.exit_gate is None
+        else (*WITHOUT_A_GATE, gate_policy(decoder.exit_logit))
+    )
 
 
 def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
@@ -139,7 +148,8 @@ def _windows(
         for loop, state in enumerate(model.unroll(embedded, model.n_loops)):
             logits = wide(model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1)))
             loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-            seen = Seen(before, state, logits)
+            read = model.decoder.read(state) if model.decoder is not None and policies[-1].reads else None
+            seen = Seen(before, state, logits, read=read)
             scores = [
                 policy.score(seen._replace(score=scores[place] if scores else None))
                 for place, policy in enumerate(policies)
