@@ -108,12 +108,9 @@ def check_rounds(rounds: int) -> None:
 
 
 def _policies(model: LoopedModel) -> tuple[Policy, ...]:
-    decoder = model.decoder
-    return (
-        WITHOUT_A_GATE
-        if decoder is None or decoder.exit_gate is None
-        else (*WITHOUT_A_GATE, gate_policy(decoder.exit_logit))
-    )
+    if model.decoder is None or model.decoder.exit_gate is None:
+        return WITHOUT_A_GATE
+    return (*WITHOUT_A_GATE, gate_policy(model.decoder.exit_logit))
 
 
 def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
