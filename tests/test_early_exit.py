@@ -148,11 +148,17 @@ def test_a_token_depends_on_no_later_one() -> None:
 
 
 def test_what_has_left_is_not_computed() -> None:
-    """Rows of the MLP: a loop for each loop that a token stays. Rows of the head: one a token unless logits decide."""
-    decoder = model(n_loops=N_LOOPS, tied=False).eval()
-    inputs, rows = tokens(3, 11), {"mlp": 0, "head": 0}
-    for block in decoder.blocks:
-        block.mlp.register_forward_hook(lambda _, args, __: rows.update(mlp=rows["mlp"] + args[0].shape[:-1].numel()))
+    """Rows of the MLP: one for each loop that a token stays, in the coda too where the policy needs what it makes. Rows
+    of the head: one a token unless logits decide."""
+    decoder = model(n_loops=N_LOOPS, n_coda=1, tied=False).eval()
+    inputs, rows = tokens(3, 11), {"mlp": 0, "coda": 0, "head": 0}
+
+    def count(name: str, _: torch.nn.Module, arguments: Any) -> None:
+        rows[name] += arguments[0].shape[:-1].numel()
+
+    for name, blocks in (("mlp", decoder.blocks), ("coda", decoder.coda)):
+        for block in blocks:
+            block.mlp.register_forward_pre_hook(partial(count, name))
     original = decoder.head_logits
 
     def head_logits(read: Tensor, *, final: bool = True) -> Tensor:
@@ -160,11 +166,12 @@ def test_what_has_left_is_not_computed() -> None:
         return original(read, final=final)
 
     decoder.head_logits = head_logits  # type: ignore[method-assign]
-    for policy in (ENTROPY, STATE_CHANGE):
+    for policy in (ENTROPY, STATE_CHANGE, gate(decoder)):
         tau = a_tau(decoder, inputs, policy)
-        rows.update(mlp=0, head=0)
+        rows.update(mlp=0, coda=0, head=0)
         loops = run_with_exits(decoder, inputs, policy, tau).loops
         assert rows["mlp"] == LAYERS * int(loops.sum()) < LAYERS * N_LOOPS * inputs.numel()
+        assert rows["coda"] <= int(loops.sum())
         assert rows["head"] == (int(loops.sum()) if policy.reads_logits else inputs.numel())
 
 
