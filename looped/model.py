@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from looped.config import LoopedConfig
 from looped.context import Context
-from looped.kernels import LoopedCrossEntropy, LoopedStatistics
+from looped.exit_gate import ExitGate, log_exit_probabilities
+from looped.kernels import LoopedStatistics
 from looped.recurrence import Recurrence, first_with_gradient
-from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
+from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
 class LoopedOutput(NamedTuple):
@@ -24,6 +25,8 @@ class LoopedOutput(NamedTuple):
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
     statistics: per (loop, token), or None if not asked for. Only of the loops with gradient.
+    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss, -3e38 for loops
+        without gradient; None unless gated.
     """
 
     states: tuple[Tensor, ...]
@@ -31,6 +34,16 @@ class LoopedOutput(NamedTuple):
     per_loop: Tensor | None = None
     logits: Tensor | None = None
     statistics: LoopedStatistics | None = None
+    log_exits: Tensor | None = None
+
+
+class ReadoutLoss(NamedTuple):
+    """What `LoopedLM.readout_loss` returns, as in `LoopedOutput`."""
+
+    loss: Tensor
+    per_loop: Tensor
+    statistics: LoopedStatistics | None
+    log_exits: Tensor | None
 
 
 class LoopedLM(Recurrence):
@@ -59,6 +72,8 @@ class LoopedLM(Recurrence):
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=config.embedding_std)
+        # Last, and without a random number: a gate leaves the other parameters as they would be.
+        self.exit_gate = ExitGate(config.d_model, config.n_loops) if config.exit_gate else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -72,7 +87,7 @@ class LoopedLM(Recurrence):
         *,
         n_loops: int | None = None,
         backprop_loops: int | None = None,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         logits: bool = False,
@@ -83,7 +98,8 @@ class LoopedLM(Recurrence):
         tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
         n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
         backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
-            alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
+            alone, as if they were all: per-loop supervision weighs each by 1/k, the exit probabilities of gated
+            supervision are over them, and the penalty is a mean over them.
             What comes before is neither read out nor penalised: it could train the head alone, on states that the
             rest of the model does not learn from. Embedding and prelude have a gradient through the injection; with
             none there is only what a tied embedding learns as the head.
@@ -97,7 +113,7 @@ class LoopedLM(Recurrence):
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
             _check_targets(targets, tokens.shape)
-            _check_loss_options(supervision, penalty)
+            self._check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
         states = self.unroll(tokens, n_loops, backprop_loops)
@@ -109,38 +125,43 @@ class LoopedLM(Recurrence):
         result = self.readout_loss(
             trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        per_loop = F.pad(result.per_loop, (first, 0), value=math.nan) if first > 0 else result.per_loop
-        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics)
+        log_exits = result.log_exits
+        return output._replace(
+            loss=result.loss,
+            per_loop=_after(first, result.per_loop, math.nan),
+            statistics=result.statistics,
+            log_exits=None if log_exits is None else _after(first, log_exits, torch.finfo(log_exits.dtype).min),
+        )
 
     def readout_loss(
         self,
         states: Sequence[Tensor],
         targets: Tensor,
         *,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
-    ) -> LoopedCrossEntropy:
-        """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
+    ) -> ReadoutLoss:
+        """The training loss of the states of all loops, in nats.
 
         `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
         H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
         targets that are not -100 (0 if all are). w_k = 1/K for `per-loop` supervision; for `terminal` w_K = 1, the
-        others are 0 and not read out.
+        others are 0 and not read out. With `gated` supervision every token has weights of its own, its exit
+        probabilities, and a term that holds those close to a prior is added (`looped.supervision.Gated`, whose options
+        go in the word's place).
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
         tensor. statistics: measure what the readout sees of every loop and token.
-        Raises ValueError for states and targets that do not fit, a negative penalty or an unknown supervision,
-        TypeError for targets that are not int64.
+        Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
+        supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
-        _check_loss_options(supervision, penalty)
-        weights = supervision_weights(supervision, len(states))
-        # A loop that has no weight needs no coda; its state stands for what is not read.
-        read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+        self._check_loss_options(supervision, penalty)
+        read, weights, log_p = self._weighed(states, supervision)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -153,10 +174,50 @@ class LoopedLM(Recurrence):
             n_targets=n_targets,
             statistics=statistics,
         )
-        if self.config.n_coda == 0:
-            return result
-        mean_square = torch.stack([state.float().square().mean() for state in states]).mean()
-        return result._replace(loss=result.loss + penalty * mean_square)
+        loss = result.loss
+        if self.config.n_coda:
+            loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
+        gate = gated(supervision)
+        if gate is None or log_p is None:
+            return ReadoutLoss(loss, result.per_loop, result.statistics, None)
+        loss = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets)
+        return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
+
+    def _weighed(
+        self, states: Sequence[Tensor], supervision: Supervision | Gated
+    ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
+        """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
+        if gated(supervision) is None:
+            weights = supervision_weights(supervision, len(states))
+            # A loop that has no weight needs no coda; its state stands for what is not read.
+            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+            return read, weights, None
+        read = [self.read(state) for state in states]
+        log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
+        return read, log_p.exp(), log_p
+
+    def exit_logit(self, read: Tensor) -> Tensor:
+        """The gate's g [B, T] of what is read of one loop, R_k = `read(H_k)` [B, T, d]; lambda_k = sigmoid(g_k).
+
+        The gate sees it through the readout's norm, if there is one (`final-only` has it at every loop here). fp32,
+        under autocast too. Raises ValueError for a model without a gate.
+        """
+        if self.exit_gate is None:
+            raise ValueError("exit probabilities are those of a gate and need exit_gate=True. Got exit_gate=False.")
+        with torch.autocast(read.device.type, enabled=False):
+            return self.exit_gate(read if self.readout_norm is None else self.readout_norm(read))
+
+    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
+        """g [K, B, T] of K states H_k [B, T, d], as `exit_logit` gives it and raises."""
+        return torch.stack([self.exit_logit(self.read(state)) for state in states])
+
+    def exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
+        """p_k [K, B, T] fp32 of all K states H_k: how probable it is that a token stops at loop k.
+
+        Over the K loops they add up to 1: the last one takes what remains, whatever K is (looped/exit_gate.py, which
+        has their logarithms too). Raises as `exit_logit` does.
+        """
+        return log_exit_probabilities(self.exit_logits(states)).exp()
 
     def readout_logits(self, state: Tensor, *, final: bool = True, context: Context | None = None) -> Tensor:
         """Logits [B, T, V] of one state H_k [B, T, d]: the coda, the readout's norm, then the head.
@@ -187,6 +248,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
+        if gated(supervision) is None:
+            supervision_weights(supervision, 1)
+        elif self.exit_gate is None:
+            raise ValueError("gated supervision needs a model with exit_gate=True. Got exit_gate=False.")
+        if not isinstance(penalty, Tensor) and not penalty >= 0:
+            raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
 
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""
@@ -240,6 +309,11 @@ class LoopedLM(Recurrence):
         return 3 * forward - 2 * forward_only
 
 
+def _after(n_loops: int, values: Tensor, fill: float) -> Tensor:
+    """values [k, ...] after n_loops loops that have none."""
+    return values if n_loops == 0 else torch.cat([values.new_full((n_loops, *values.shape[1:]), fill), values])
+
+
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:
     if targets.shape != shape:
         raise ValueError(f"targets must have the tokens' shape {list(shape)}. Got {list(targets.shape)}.")
@@ -254,9 +328,3 @@ def _check_states(states: Sequence[Tensor], targets: Tensor) -> None:
     if len(shapes) > 1:
         raise ValueError(f"states must have one shape [..., d]. Got {[list(shape) for shape in shapes]}.")
     _check_targets(targets, states[0].shape[:-1])
-
-
-def _check_loss_options(supervision: Supervision, penalty: float | Tensor) -> None:
-    supervision_weights(supervision, 1)
-    if not isinstance(penalty, Tensor) and not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from looped.model import LoopedLM, LoopedOutput
 from looped.recurrence import first_with_gradient
-from looped.supervision import Supervision
+from looped.supervision import Gated, Supervision
 from train.step import autocast
 
 
@@ -45,7 +45,7 @@ def locate(
     inputs: Tensor,
     targets: Tensor,
     *,
-    supervision: Supervision,
+    supervision: Supervision | Gated,
     penalty: float,
     dtype: torch.dtype,
     n_loops: int | None = None,
@@ -74,7 +74,7 @@ def locate(
         assert result.loss is not None
         assert result.per_loop is not None
         last = len(result.states) - 1
-        first = first_with_gradient(last + 1, backprop_loops) if supervision == "per-loop" else last
+        first = last if supervision == "terminal" else first_with_gradient(last + 1, backprop_loops)
         for loop in range(first, last + 1):
             if not _is_finite(result.per_loop[loop]):
                 return f"in the readout of loop {loop + 1}"

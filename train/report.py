@@ -69,18 +69,22 @@ def table(results: Sequence[LoopResult]) -> str:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
     """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation: against
-    speed where that was measured, and against depth where there is more."""
+    speed where that was measured, and against depth where there is more; of gated supervision also where tokens exit.
+    """
     timed = [result for result in results if result.tokens_per_second is not None]
-    n_panels = 3 if len(timed) == len(results) else 4
+    beyond, exits = len(timed) < len(results), [row for row in rows if "exit_loop" in row]
+    n_panels = 3 + beyond + bool(exits)
     figure, panels = plt.subplots(1, n_panels, figsize=(5 * n_panels, 4.8), layout="constrained")
-    losses, norms, frontier, *depths = panels
+    losses, norms, frontier = panels[:3]
     if rows:
         colours = _colours(max(len(row["ce"]) for row in rows))
         _draw_losses(losses, rows, colours)
         _draw_norms(norms, rows, colours)
     _draw_frontier(frontier, timed, _colours(len(timed)))
-    for axes in depths:
-        _draw_depths(axes, results, len(timed))
+    if beyond:
+        _draw_depths(panels[3], results, len(timed))
+    if exits:
+        _draw_exits(panels[-1], exits)
     for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -100,13 +104,24 @@ def _of_loop(rows: Sequence[dict[str, Any]], key: str, loop: int) -> np.ndarray:
     return np.array(points, dtype=np.float64).reshape(-1, 2).T
 
 
+def _series(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """[rows] float64 of one field; null is nan, which is not drawn."""
+    return np.array([row[key] for row in rows], dtype=np.float64)
+
+
 def _draw_losses(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
     for loop, colour in enumerate(colours):
         steps, ce = _of_loop(rows, "ce", loop)
         if ce.size:
             axes.plot(steps, ce, color=colour, linewidth=1.4, label=f"CE after loop {loop + 1}")
-    steps, loss = np.array([(row["step"], row["loss"]) for row in rows], dtype=np.float64).T
-    axes.plot(steps, loss, color="0.25", linewidth=1.1, linestyle="--", label="loss with penalty")
+    axes.plot(
+        _series(rows, "step"),
+        _series(rows, "loss"),
+        color="0.25",
+        linewidth=1.1,
+        linestyle="--",
+        label="loss with penalty",
+    )
     axes.set(title="Training loss", xlabel="step", ylabel="nats per token")
     _legend(axes, len(colours))
 
@@ -132,6 +147,16 @@ def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray)
 
 def _legend(axes: Axes, n_loops: int) -> None:
     axes.legend(frameon=False, fontsize=9 if n_loops <= 8 else 6, ncols=1 + n_loops // 9)
+
+
+def _draw_exits(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    steps, n_loops = _series(rows, "step"), max(len(row["ce"]) for row in rows)
+    axes.plot(steps, _series(rows, "exit_loop"), color="0.25", linewidth=1.4, label="mean exit loop")
+    # As loops: exp(H) is 1 where all stop at one loop, and K where every loop is as probable.
+    spread = np.exp(_series(rows, "exit_entropy"))
+    axes.plot(steps, spread, color="0.25", linewidth=1.1, linestyle="--", label="exp(entropy)")
+    axes.set(title="Where tokens exit", xlabel="step", ylabel="loops", ylim=(0.9, n_loops + 0.1))
+    axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_frontier(axes: Axes, results: Sequence[LoopResult], colours: np.ndarray) -> None:
