@@ -25,8 +25,8 @@ class LoopedOutput(NamedTuple):
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
     statistics: per (loop, token), or None if not asked for. Only of the loops with gradient.
-    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss, -3e38 for loops
-        without gradient; None unless gated.
+    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss; None unless gated.
+        Nobody exits at a loop without gradient: the probability is 0 there, its log the lowest number.
     """
 
     states: tuple[Tensor, ...]
@@ -98,8 +98,7 @@ class LoopedLM(Recurrence):
         tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
         n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
         backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
-            alone, as if they were all: per-loop supervision weighs each by 1/k, the exit probabilities of gated
-            supervision are over them, and the penalty is a mean over them.
+            alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
             What comes before is neither read out nor penalised: it could train the head alone, on states that the
             rest of the model does not learn from. Embedding and prelude have a gradient through the injection; with
             none there is only what a tied embedding learns as the head.
@@ -125,13 +124,12 @@ class LoopedLM(Recurrence):
         result = self.readout_loss(
             trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        log_exits = result.log_exits
-        return output._replace(
-            loss=result.loss,
-            per_loop=_after(first, result.per_loop, math.nan),
-            statistics=result.statistics,
-            log_exits=None if log_exits is None else _after(first, log_exits, torch.finfo(log_exits.dtype).min),
-        )
+        per_loop, log_exits = result.per_loop, result.log_exits
+        if first > 0:
+            per_loop = F.pad(per_loop, (first, 0), value=math.nan)
+            if log_exits is not None:
+                log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
+        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics, log_exits=log_exits)
 
     def readout_loss(
         self,
@@ -307,11 +305,6 @@ class LoopedLM(Recurrence):
         if n_forward_only > 0 and config.injection == "none":
             forward_only += prelude  # nothing reaches it
         return 3 * forward - 2 * forward_only
-
-
-def _after(n_loops: int, values: Tensor, fill: float) -> Tensor:
-    """values [k, ...] after n_loops loops that have none."""
-    return values if n_loops == 0 else torch.cat([values.new_full((n_loops, *values.shape[1:]), fill), values])
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import looped.kernels.device
 from looped.model import LoopedLM
-from train.step import exit_means
 
 Gradients = dict[str, Tensor]
 
@@ -104,23 +103,6 @@ def test_only_loops_with_gradient_are_read(supervision: str):
     torch.testing.assert_close(output.per_loop[read], whole.per_loop[read])
     torch.testing.assert_close(output.loss, output.per_loop[read].mean())
     assert len(output.statistics.loss) == 2
-
-
-def test_a_gates_exits_are_over_the_loops_with_gradient():
-    decoder = model(exit_gate=True)
-    torch.nn.init.normal_(decoder.exit_gate.weight)
-    output = decoder(tokens(), targets(), n_loops=5, backprop_loops=2, supervision="gated")
-    assert output.log_exits.shape == (5, *tokens().shape)
-    exits = output.log_exits.exp()
-    assert (exits[:3] == 0).all()
-    torch.testing.assert_close(exits.sum(0), torch.ones(tokens().shape))
-    torch.testing.assert_close(exits[3], torch.sigmoid(decoder.exit_logit(output.states[3])).detach())
-    mean_loop, entropy = exit_means(output.log_exits, targets(), None)
-    counted = targets() != -100
-    torch.testing.assert_close(mean_loop, (4 + exits[4])[counted].mean())
-    torch.testing.assert_close(entropy, torch.special.entr(exits).sum(0)[counted].mean())
-    loss = decoder.readout_loss(output.states[3:], targets(), supervision="gated").loss
-    torch.testing.assert_close(output.loss, loss)
 
 
 @pytest.mark.parametrize("n_last", [3, 8, None])

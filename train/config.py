@@ -141,8 +141,8 @@ RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
 MOVABLE = ("data", "tokenizer")
 
 # Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
-# 2606.24898); of the released models only the shape is taken, with defaults for one large GPU. The demo's schedule is
-# constant, so that it can be continued as if its steps had been higher from the start.
+# 2606.24898); of the released models the shape and the depths are taken, with defaults for one large GPU. The demo's
+# schedule is constant, so that it can be continued as if its steps had been higher from the start.
 _TRAINING: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper-44m": {
@@ -159,11 +159,13 @@ _TRAINING: dict[str, dict[str, Any]] = {
     },
     "huginn-small": {
         "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
+        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16", "depth": "poisson:32", "backprop_loops": 8,
+        "supervision": "terminal", "penalty": 0.0, "eval_loops": 64,
     },
     "parcae-140m": {
         "data": "wikitext-103", "batch_size": 16, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "dtype": "bf16",
+        "warmup_steps": 200, "dtype": "bf16", "depth": "poisson:8", "backprop_loops": 4, "supervision": "terminal",
+        "penalty": 0.0,
     },
 }  # fmt: skip
 _LENGTH: dict[str, dict[str, float]] = {

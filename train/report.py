@@ -69,22 +69,22 @@ def table(results: Sequence[LoopResult]) -> str:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
     """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation: against
-    speed where that was measured, and against depth where there is more; of gated supervision also where tokens exit.
-    """
+    speed where that was measured, and against depth where there is more; of gated supervision also where tokens
+    exit."""
     timed = [result for result in results if result.tokens_per_second is not None]
-    beyond, exits = len(timed) < len(results), [row for row in rows if "exit_loop" in row]
-    n_panels = 3 + beyond + bool(exits)
+    exits = [row for row in rows if "exit_loop" in row]
+    n_panels = 3 + (len(timed) < len(results)) + bool(exits)
     figure, panels = plt.subplots(1, n_panels, figsize=(5 * n_panels, 4.8), layout="constrained")
-    losses, norms, frontier = panels[:3]
+    losses, norms, frontier, *others = panels
     if rows:
         colours = _colours(max(len(row["ce"]) for row in rows))
         _draw_losses(losses, rows, colours)
         _draw_norms(norms, rows, colours)
     _draw_frontier(frontier, timed, _colours(len(timed)))
-    if beyond:
-        _draw_depths(panels[3], results, len(timed))
+    if len(timed) < len(results):
+        _draw_depths(others[0], results, len(timed))
     if exits:
-        _draw_exits(panels[-1], exits)
+        _draw_exits(others[-1], exits)
     for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
