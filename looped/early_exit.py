@@ -13,7 +13,8 @@ more. For attention the queries are padded to [B, A], A the most that one sequen
 leave is decided on the host: one copy of N booleans a loop, which a GPU's host waits for.
 
 A policy that reads logits costs a readout of every active token at every loop. Any other costs one head product a
-token, and the coda, if there is one, of all active tokens at each loop where one leaves.
+token, and the coda, if there is one, of all active tokens: at every loop for the gate, and for the state's change at
+those where a token leaves.
 """
 
 from functools import partial
@@ -58,14 +59,16 @@ def run_with_exits(model: LoopedLM, tokens: Tensor, policy: Policy, tau: float, 
         if loop == n_loops - 1:
             left.append((n_loops, active, model.readout_logits(state, context=context)))
             break
-        logits = model.readout_logits(state, final=False, context=context) if policy.reads_logits else None
-        score = policy.score(Seen(before, state, logits, score))
+        read = model.read(state, context) if policy.reads or policy.reads_logits else None
+        logits = model.head_logits(read, final=False) if read is not None and policy.reads_logits else None
+        score = policy.score(Seen(before, state, logits, score, read))
         leaves = (score[0] >= tau).cpu()
         if not leaves.any():
             continue
         leaving, staying = (where.nonzero().flatten() for where in (leaves, ~leaves))
         if logits is None:
-            logits = model.head_logits(model.read(state, context)[:, leaving.to(device)], final=False)
+            read = model.read(state, context) if read is None else read
+            logits = model.head_logits(read[:, leaving.to(device)], final=False)
         else:
             logits = logits[:, leaving.to(device)]
         left.append((loop + 1, active[leaving], logits))

@@ -12,7 +12,8 @@ on another slice (Sharma & Vu, arXiv 2606.24898).
     state-change      -|H_k - H_{k-1}| / |H_k|                          Huginn, arXiv 2502.05171: its code's latent-diff
     gate              sum_{j <= k} p_j, the gate's exit distribution    Ouro, arXiv 2510.25741
 
-The first three need the logits after every loop, the others do not. Every policy is causal: a token's score comes from
+The first three need the logits after every loop, the gate what the coda makes of the state (R_k), if there is a coda,
+and the state's change neither. Every policy is causal: a token's score comes from
 its own state, which depends on no later token. This file reads states that were computed for all tokens at all loops,
 which says when predictions are ready and saves no time; looped/early_exit.py leaves later loops out.
 """
@@ -31,23 +32,26 @@ from looped.kernels.device import accumulator
 class Seen(NamedTuple):
     """What a policy may look at: tokens [...] after loop k.
 
-    before, state: H_{k-1} and H_k, [..., d]. logits: [..., V] after loop k; None for policies that read none.
+    before, state: H_{k-1} and H_k, [..., d]. logits: [..., V] after loop k; None for policies that need none.
     score: [...], the policy's own score after loop k-1; None after the first loop.
+    read: R_k [..., d], what the readout makes the logits of; None for policies that do not need it.
     """
 
     before: Tensor
     state: Tensor
     logits: Tensor | None = None
     score: Tensor | None = None
+    read: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Policy:
-    """score: what is seen of tokens [...] -> their scores [...]. reads_logits: whether it needs logits."""
+    """score: what is seen of tokens [...] -> their scores [...]. reads_logits, reads: whether it needs logits, R_k."""
 
     name: str
     reads_logits: bool
     score: Callable[[Seen], Tensor]
+    reads: bool = False
 
 
 def _margin(seen: Seen) -> Tensor:
@@ -87,29 +91,30 @@ STATE_CHANGE = Policy("state-change", False, _negative_change)
 WITHOUT_A_GATE = (MARGIN, TOP_PROBABILITY, ENTROPY, STATE_CHANGE)  # what every model has
 
 
-def gate_policy(exit_logits: Callable[[Tensor], Tensor]) -> Policy:
+def gate_policy(exit_logit: Callable[[Tensor], Tensor]) -> Policy:
     """The policy of a gate: how probable it is that a token has stopped by loop k, `1 - prod_{j <= k} (1 - lambda_j)`.
 
-    exit_logits: H_k [..., d] -> g_k [...], lambda_k = sigmoid(g_k).
+    exit_logit: R_k [..., d] -> g_k [...], lambda_k = sigmoid(g_k), as `LoopedLM.exit_logit` gives it.
     """
 
     def score(seen: Seen) -> Tensor:
-        going_on = torch.sigmoid(-_wide(exit_logits(seen.state)))
+        assert seen.read is not None  # as `reads` says
+        going_on = torch.sigmoid(-_wide(exit_logit(seen.read)))
         return 1 - (going_on if seen.score is None else going_on * (1 - seen.score))
 
-    return Policy("gate", False, score)
+    return Policy("gate", False, score, reads=True)
 
 
-def policy_named(name: str, exit_logits: Callable[[Tensor], Tensor] | None = None) -> Policy:
-    """The policy of that name. exit_logits: as `gate_policy` takes it, for `gate` alone.
+def policy_named(name: str, exit_logit: Callable[[Tensor], Tensor] | None = None) -> Policy:
+    """The policy of that name. exit_logit: as `gate_policy` takes it, of a model that has a gate.
 
     Raises ValueError for an unknown policy, and for `gate` without a gate.
     """
-    if name == "gate" and exit_logits is None:
+    if name == "gate" and exit_logit is None:
         raise ValueError("policy gate needs a model with an exit gate. Got policy='gate'.")
     known = {policy.name: policy for policy in WITHOUT_A_GATE}
-    if exit_logits is not None:
-        known["gate"] = gate_policy(exit_logits)
+    if exit_logit is not None:
+        known["gate"] = gate_policy(exit_logit)
     if name not in known:
         raise ValueError(f"policy must be one of {', '.join(known)}. Got policy={name!r}.")
     return known[name]

@@ -1,5 +1,6 @@
 """Loops that are left out, against the rule as it is stated, computed for whole sequences at every loop."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def gate(decoder: LoopedLM) -> Policy:
     weight = torch.linspace(-1, 1, decoder.config.d_model)
-    return gate_policy(lambda state: (state * weight.to(state.dtype)).mean(-1))
+    return gate_policy(lambda read: (read * weight.to(read.dtype)).mean(-1))
 
 
 def policies(decoder: LoopedLM) -> list[Policy]:
@@ -61,10 +62,11 @@ def by_the_rule(decoder: LoopedLM, inputs: Tensor, policy: Policy, tau: float, n
     for loop in range(n_loops):
         before, state = state, decoder.apply_loop(state, loop, embedded, context)
         last = loop == n_loops - 1
-        logits = decoder.readout_logits(state, final=last, context=context)
+        read = decoder.read(state, context)
+        logits = decoder.head_logits(read, final=last)
         at_exit = logits if at_exit is None else torch.where(gone.unsqueeze(-1), at_exit, logits)
         if not last:
-            score = policy.score(Seen(before, state, logits, score))
+            score = policy.score(Seen(before, state, logits, score, read))
             exits[~gone & (score >= tau)] = loop + 1
             gone |= score >= tau
     return exits, at_exit
@@ -78,7 +80,7 @@ def a_tau(decoder: LoopedLM, inputs: Tensor, policy: Policy) -> float:
         scores.append(policy.score(seen))
         return scores[-1]
 
-    run_with_exits(decoder, inputs, Policy("", policy.reads_logits, remember), math.inf, n_loops=N_LOOPS)
+    run_with_exits(decoder, inputs, dataclasses.replace(policy, score=remember), math.inf, n_loops=N_LOOPS)
     distinct = torch.stack(scores).double().unique()
     place = int(0.6 * len(distinct))
     return float(distinct[place - 1 : place + 1].mean())
@@ -119,6 +121,22 @@ def test_with_an_infinite_threshold_it_is_the_model(changes: dict[str, Any]) -> 
         assert (run_with_exits(decoder, inputs, policy, math.inf, n_loops=7).loops == 7).all()
 
 
+def test_a_gates_score_is_of_the_models_own_distribution() -> None:
+    decoder = model(exit_gate=True, n_coda=1, n_loops=N_LOOPS).double().eval()
+    assert decoder.exit_gate is not None
+    torch.nn.init.normal_(decoder.exit_gate.weight)
+    inputs, policy, scores = tokens(), gate_policy(decoder.exit_logit), []
+
+    def remember(seen: Seen) -> Tensor:
+        scores.append(policy.score(seen))
+        return scores[-1]
+
+    run_with_exits(decoder, inputs, dataclasses.replace(policy, score=remember), math.inf)
+    with torch.no_grad():
+        stopped = decoder.exit_probabilities(decoder(inputs).states).cumsum(0)[:-1]
+    torch.testing.assert_close(torch.stack(scores).view(stopped.shape), stopped)
+
+
 def test_a_token_depends_on_no_later_one() -> None:
     decoder = model(positions="rotary", n_coda=1, n_loops=N_LOOPS).double().eval()
     inputs = tokens(3, 11)
@@ -130,11 +148,17 @@ def test_a_token_depends_on_no_later_one() -> None:
 
 
 def test_what_has_left_is_not_computed() -> None:
-    """Rows of the MLP: a loop for each loop that a token stays. Rows of the head: one a token unless logits decide."""
-    decoder = model(n_loops=N_LOOPS, tied=False).eval()
-    inputs, rows = tokens(3, 11), {"mlp": 0, "head": 0}
-    for block in decoder.blocks:
-        block.mlp.register_forward_hook(lambda _, args, __: rows.update(mlp=rows["mlp"] + args[0].shape[:-1].numel()))
+    """Rows of the MLP: one for each loop that a token stays, in the coda too where the policy needs what it makes. Rows
+    of the head: one a token unless logits decide."""
+    decoder = model(n_loops=N_LOOPS, n_coda=1, tied=False).eval()
+    inputs, rows = tokens(3, 11), {"mlp": 0, "coda": 0, "head": 0}
+
+    def count(name: str, _: torch.nn.Module, arguments: Any) -> None:
+        rows[name] += arguments[0].shape[:-1].numel()
+
+    for name, blocks in (("mlp", decoder.blocks), ("coda", decoder.coda)):
+        for block in blocks:
+            block.mlp.register_forward_pre_hook(partial(count, name))
     original = decoder.head_logits
 
     def head_logits(read: Tensor, *, final: bool = True) -> Tensor:
@@ -142,11 +166,12 @@ def test_what_has_left_is_not_computed() -> None:
         return original(read, final=final)
 
     decoder.head_logits = head_logits  # type: ignore[method-assign]
-    for policy in (ENTROPY, STATE_CHANGE):
+    for policy in (ENTROPY, STATE_CHANGE, gate(decoder)):
         tau = a_tau(decoder, inputs, policy)
-        rows.update(mlp=0, head=0)
+        rows.update(mlp=0, coda=0, head=0)
         loops = run_with_exits(decoder, inputs, policy, tau).loops
         assert rows["mlp"] == LAYERS * int(loops.sum()) < LAYERS * N_LOOPS * inputs.numel()
+        assert rows["coda"] <= int(loops.sum())
         assert rows["head"] == (int(loops.sum()) if policy.reads_logits else inputs.numel())
 
 

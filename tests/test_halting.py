@@ -135,11 +135,11 @@ def test_a_gates_score_is_how_probable_it_is_to_have_stopped():
     """Of four loops: the sum of Ouro's p_k = lambda_k prod_{j < k} (1 - lambda_j) so far."""
     generator = torch.Generator().manual_seed(0)
     exit_logits = torch.randn(4, 5, generator=generator, dtype=torch.float64)
-    policy = gate_policy(lambda state: state[:, 0])
+    policy = gate_policy(lambda read: read[:, 0])
     score, expected = None, torch.zeros(5, dtype=torch.float64)
     stops = exit_logits.sigmoid()
     for loop in range(4):
-        score = policy.score(Seen(exit_logits[loop, :, None], exit_logits[loop, :, None], score=score))
+        score = policy.score(seen(score=score, read=exit_logits[loop, :, None]))
         expected += stops[loop] * (1 - stops[:loop]).prod(0)
         torch.testing.assert_close(score, expected)
 
@@ -157,7 +157,7 @@ def test_a_policy_by_its_name():
     assert [policy_named(name).name for name in ("margin", "top-probability", "entropy", "state-change")] == [
         "margin", "top-probability", "entropy", "state-change",
     ]  # fmt: skip
-    assert policy_named("gate", lambda state: state[..., 0]).name == "gate"
+    assert policy_named("gate", lambda read: read[..., 0]).name == "gate"
     with pytest.raises(ValueError, match=r"^policy must be one of margin, .*, state-change. Got policy='mood'.$"):
         policy_named("mood")
     with pytest.raises(ValueError, match=r"^policy gate needs a model with an exit gate. Got policy='gate'.$"):
