@@ -1,5 +1,6 @@
 """Generated tokens against the model without a cache, early exit against its rule, batches against single rows."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_shared_slots_are_those_of_the_cache() -> None:
 
 
 def by_the_rule(made: LoopedLM, row: Tensor, exits: Tensor, n_loops: int) -> tuple[list[Tensor], list[Tensor]]:
-    """States H_0..H_K and logits of loops 1..K of a row [1, T], all loops of all tokens computed at once.
+    """States H_0..H_K and what is read of loops 1..K of a row [1, T], all loops of all tokens computed at once.
 
     At loop k a token sees the keys of loop min(k, e) of those before it; in the coda, of their reading at loop e.
     """
@@ -88,24 +89,25 @@ def by_the_rule(made: LoopedLM, row: Tensor, exits: Tensor, n_loops: int) -> tup
     together, alone = torch.zeros(row.shape[1]), torch.arange(row.shape[1])
     coda = Recomputed(together, {})
     made.read(at_exit, replace(context, cache=coda))
-    logits = []
-    for loop, state in enumerate(states[1:]):
-        read = made.read(state, replace(context, cache=Recomputed(alone, coda.found)))
-        logits.append(made.head_logits(read, final=loop == n_loops - 1))
-    return states, logits
+    alone_after_them = replace(context, cache=Recomputed(alone, coda.found))
+    return states, [made.read(state, alone_after_them) for state in states[1:]]
 
 
-def exits_by_the_rule(states: list[Tensor], logits: list[Tensor], exit_: Exit) -> Tensor:
+def logits_by_the_rule(made: LoopedLM, read: list[Tensor]) -> list[Tensor]:
+    return [made.head_logits(each, final=loop == len(read)) for loop, each in enumerate(read, 1)]
+
+
+def exits_by_the_rule(made: LoopedLM, states: list[Tensor], read: list[Tensor], exit_: Exit) -> Tensor:
     """[1, T]: the loop, 1 to K, at which every token of a row leaves."""
-    exits, score = torch.full(states[0].shape[:2], len(logits)), None
-    for loop in range(len(logits) - 1):
-        seen = logits[loop] if exit_.policy.reads_logits else None
-        score = exit_.policy.score(Seen(states[loop], states[loop + 1], seen, score))
-        exits[(exits == len(logits)) & (score >= exit_.tau)] = loop + 1
+    n_loops, logits, score = len(read), logits_by_the_rule(made, read), None
+    exits = torch.full(read[0].shape[:2], n_loops)
+    for loop in range(n_loops - 1):
+        score = exit_.policy.score(Seen(states[loop], states[loop + 1], logits[loop], score, read[loop]))
+        exits[(exits == n_loops) & (score >= exit_.tau)] = loop + 1
     return exits
 
 
-GATE = gate_policy(lambda state: 0.3 * state[..., 0] - 1)
+GATE = gate_policy(lambda read: 0.3 * read[..., 0] - 1)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,11 @@ def test_exits_are_those_of_the_rule(changes: dict[str, Any], exit_: Exit, new: 
         assert len(set(loops)) > 2
         fed = torch.tensor([prompt + generated[:-1]])
         exits = torch.tensor([[n_loops] * (len(prompt) - 1) + loops])
-        states, logits = by_the_rule(made, fed, exits, n_loops)
-        expected = exits_by_the_rule(states, logits, exit_)
+        states, read = by_the_rule(made, fed, exits, n_loops)
+        expected = exits_by_the_rule(made, states, read, exit_)
         expected[:, : len(prompt)] = n_loops
         assert expected.tolist() == exits.tolist()
-        at_exit = torch.stack(logits).take_along_dim(exits[None, :, :, None] - 1, 0)[0, 0]
+        at_exit = torch.stack(logits_by_the_rule(made, read)).take_along_dim(exits[None, :, :, None] - 1, 0)[0, 0]
         assert generated == expected_tokens(at_exit[len(prompt) - 1 :], options, row)
 
 
@@ -146,10 +148,19 @@ def test_later_loops_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, state, loop, *others)
 
     monkeypatch.setattr(LoopedLM, "apply_loop", record)
-    found = made.generate(PROMPTS, max_new_tokens=9, n_loops=5, exit=Exit(MARGIN, 0.3))
-    longest = [max(each) for each in zip(*found.loops, strict=True)]  # a step ends when its last row leaves
-    assert ran == [loop for n in longest for loop in range(n)]
+    options = dict(max_new_tokens=30, n_loops=5, exit=Exit(MARGIN, 0.3))
+    found = made.generate(PROMPTS, **options)
+    assert ran == ran_of(found.loops)  # a step ends when its last row leaves
+    ran.clear()
+    found = made.generate(PROMPTS, stop_tokens=found.tokens[0][:1] + found.tokens[1][4:5], **options)
+    assert len(found.tokens[0]) == 1
+    assert ran == ran_of(found.loops)  # a row that has stopped keeps nobody waiting
+
+
+def ran_of(loops: list[list[int]]) -> list[int]:
+    longest = [max(each) for each in itertools.zip_longest(*loops, fillvalue=0)]
     assert min(longest) < 5
+    return [loop for n in longest for loop in range(n)]
 
 
 # Batches, stop tokens, streams ----------------------------------------------------------------------------------------

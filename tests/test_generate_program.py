@@ -118,6 +118,7 @@ def test_the_prompt_may_come_from_standard_input(
             ["--prompt", "a", "--exit", "luck:1"],
             "policy must be one of margin, top-probability, entropy, state-change. Got policy='luck'.",
         ),
+        (["--prompt", "a", "--exit", "gate:0.5"], "policy gate needs a model with an exit gate. Got policy='gate'."),
         (["--prompt", "a", "--exit", "margin"], "exit must be POLICY:TAU, TAU a number. Got exit=margin."),
         (["--prompt", "a", "--exit", "margin:nan"], "tau must be a number or inf. Got tau=nan."),
         (["--prompt", "a", "--top-p", "0"], "top_p must be above 0 and at most 1. Got top_p=0.0."),

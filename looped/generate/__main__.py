@@ -17,6 +17,7 @@ from looped.command_line import command_line
 from looped.generate import Exit, Options, Step, stream
 from looped.generate.text import TextStream, read_tokenizer
 from looped.halting import policy_named
+from looped.model import LoopedLM
 from looped.run_directory import load_run
 
 
@@ -42,7 +43,7 @@ class Command:
     """The same seed gives the same text."""
     exit: str | None = None
     """POLICY:TAU, such as margin:2.5. A token leaves at the first loop at which the policy's score is at least TAU:
-    margin, top-probability, entropy (negative, in nats) or state-change (negative)."""
+    margin, top-probability, entropy (negative, in nats), state-change (negative), or the model's gate."""
     speculate: int | None = None
     """Draft with this many of the model's own loops, and verify with all K. The text is distributed as without."""
     draft_tokens: int = 4
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def say(command: Command) -> None:
     """Write prompt and new text to stdout, and a line on what it took to stderr."""
     prompt = read_prompt(command.prompt)
-    exit_ = None if command.exit is None else read_exit(command.exit)
     options = Options(
         max_new_tokens=command.max_new_tokens,
         n_loops=command.n_loops,
@@ -85,7 +85,6 @@ def say(command: Command) -> None:
         top_k=command.top_k,
         top_p=command.top_p,
         seed=command.seed,
-        exit=exit_,
         draft_loops=command.speculate,
         draft_tokens=command.draft_tokens,
         shared_cache=command.shared_cache,
@@ -93,9 +92,11 @@ def say(command: Command) -> None:
     device = device_named(command.device)
     run = load_run(command.run)
     tokenizer = read_tokenizer(command.run)
+    exit_ = None if command.exit is None else exit_of(run.model, command.exit)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     end = int(run.validation.tokens[run.validation.bounds[1] - 1])  # every document ends with this token
-    steps = stream(run.model.to(device), [ids], dataclasses.replace(options, stop_tokens=(end,)))
+    options = dataclasses.replace(options, exit=exit_, stop_tokens=(end,))
+    steps = stream(run.model.to(device), [ids], options)
     text = TextStream(tokenizer)
     write(text.add(ids))
     came: list[Step] = []
@@ -143,10 +144,10 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
-def read_exit(text: str) -> Exit:
+def exit_of(model: LoopedLM, text: str) -> Exit:
     """Of "POLICY:TAU"."""
     name, _, tau = text.partition(":")
-    policy = policy_named(name)
+    policy = policy_named(name, None if model.exit_gate is None else model.exit_logit)
     try:
         return Exit(policy, float(tau))
     except ValueError:

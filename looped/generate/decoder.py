@@ -127,8 +127,10 @@ class Decoder:
         before, state = state, self.model.apply_loop(state, loop, embedded, context)
         if loop == self.n_loops - 1:
             return state, None, None, torch.ones_like(left)
-        logits = self.model.readout_logits(state, final=False, context=context) if exit_.policy.reads_logits else None
-        score = exit_.policy.score(Seen(before, state, logits, score))
+        policy = exit_.policy
+        read = self.model.read(state, context) if policy.reads or policy.reads_logits else None
+        logits = self.model.head_logits(read, final=False) if read is not None and policy.reads_logits else None
+        score = policy.score(Seen(before, state, logits, score, read))
         return state, None if logits is None else logits[:, 0], score, score >= exit_.tau
 
     def _read(self, state: Tensor, left: Tensor, final: bool, columns: Tensor, width: int) -> tuple[Tensor]:
