@@ -102,7 +102,7 @@ def _steps(decoder: Decoder, prompts: Tensor, options: Options) -> Iterator[Step
     logits = decoder.prompt(prompts)
     if not bool(logits.isfinite().all()):
         raise ValueError("a model must have finite logits to draw from. Got others after the prompt.")
-    loops = torch.full_like(prompts[:, 0], decoder.n_loops)
+    loops = [decoder.n_loops] * len(prompts)
     while True:
         tokens = draw(options.probabilities(logits), draws.uniforms(1)[:, 0])
         yield rows.take(tokens.unsqueeze(1), loops)

@@ -47,8 +47,8 @@ class Decoder:
         """Logits [B, V] after one more token of each row, [B]."""
         return self.first_loops(tokens, self.n_loops)[0]
 
-    def step_with_exits(self, tokens: Tensor, exit_: Exit, finished: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] after one more token of each row, [B], and the loops [B] that each took.
+    def step_with_exits(self, tokens: Tensor, exit_: Exit, finished: Tensor) -> tuple[Tensor, list[int]]:
+        """Logits [B, V] after one more token of each row, [B], and the loops that each took.
 
         The loops end when all rows have left. finished: [B] bool, rows whose tokens do not matter, which leave at once.
         """
@@ -63,17 +63,17 @@ class Decoder:
                 self._loop_and_score, loop, exit_, state, embedded, left, score, columns, width
             )
             leaves = leaves & ~left
-            if now is None and bool(leaves.any()):
+            if now is None and (last or bool(leaves.any())):
                 (now,) = self._outlasting(self._read, state, left, last, columns, width)
             if now is not None:
                 logits = now if logits is None else torch.where(left, logits, now)
             loops = torch.where(leaves.squeeze(1), loop + 1, loops)
             left = left | leaves
-            if bool(left.all()):
+            if not last and bool(left.all()):
                 self.cache.carry_forward(columns, loop)
                 break
-        assert logits is not None  # a row is not finished
-        return logits, loops
+        assert logits is not None  # of the last loop, or the one at which all had left
+        return logits, loops.tolist()
 
     def first_loops(self, tokens: Tensor, n_loops: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, V] of a model with this many loops after one more token of each row, [B]; H_n_loops and E, both

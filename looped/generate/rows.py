@@ -32,13 +32,13 @@ class Rows:
         """New tokens that a row may still have; 0 if all rows have stopped."""
         return 0 if all(self.finished) else self._remaining
 
-    def take(self, tokens: Tensor, loops: Tensor, *, drafted: int = 0, kept: int = 0) -> Step:
-        """The step of new tokens [B, n], each after loops [B]; those after a stop token are left out."""
+    def take(self, tokens: Tensor, loops: Sequence[int], *, drafted: int = 0, kept: int = 0) -> Step:
+        """The step of new tokens [B, n], each after loops[row] loops; those after a stop token are left out."""
         self._remaining -= tokens.shape[1]
         taken: list[list[int]] = []
         for row, ids in enumerate(tokens.tolist()):
             end = next((i + 1 for i, token in enumerate(ids) if token in self._stop), len(ids))
             taken.append([] if self.finished[row] else ids[:end])
             self.finished[row] |= bool(taken[row]) and taken[row][-1] in self._stop
-        counts = [[number] * len(ids) for number, ids in zip(loops.tolist(), taken, strict=True)]
+        counts = [[number] * len(ids) for number, ids in zip(loops, taken, strict=True)]
         return Step(taken, counts, drafted, kept)

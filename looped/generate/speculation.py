@@ -14,7 +14,7 @@ from looped.generate.sampling import Draws, draw
 def speculate(decoder: Decoder, tokens: Tensor, draws: Draws, rows: Rows, options: Options) -> Iterator[Step]:
     """tokens: [B], the last of every row, which have not been fed."""
     assert options.draft_loops is not None
-    loops = torch.full_like(tokens, decoder.n_loops)
+    loops = [decoder.n_loops] * len(tokens)
     while rows.remaining > 0:
         n = min(options.draft_tokens, rows.remaining - 1)
         start = decoder.end
