@@ -253,4 +253,6 @@ def test_command_rejects_half_a_request(tmp_path, capsys):
     assert "out must be given for --model" in refused(capsys, ["--model", "x", "--data", "y"])
     assert "data must be given for --model" in refused(capsys, ["--model", "x", "--out", str(tmp_path)])
     assert "runs and --model must not be given at once" in refused(capsys, ["run", "--model", "x", "--data", "y"])
-    assert "a run or --model must be given" in refused(capsys, [])
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a RUN or --model must be given" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 
 from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
+from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_table, write_scale_checks
 from looped.diagnose.record import record_of_run
@@ -20,10 +21,14 @@ from looped.run_directory import check_writable, load_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if the input is bad. Then nothing is written but one line on stderr, why."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not options.runs and options.model is None:
+        parser.error("a RUN or --model must be given")
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     try:
+        check_rounds(options.rounds)
         out = _out_directory(options)
         diagnoses = _of_runs(options, out) if options.model is None else _of_a_model(options, out)
         write_diagnosis(diagnoses, out)
@@ -48,7 +53,16 @@ def _of_runs(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
     diagnoses = []
     for name, run in zip(names, runs, strict=True):
         print(f"diagnosing {name}", flush=True)
-        diagnoses.append(diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, device=device))
+        diagnoses.append(
+            diagnose_run(
+                run,
+                name=name,
+                n_tokens=options.tokens,
+                horizon=options.loops,
+                device=device,
+                rounds=options.rounds,
+            )
+        )
     return diagnoses
 
 
@@ -98,8 +112,6 @@ def _out_directory(options: argparse.Namespace) -> Path:
         for name in ("data", "out"):
             if getattr(options, name) is None:
                 raise ValueError(f"{name} must be given for --model {options.model}. Got none.")
-    elif not options.runs:
-        raise ValueError("a run or --model must be given. Got neither.")
     elif options.out is None:
         if len(options.runs) > 1:
             raise ValueError(f"out must be given for a page of several runs. Got {len(options.runs)} runs.")
@@ -129,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens to measure on (default: 8192)")
     parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of the halting policies' speed, 0 for none (default: 5)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure (default: auto)"
     )
