@@ -39,7 +39,7 @@ def capture(
     states: the name of the module whose outputs are the states, where the norm is called once, after the last loop.
     head: the name of the output layer, for `cross_entropy`: an nn.Linear, or an nn.Embedding that is tied.
     coda: the names of the modules between a state and the norm, in order. They are called again for every state, as the
-        model called them last.
+        model called them last, so without a cache of keys and values.
 
     Blocks replaced by torch.compile(block), autocast and activation checkpointing are fine; call `cross_entropy` under
     the same autocast. The modules named must be called from code that is not compiled, which does not run hooks, and

@@ -63,6 +63,9 @@ class Patched:
         )
         self.expected = ExpectedState(model, adapter.norm, adapter.gate) if self.terminal and adapter.gate else None
         self.head = named_module(model, "head", adapter.head)
+        if hasattr(self.head, "_orig_mod") or self.head._compiled_call_impl or "forward" in vars(self.head):
+            got = type(self.head).__name__
+            raise ValueError(f"head must have the forward of its class, not compiled. Got a {got} with another.")
         self.unnormed_readout = LoopedReadout(self.head, None)  # type: ignore[arg-type]  # Captured has checked it
         self.own_forward: Callable[..., Any] = model.forward
         functools.update_wrapper(self, self.own_forward)
@@ -99,10 +102,10 @@ class Patched:
         with self._captured_run():
             output = self.own_forward(*given.args, **given.kwargs)
             loss = self._loss(labels, **loss_options)
-        if not dataclasses.is_dataclass(output) or isinstance(output, type):
+        names = {field.name for field in dataclasses.fields(output)} if dataclasses.is_dataclass(output) else set()
+        if isinstance(output, type) or not {"loss", "logits"} <= names:
             got = type(output).__name__
-            raise ValueError(f"return_dict must be True where a patched model is given labels. Got a {got}.")
-        names = {field.name for field in dataclasses.fields(output)}
+            raise ValueError(f"a patched model must return an output with loss and logits (return_dict). Got a {got}.")
         perplexity = {"log_ppl": loss.detach().exp()} if "log_ppl" in names else {}  # as Huginn calls it
         return dataclasses.replace(output, loss=loss, logits=None, **perplexity)
 

@@ -174,6 +174,18 @@ def test_patch_rejects_models():
     assert "forward" not in vars(model)
 
 
+def test_patch_rejects_a_compiled_head():
+    """It would form the logits all the same."""
+    model = small("ouro")
+    model.lm_head.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match="head must have the forward of its class"):
+        looped.patch(model)
+    model = small("nanbeige")
+    model.lm_head = torch.compile(model.lm_head, backend="aot_eager")
+    with pytest.raises(ValueError, match="head must have the forward of its class"):
+        looped.patch(model)
+
+
 def test_patch_rejects_copies():
     model = small("ouro")
     with looped.patch(model):
@@ -183,8 +195,19 @@ def test_patch_rejects_copies():
             pickle.dumps(model)
 
 
-def test_patch_rejects_outputs_that_are_tuples():
+def test_patch_rejects_other_outputs():
+    """A tuple; and one of two losses, of which the head's is one."""
     model = small("hrm_text")
-    with looped.patch(model), pytest.raises(ValueError, match=r"return_dict must be True .* Got a tuple"):
+    with (
+        looped.patch(model),
+        pytest.raises(ValueError, match="must return an output with loss and logits.* Got a tuple"),
+    ):
         run(model, TOKENS, labels=LABELS, return_dict=False)
     assert isinstance(run(model, TOKENS, labels=LABELS, return_dict=False), tuple)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AlbertForPreTraining(small("albert").config)
+    with (
+        looped.patch(model),
+        pytest.raises(ValueError, match="with loss and logits.* Got a AlbertForPreTrainingOutput"),
+    ):
+        run(model, TOKENS, labels=LABELS)
