@@ -200,7 +200,7 @@ def test_patch_rejects_other_outputs():
     model = small("hrm_text")
     with (
         looped.patch(model),
-        pytest.raises(ValueError, match="must return an output with loss and logits.* Got a tuple"),
+        pytest.raises(ValueError, match=r"must return an output with loss and logits.* Got a tuple"),
     ):
         run(model, TOKENS, labels=LABELS, return_dict=False)
     assert isinstance(run(model, TOKENS, labels=LABELS, return_dict=False), tuple)
@@ -208,6 +208,6 @@ def test_patch_rejects_other_outputs():
     model = transformers.AlbertForPreTraining(small("albert").config)
     with (
         looped.patch(model),
-        pytest.raises(ValueError, match="with loss and logits.* Got a AlbertForPreTrainingOutput"),
+        pytest.raises(ValueError, match=r"with loss and logits.* Got a AlbertForPreTrainingOutput"),
     ):
         run(model, TOKENS, labels=LABELS)
