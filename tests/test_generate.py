@@ -264,6 +264,12 @@ def test_generate_rejects_options(options: dict[str, Any], message: str, monkeyp
         stream(made, PROMPTS, Options(**options))
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "n_loops", "top_k", "seed", "draft_loops", "draft_tokens"])
+def test_options_that_are_no_integers(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer. Got {name}=1.5."):
+        Options(**{name: 1.5})
+
+
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
