@@ -153,11 +153,14 @@ class LoopedLM(Recurrence):
 
         final: whether this is the last loop; the `final-only` readout normalises no other. context: as in `read`.
         """
-        state = self.read(state, context)
+        return self.head_logits(self.read(state, context), final=final)
+
+    def head_logits(self, read: Tensor, *, final: bool = True) -> Tensor:
+        """Logits [B, T, V] of one R_k [B, T, d], what the coda has made of a state. final: as in `readout_logits`."""
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
-            state = self.readout_norm(state)
-        with self.implementation.product_context(state):
-            return F.linear(state, self.head_weight)
+            read = self.readout_norm(read)
+        with self.implementation.product_context(read):
+            return F.linear(read, self.head_weight)
 
     @torch.no_grad()
     def evaluation_losses(self, states: Sequence[Tensor], targets: Tensor) -> Tensor:

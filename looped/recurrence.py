@@ -51,12 +51,14 @@ class Recurrence(nn.Module):
     def implementation(self) -> Implementation:
         return FUSED if self.fused else PLAIN
 
-    def unroll(self, tokens: Tensor, n_loops: int) -> tuple[Tensor, ...]:
-        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops."""
+    def unroll(
+        self, tokens: Tensor, n_loops: int, *, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, ...]:
+        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops. positions, cache: as in `context`."""
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
-        context = self.context(tokens)  # once for all loops and layers
-        embedded = self.embed(tokens, context=context)
+        context = self.context(tokens, positions=positions, cache=cache)  # once for all loops and layers
+        embedded = self.embed(tokens, positions=positions, context=context)
         state = self.start(embedded)
         states: list[Tensor] = []
         for loop in range(n_loops):
