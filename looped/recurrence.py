@@ -54,7 +54,10 @@ class Recurrence(nn.Module):
     def unroll(
         self, tokens: Tensor, n_loops: int, *, positions: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, ...]:
-        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops. positions, cache: as in `context`."""
+        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops.
+
+        positions, cache: as `context` takes them.
+        """
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
         context = self.context(tokens, positions=positions, cache=cache)  # once for all loops and layers

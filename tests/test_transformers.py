@@ -64,7 +64,8 @@ def test_the_names_that_others_ask_for():
     assert config.num_hidden_layers == 1 + 3 * 2 + 2
     config.depth = 5
     assert config.num_hidden_layers == 1 + 5 * 2 + 2
-    assert isinstance(config, PreTrainedConfig) and not isinstance(config, LoopedConfig)
+    assert isinstance(config, PreTrainedConfig)
+    assert not isinstance(config, LoopedConfig)
 
 
 def test_a_configuration_that_breaks_a_rule_is_refused():
@@ -82,7 +83,8 @@ def test_saved_and_loaded_it_is_the_decoder(tmp_path, changes):
     register()
     register()  # twice is once
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert isinstance(loaded, LoopedForCausalLM) and not loaded.training
+    assert isinstance(loaded, LoopedForCausalLM)
+    assert not loaded.training
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LoopedPretrainedConfig)
     assert not (tmp_path / "README.md").exists()
     tokens = tiny_decoder.tokens()
@@ -321,6 +323,7 @@ def test_gradient_checkpointing_is_the_decoders():
     _, model = wrapped()
     assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert model.decoder.checkpoint_loops and model.is_gradient_checkpointing
+    assert model.decoder.checkpoint_loops
+    assert model.is_gradient_checkpointing
     model.gradient_checkpointing_disable()
     assert not model.decoder.checkpoint_loops

@@ -21,8 +21,8 @@ from looped.context import Attend, Part
 class Rows:
     """Rows [B, T] of tokens: the `looped.context.Cache` of one forward pass over them.
 
-    mask: [B, 1, T, W] bool, which of the W tokens up to the last one each of the T sees; None where it sees all that are
-    not after it, and none came before.
+    mask: [B, 1, T, W] bool, which of the W tokens up to the last one each of the T sees; None where none came before
+    the T, and each sees all that are not after it.
     dropout_p: of the attention weights.
     """
 
@@ -61,7 +61,10 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 
 def mask_of(attention_mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor:
-    """[B or 1, 1, T, W] bool for the last T = length of W = past + length tokens. attention_mask: [B, W], 0 for padding."""
+    """[B or 1, 1, T, W] bool for the last T = length of W = past + length tokens.
+
+    attention_mask: [B, W], 0 for padding; None without any.
+    """
     queries, keys = (
         torch.arange(past, past + length, device=device).unsqueeze(1),
         torch.arange(past + length, device=device),

@@ -7,9 +7,7 @@ from typing import Any
 def model_card(config: Any) -> str:
     """Markdown of a LoopedPretrainedConfig whose `run` is not empty."""
     run = config.run
-    injected = (
-        f", {config.n_prelude} blocks before and {config.n_coda} after" if config.n_prelude + config.n_coda else ""
-    )
+    (f", with {config.n_prelude} blocks before and {config.n_coda} after" if config.n_prelude + config.n_coda else "")
     lines = [
         "---",
         "library_name: transformers",

@@ -8,6 +8,19 @@ from transformers import PreTrainedConfig
 from looped.config import LoopedConfig
 from looped.supervision import Supervision
 
+# Where AutoConfig and AutoModelForCausalLM find the classes with trust_remote_code=True: in a file beside config.json.
+AUTO_FILE = "looped_lm.py"
+AUTO_MAP = {
+    "AutoConfig": "looped_lm.LoopedPretrainedConfig",
+    "AutoModelForCausalLM": "looped_lm.LoopedForCausalLM",
+}
+AUTO_CODE = '''"""The classes that config.json names. They are those of the package looped-lm, which must be installed."""
+
+from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig
+
+__all__ = ["LoopedForCausalLM", "LoopedPretrainedConfig"]
+'''
+
 
 class LoopedPretrainedConfig(PreTrainedConfig):
     """Every field of `looped.LoopedConfig`, flat, and what transformers' calls leave no room for:
@@ -16,7 +29,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
     supervision, penalty: of the loss that labels give, as `LoopedLM.readout_loss` describes them.
     run: what is known of the run that the weights are from; the model card shows it. {} if nothing is.
 
-    Raises TypeError or ValueError as LoopedConfig does, and TypeError where one of its fields without default is missing.
+    Raises TypeError or ValueError as LoopedConfig does, and TypeError where a field without default is missing.
     """
 
     model_type = "looped_lm"
@@ -48,7 +61,8 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         self.supervision = supervision
         self.penalty = penalty
         self.run = {} if run is None else run
-        super().__init__(**options)
+        self.auto_map = AUTO_MAP
+        super().__init__(**{name: value for name, value in options.items() if name != "auto_map"})
 
     @classmethod
     def of(cls, shape: LoopedConfig, **options: Any) -> "LoopedPretrainedConfig":

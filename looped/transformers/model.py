@@ -1,5 +1,6 @@
 """LoopedForCausalLM: the decoder behind the calls that transformers makes of a causal language model."""
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from looped.model import LoopedLM
 from looped.supervision import IGNORE_INDEX
 from looped.transformers.attention import Rows, is_padded_on_the_left, mask_of, positions_of
 from looped.transformers.card import model_card
-from looped.transformers.configuration import LoopedPretrainedConfig
+from looped.transformers.configuration import AUTO_CODE, AUTO_FILE, LoopedPretrainedConfig
 
 
 @dataclass
@@ -46,14 +47,12 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for modules that have no values yet: those of a checkpoint's missing weights."""
-        missing = [] if self._has_values else [
-            name
-            for name, child in self.named_modules()
-            if child is module and any(not getattr(p, "_is_hf_initialized", False) for p in child.parameters(recurse=False))
-        ]  # fmt: skip
-        if missing:
-            raise ValueError(f"a checkpoint must hold all weights of its model. Got none for {missing[0]}.")
+        """Called for modules that may have no values yet. A checkpoint's missing weights are an error."""
+        if self._has_values:
+            return
+        if any(not getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+            name = next(name for name, child in self.named_modules() if child is module)
+            raise ValueError(f"a checkpoint must hold all weights of its model. Got none for {name}.")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embedding
@@ -155,13 +154,14 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return result.loss, result.per_loop
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As transformers does, with a README.md where the configuration knows of a run."""
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, *arguments, **options)
+        Path(save_directory, AUTO_FILE).write_text(AUTO_CODE, encoding="utf-8")
         if self.config.run:
             Path(save_directory, "README.md").write_text(model_card(self.config), encoding="utf-8")
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -193,7 +193,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
             except (OSError, HfHubHTTPError, HFValidationError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"repo_id must be a repository that the Hugging Face hub lets be written. Got {repo_id} ({reason:.120})."
+                    f"repo_id must be a repository of the Hugging Face hub to write to. Got {repo_id} ({reason:.120})."
                 ) from error
         return str(done.commit_url)
 
