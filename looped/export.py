@@ -115,7 +115,7 @@ def provenance(run: SavedRun) -> dict[str, Any]:
 
 
 def _tokenizer(run: SavedRun) -> Any:
-    """The run's tokenizer as transformers'. As in training, no token is added, and the name of one in a text is text."""
+    """The run's tokenizer as transformers'. As in training, none is added, and a token's name in a text is text."""
     from transformers import PreTrainedTokenizerFast
 
     path = run.directory / TOKENIZER

@@ -103,7 +103,7 @@ def test_the_depth_can_be_chosen_when_loading(tmp_path):
     tokens = tiny_decoder.tokens()
     assert torch.equal(loaded(tokens).logits, decoder(tokens, n_loops=5, logits=True).logits)
     loaded.config.depth = 0
-    with pytest.raises(ValueError, match="n_loops must be at least 1. Got n_loops=0."):
+    with pytest.raises(ValueError, match=r"n_loops must be at least 1. Got n_loops=0\."):
         loaded(tokens)
 
 
@@ -240,7 +240,7 @@ def test_the_loss_is_the_decoders_of_the_next_token(supervision):
         torch.testing.assert_close(output.per_loop, expected.per_loop, equal_nan=True)
         assert output.logits is not None
     assert model.train()(tokens, labels=labels).logits is None  # which the fused loss does without
-    with pytest.raises(ValueError, match="labels must be given as labels or as shift_labels. Got both."):
+    with pytest.raises(ValueError, match=r"labels must be given as labels or as shift_labels. Got both\."):
         model(tokens, labels=labels, shift_labels=targets)
 
 

@@ -19,8 +19,8 @@ def model_card(config: Any) -> str:
         "",
         f"# {run.get('name', 'A looped language model')}",
         "",
-        f"A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}) applied K = {config.n_loops} "
-        f"times{injected}, each time to its own output, and read out with the {config.readout} readout.",
+        f"A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}), applied K = {config.n_loops} times "
+        f"to its own output{around}. The readout of each state is {config.readout}.",
         "",
         *_facts(run),
         *_evaluation(run.get("evaluation", [])),

@@ -14,7 +14,7 @@ AUTO_MAP = {
     "AutoConfig": "looped_lm.LoopedPretrainedConfig",
     "AutoModelForCausalLM": "looped_lm.LoopedForCausalLM",
 }
-AUTO_CODE = '''"""The classes that config.json names. They are those of the package looped-lm, which must be installed."""
+AUTO_CODE = '''"""The classes that config.json names. They are in the package looped-lm, which must be installed."""
 
 from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig
 
