@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         check_target(options.directory)
+        _prepare_transformers()
         run = load_run(options.run)
         with whole_directory(options.directory) as scratch:
             EXPORTS[options.to](run, scratch)
@@ -63,8 +64,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 def to_transformers(run: SavedRun, directory: Path) -> None:
-    """Raises ValueError where transformers is missing."""
-    _check_transformers()
+    """As `looped.transformers` loads it."""
     from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig
 
     tokenizer = _tokenizer(run)
@@ -83,8 +83,7 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
 
 
 def to_ouro(run: SavedRun, directory: Path) -> None:
-    """Raises ValueError where transformers is missing, and as `looped.ouro_weights.write_ouro` does."""
-    _check_transformers()
+    """In the layout of ByteDance/Ouro-1.4B. Raises as `looped.ouro_weights.write_ouro` does."""
     write_ouro(run.model, directory)
     _tokenizer(run).save_pretrained(directory)
 
@@ -136,11 +135,13 @@ def _tokenizer(run: SavedRun) -> Any:
     )
 
 
-def _check_transformers() -> None:
+def _prepare_transformers() -> None:
+    """Raises ValueError where it is missing."""
     try:
-        import transformers  # noqa: F401
+        from transformers.utils import logging
     except ImportError as error:
         raise ValueError(f"an export needs transformers: pip install 'looped-lm[hf]' ({error}).") from error
+    logging.disable_progress_bar()  # of writing one file
 
 
 def _umask() -> int:

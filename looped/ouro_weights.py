@@ -9,7 +9,7 @@ A checkpoint is a directory with config.json and safetensors files. Ouro's names
     model.layers.N.self_attn.o_proj              blocks.N.attention.output
     model.layers.N.mlp.{gate,up,down}_proj       blocks.N.mlp.{w1,w3,w2}
     model.norm                                   loop_norm and readout_norm
-    model.early_exit_gate                        not read; written as a gate that lets no token leave early
+    model.early_exit_gate                        exit_gate
 
 Ouro has one norm after every loop, whose result is fed back and read. Here the state is what that norm is applied to,
 and feeding back and reading have a norm each. Their weights must be equal to be written as one.
@@ -91,6 +91,7 @@ def config_from_ouro(ouro: Mapping[str, Any]) -> LoopedConfig:
             max_seq_len=ouro["max_position_embeddings"],
             n_loops=ouro["total_ut_steps"],
             dropout=0.0,
+            exit_gate=True,
             tied=bool(ouro.get("tie_word_embeddings")),
             rope_theta=float(rotary["rope_theta"]),
             norm_eps=float(ouro["rms_norm_eps"]),
@@ -151,7 +152,7 @@ def weights_from_ouro(weights: Mapping[str, Tensor], config: LoopedConfig) -> di
     ours["loop_norm.weight"] = take("model.norm.weight")
     ours["readout_norm.weight"] = ours["loop_norm.weight"].clone()
     for name in ("weight", "bias"):
-        take(f"model.early_exit_gate.{name}")
+        ours[f"exit_gate.{name}"] = take(f"model.early_exit_gate.{name}")
     if config.tied:
         left.pop("lm_head.weight", None)  # the embedding again
     else:
@@ -162,7 +163,7 @@ def weights_from_ouro(weights: Mapping[str, Tensor], config: LoopedConfig) -> di
 
 
 def weights_to_ouro(model: LoopedLM) -> dict[str, Tensor]:
-    """Ouro's weights from a decoder's.
+    """Ouro's weights from a decoder's. One without an exit gate gets a gate that lets no token leave early.
 
     Raises ValueError if the decoder is not of Ouro's shape, or its two norms differ.
     """
@@ -178,8 +179,8 @@ def weights_to_ouro(model: LoopedLM) -> dict[str, Tensor]:
         parts = ours[f"{mine}attention.qkv.weight"].chunk(len(QKV))
         theirs |= {f"{there}{name}.weight": part.clone() for name, part in zip(QKV, parts, strict=True)}
         theirs |= {f"{there}{name}.weight": ours[f"{mine}{here}.weight"] for name, here in LAYER.items()}
-    theirs["model.early_exit_gate.weight"] = torch.zeros_like(norm).unsqueeze(0)
-    theirs["model.early_exit_gate.bias"] = torch.full_like(norm[:1], NEVER)
+    theirs["model.early_exit_gate.weight"] = ours.get("exit_gate.weight", torch.zeros_like(norm).unsqueeze(0))
+    theirs["model.early_exit_gate.bias"] = ours.get("exit_gate.bias", torch.full_like(norm[:1], NEVER))
     if model.head is not None:
         theirs["lm_head.weight"] = ours["head.weight"]
     return theirs

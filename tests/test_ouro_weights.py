@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -40,23 +41,32 @@ def test_a_checkpoint_of_ouro_gives_its_logits(tmp_path, n_loops):
     assert model.config.n_loops == 4
     assert not model.training
     tokens = tiny_decoder.tokens(2, 9)
-    expected, _ = theirs(tokens)
+    expected, leaving = theirs(tokens)
     states = model.unroll(tokens, n_loops)
     for state, logits in zip(states, expected, strict=True):
         torch.testing.assert_close(model.readout_logits(state), logits)
+    torch.testing.assert_close(model.exit_logits(states).sigmoid(), leaving)
 
 
-def test_a_decoder_of_ouros_shape_gives_a_checkpoint_of_ouro(tmp_path):
-    model = ours()
+@pytest.mark.parametrize("exit_gate", [False, True])
+def test_a_decoder_of_ouros_shape_gives_a_checkpoint_of_ouro(tmp_path, exit_gate):
+    """Without a gate no token leaves before the last loop."""
+    model = ours(exit_gate=exit_gate)
+    if exit_gate:
+        torch.nn.init.normal_(model.exit_gate.weight)
     write_ouro(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     theirs = OuroForCausalLM(config, seed=1)
     theirs.load_state_dict(load_file(tmp_path / "model.safetensors"))  # strict: every name and shape
     tokens = tiny_decoder.tokens(2, 9)
     logits, leaving = theirs(tokens)
-    for state, expected in zip(model.unroll(tokens, model.config.n_loops), logits, strict=True):
+    states = model.unroll(tokens, model.config.n_loops)
+    for state, expected in zip(states, logits, strict=True):
         torch.testing.assert_close(model.readout_logits(state), expected)
-    assert (leaving < 1e-9).all()
+    if exit_gate:
+        torch.testing.assert_close(model.exit_logits(states).sigmoid(), leaving)
+    else:
+        assert (leaving < 1e-9).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,8 +79,7 @@ def test_there_and_back_nothing_changes(tmp_path, dtype):
     before, after = theirs.state_dict(), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, weight in before.items():
-        if "early_exit_gate" not in name:
-            assert torch.equal(after[name], weight), name
+        assert torch.equal(after[name], weight), name
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     assert {
@@ -112,9 +121,9 @@ def test_the_preset_is_ouros_published_shape():
         "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
         "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "max_position_embeddings": 4096,
     }  # fmt: skip
-    assert config_from_ouro(published) == PRESETS["ouro-1.4b"]
-    written = config_to_ouro(PRESETS["ouro-1.4b"])
-    assert config_from_ouro(written) == PRESETS["ouro-1.4b"]
+    preset = dataclasses.replace(PRESETS["ouro-1.4b"], exit_gate=True)
+    assert config_from_ouro(published) == preset
+    assert config_from_ouro(config_to_ouro(preset)) == preset
 
 
 @pytest.mark.parametrize(

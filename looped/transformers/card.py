@@ -7,7 +7,9 @@ from typing import Any
 def model_card(config: Any) -> str:
     """Markdown of a LoopedPretrainedConfig whose `run` is not empty."""
     run = config.run
-    (f", with {config.n_prelude} blocks before and {config.n_coda} after" if config.n_prelude + config.n_coda else "")
+    n_prelude, n_coda = config.n_prelude, config.n_coda
+    n_prelude, n_coda = config.n_prelude, config.n_coda
+    around = f", with {n_prelude} blocks before and {n_coda} after" if n_prelude + n_coda else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -19,8 +21,8 @@ def model_card(config: Any) -> str:
         "",
         f"# {run.get('name', 'A looped language model')}",
         "",
-        f"A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}), applied K = {config.n_loops} times "
-        f"to its own output{around}. The readout of each state is {config.readout}.",
+        f"A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}), applied "
+        f"K = {config.n_loops} times to its own output{around}. The readout of each state is {config.readout}.",
         "",
         *_facts(run),
         *_evaluation(run.get("evaluation", [])),
