@@ -12,7 +12,9 @@ A checkpoint is a directory with config.json and safetensors files. Ouro's names
     model.early_exit_gate                        exit_gate
 
 Ouro has one norm after every loop, whose result is fed back and read. Here the state is what that norm is applied to,
-and feeding back and reading have a norm each. Their weights must be equal to be written as one.
+and feeding back and reading have a norm each. Where their weights differ, as they do after training, the norm that
+feeds back is written, and what it lacks for reading is multiplied into head and gate, channel by channel. That changes
+nothing but rounding.
 """
 
 import json
@@ -165,14 +167,13 @@ def weights_from_ouro(weights: Mapping[str, Tensor], config: LoopedConfig) -> di
 def weights_to_ouro(model: LoopedLM) -> dict[str, Tensor]:
     """Ouro's weights from a decoder's. One without an exit gate gets a gate that lets no token leave early.
 
-    Raises ValueError if the decoder is not of Ouro's shape, or its two norms differ.
+    Raises ValueError if the decoder is not of Ouro's shape, or its two norms differ and cannot be made one.
     """
     config_to_ouro(model.config)
     ours = model.state_dict()
-    norm = ours["readout_norm.weight"]
-    if not torch.equal(norm, ours["loop_norm.weight"]):
-        gap = (norm - ours["loop_norm.weight"]).abs().max().item()
-        raise ValueError(f"loop_norm and readout_norm must be equal: Ouro has one norm. Got a difference of {gap:.3g}.")
+    norm = ours["loop_norm.weight"]
+    if not torch.equal(norm, ours["readout_norm.weight"]):
+        ours |= _read_through(norm, ours)
     theirs = {"model.embed_tokens.weight": ours["embedding.weight"], "model.norm.weight": norm}
     for layer in range(model.config.n_layers):
         there, mine = f"model.layers.{layer}.", f"blocks.{layer}."
@@ -184,6 +185,22 @@ def weights_to_ouro(model: LoopedLM) -> dict[str, Tensor]:
     if model.head is not None:
         theirs["lm_head.weight"] = ours["head.weight"]
     return theirs
+
+
+def _read_through(norm: Tensor, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Head and gate that make of states behind this norm what ours make of them behind the readout's."""
+    if "head.weight" not in ours or not bool(norm.all()):
+        raise ValueError(
+            "loop_norm and readout_norm must be equal in Ouro's layout, which has one norm, if the head is tied to the "
+            f"embedding or a weight of loop_norm is 0. Got a difference of "
+            f"{(norm - ours['readout_norm.weight']).abs().max().item():.3g}."
+        )
+    ratio = ours["readout_norm.weight"].double() / norm.double()
+    return {
+        name: (ours[name].double() * ratio).to(ours[name].dtype)
+        for name in ("head.weight", "exit_gate.weight")
+        if name in ours
+    }
 
 
 def load_ouro(name: str | Path) -> LoopedLM:

@@ -105,10 +105,10 @@ def test_loaded_without_registering_it_is_the_installed_code(exported, tmp_path)
     assert done.stdout == "True\n", done.stderr[-2000:]
 
 
-def test_a_model_of_ouros_shape_in_ouros_layout(tmp_path, capsys):
+def test_a_model_of_ouros_shape_in_ouros_layout(tmp_path):
     shape = ["--positions", "rotary", "--block-norm", "sandwich", "--inter-loop-norm", "--no-tied"]
     run = tmp_path / "ouro"
-    assert train(arguments(tmp_path, *shape, "--steps", "1", "--learning-rate", "1e-30", "--out", str(run))) == 0
+    assert train(arguments(tmp_path, *shape, "--out", str(run))) == 0
     assert main([str(run), "--to", "ouro", str(tmp_path / "export")]) == 0
     names = {path.name for path in (tmp_path / "export").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -167,11 +167,29 @@ def test_a_decoder_of_another_shape_is_not_written(tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_norms_that_differ_are_not_written(tmp_path):
-    model = ours()
+@pytest.mark.parametrize("exit_gate", [False, True])
+def test_two_norms_that_differ_become_one(exit_gate):
+    model = tiny_decoder.model(**SHAPE, tied=False, exit_gate=exit_gate).eval()
+    if exit_gate:
+        torch.nn.init.normal_(model.exit_gate.weight)
+    theirs = OuroForCausalLM(config_to_ouro(model.config))
+    theirs.load_state_dict(weights_to_ouro(model))
+    tokens = tiny_decoder.tokens(2, 9)
+    logits, leaving = theirs(tokens)
+    states = model.unroll(tokens, model.config.n_loops)
+    for state, expected in zip(states, logits, strict=True):
+        torch.testing.assert_close(model.readout_logits(state), expected, atol=1e-5, rtol=1e-5)
+    if exit_gate:
+        torch.testing.assert_close(model.exit_logits(states).sigmoid(), leaving)
+
+
+@pytest.mark.parametrize(("tied", "zero"), [(True, False), (False, True)])
+def test_two_norms_that_cannot_become_one_are_not_written(tmp_path, tied, zero):
+    model = ours(tied=tied)
     with torch.no_grad():
-        model.loop_norm.weight[3] += 0.5
-    with pytest.raises(ValueError, match=r"loop_norm and readout_norm must be equal.* Got a difference of 0\.5\."):
+        model.loop_norm.weight[3] = 0.0 if zero else model.readout_norm.weight[3] + 0.5
+    message = r"loop_norm and readout_norm must be equal in Ouro's layout.* Got a difference of "
+    with pytest.raises(ValueError, match=message):
         write_ouro(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

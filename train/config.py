@@ -22,6 +22,7 @@ from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
+from train.depth import parse_depth
 from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
@@ -61,6 +62,12 @@ class TrainConfig(LoopedShape, _Source):
     """Gated supervision: uniform (Ouro; the distance is the negative entropy) or geometric:P, 0 < P < 1 (PonderNet)."""
     penalty: float = 0.01
     """Norm penalty: this times the mean of H_k^2 is added to the loss. 0 leaves the scale of the state free."""
+    depth: str = "fixed"
+    """Loops of a training step: fixed (n_loops), or drawn anew for every step, uniform:1-8 or poisson:4 (log-normal
+    Poisson plus 1, as Huginn), of which at most 8 different depths occur. n_loops is what the model then is used at."""
+    backprop_loops: int | None = None
+    """Loops of a training step that have a gradient and are supervised, the last ones; those before run without. None:
+    all. What the first loop starts from has a gradient only in steps of no more loops than that."""
 
     steps: int | None = None
     """Optimisation steps. None: the preset's, or as many as epochs makes."""
@@ -105,6 +112,9 @@ class TrainConfig(LoopedShape, _Source):
     """Steps between two lines of metrics.jsonl; the device is waited for only then."""
     eval_tokens: int | None = 131_072
     """Validation tokens to evaluate on, in windows spread evenly over the split. None: all of it."""
+    eval_loops: int | None = None
+    """Deepest K of the evaluation, which has K = 1..n_loops, its multiples up to here, and this. None: n_loops if the
+    depth is fixed, else four times that."""
     save_every: int = 1000
     """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
     out: Path | None = None
@@ -121,7 +131,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 # What may change when a run is continued: how it is carried out and how long, not what is trained.
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
-    "log_every", "eval_tokens", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
+    "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.
@@ -131,8 +141,8 @@ RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
 MOVABLE = ("data", "tokenizer")
 
 # Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
-# 2606.24898); of the released models only the shape is taken, with defaults for one large GPU. The demo's schedule is
-# constant, so that it can be continued as if its steps had been higher from the start.
+# 2606.24898); of the released models the shape and the depths are taken, with defaults for one large GPU. The demo's
+# schedule is constant, so that it can be continued as if its steps had been higher from the start.
 _TRAINING: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper-44m": {
@@ -149,11 +159,13 @@ _TRAINING: dict[str, dict[str, Any]] = {
     },
     "huginn-small": {
         "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
+        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16", "depth": "poisson:32", "backprop_loops": 8,
+        "supervision": "terminal", "penalty": 0.0, "eval_loops": 64,
     },
     "parcae-140m": {
         "data": "wikitext-103", "batch_size": 16, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "dtype": "bf16",
+        "warmup_steps": 200, "dtype": "bf16", "depth": "poisson:8", "backprop_loops": 4, "supervision": "terminal",
+        "penalty": 0.0,
     },
 }  # fmt: skip
 _LENGTH: dict[str, dict[str, float]] = {
@@ -177,8 +189,8 @@ def preset_config(preset: str) -> TrainConfig:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
-    be trained, from the preset; ``stride``; ``dtype``; ``cuda_graph``, off without a GPU; ``exit_gate``, on with gated
-    supervision; and ``out``, named after the preset and the time.
+    be trained, from the preset; ``stride``; ``eval_loops``; ``dtype``; ``cuda_graph``, off without a GPU;
+    ``exit_gate``, on with gated supervision; and ``out``, named after the preset and the time.
 
     Raises ValueError if steps and epochs are both given, or ``device`` is not there.
     """
@@ -191,6 +203,8 @@ def complete(config: TrainConfig) -> TrainConfig:
         filled["vocab_size"] = PRESETS[config.preset].vocab_size
     if config.stride is None:
         filled["stride"] = config.seq_len
+    if config.eval_loops is None:
+        filled["eval_loops"] = config.n_loops if config.depth == "fixed" else 4 * config.n_loops
     if config.dtype is None:
         filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
     if device_of(config).type != "cuda":
@@ -259,7 +273,7 @@ def validate(config: TrainConfig) -> None:
     Raises ValueError naming the option, the rule and the value.
     """
     for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
-                 "max_bad_steps", "seq_len"):  # fmt: skip
+                 "max_bad_steps", "seq_len", "backprop_loops"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
     for name in ("epochs", "learning_rate", "grad_clip"):
         _check(config, name, lambda value: 0 < value < math.inf, "finite and above 0")
@@ -268,6 +282,8 @@ def validate(config: TrainConfig) -> None:
     for name in ("warmup_steps", "save_every"):
         _check(config, name, lambda value: value >= 0, "at least 0")
     _check(config, "seed", lambda value: 0 <= value < 2**63, "in [0, 2^63)")
+    parse_depth(config.depth, config.n_loops)
+    _check(config, "eval_loops", lambda value: value >= config.n_loops, f"at least n_loops={config.n_loops}")
     if config.batch_size % config.grad_accumulation:
         raise ValueError(
             "batch_size must be divisible by grad_accumulation. "

@@ -61,15 +61,15 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         """None where the head is the embedding."""
         return self.decoder.head
 
-    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Keep only the states for the backward pass, whatever the options are."""
         self.decoder.checkpoint_loops = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         self.decoder.checkpoint_loops = False
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return self.decoder.checkpoint_loops
 
     def forward(
@@ -82,7 +82,6 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
     ) -> LoopedCausalLMOutput | tuple[Any, ...]:
@@ -93,13 +92,13 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         one. logits_to_keep: how many of the last positions, 0 for all, or which ones. output_hidden_states: return the
         states.
         labels: [B, T], the tokens themselves, -100 where they do not count: the one at t + 1 is what position t
-        predicts. shift_labels: [B, T], what each position predicts. In training no logits are formed then.
+        predicts. In training no logits are formed then.
         num_items_in_batch: the number of predictions that count in all micro-batches of a step; the loss is divided by
         it, and the penalty counts by this micro-batch's share, so that the micro-batches' losses add up to the loss of
         the whole.
 
-        Raises ValueError for both kinds of labels, rows longer than learned positions, labels of rows that a coda would
-        have to read with a mask, and as LoopedLM does.
+        Raises ValueError for rows longer than learned positions, labels of rows that a coda would have to read with a
+        mask, and as LoopedLM does.
         """
         decoder = self.decoder
         if use_cache and cache is None:
@@ -107,14 +106,14 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         rows, position_ids = self._attending(input_ids, attention_mask, position_ids, cache)
         states = decoder.unroll(input_ids, self.config.depth, positions=position_ids, cache=rows)
         output = LoopedCausalLMOutput(cache=cache, hidden_states=states if output_hidden_states else None)
-        targets = _targets(labels, shift_labels)
-        if targets is not None:
+        if labels is not None:
             if rows is not None and decoder.config.n_coda:
                 raise ValueError(
                     "labels of padded or cached rows must be those of a model without coda. Got n_coda above 0."
                 )
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             output.loss, output.per_loop = self._loss(states, targets, num_items_in_batch)
-        if targets is None or not self.training:
+        if labels is None or not self.training:
             context = decoder.context(input_ids, positions=position_ids, cache=rows)
             output.logits = decoder.head_logits(_kept(decoder.read(states[-1], context), logits_to_keep))
         return output.to_tuple() if return_dict is False else output
@@ -196,13 +195,6 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
                     f"repo_id must be a repository of the Hugging Face hub to write to. Got {repo_id} ({reason:.120})."
                 ) from error
         return str(done.commit_url)
-
-
-def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-    """What each position predicts [B, T]; None without labels."""
-    if labels is None or shift_labels is None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if labels is not None else shift_labels
-    raise ValueError("labels must be given as labels or as shift_labels. Got both.")
 
 
 def _kept(rows: Tensor, logits_to_keep: int | Tensor) -> Tensor:
