@@ -47,7 +47,10 @@ def test_ten_steps_with_a_loss_of_every_loop(tmp_path):
     assert all(not torch.equal(before[name], weight) for name, weight in trained.named_parameters())
     evaluated = done.evaluate()["eval_loss"]
     tokens, labels = (torch.stack([row[name] for row in rows()]) for name in ("input_ids", "labels"))
-    assert evaluated == pytest.approx(trained(tokens, labels=labels).loss.item(), rel=1e-5)
+    output = trained(tokens, labels=labels)
+    assert evaluated == pytest.approx(output.loss.item(), rel=1e-5)
+    predictions = torch.from_numpy(done.predict(rows()).predictions)  # the logits, and nothing else
+    torch.testing.assert_close(predictions, output.logits.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_micro_batches_of_unequal_numbers_of_labels_are_the_whole_batch(tmp_path):
