@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from looped.config import LoopedConfig
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
+from looped.generate import Generated, Options, generate
 from looped.kernels import LoopedStatistics
 from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
@@ -249,6 +250,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def generate(self, prompts: Tensor | Sequence[Sequence[int]], **options: Any) -> Generated:
+        """New tokens after each of the prompts: [B, T] int64, or B lists of token ids, of any lengths.
+
+        options: the fields of `looped.generate.Options`: max_new_tokens, n_loops, temperature, top_k, top_p, seed,
+        stop_tokens, exit, shared_cache, draft_loops, draft_tokens. Raises as it and `looped.generate.stream` do.
+        """
+        return generate(self, prompts, Options(**options))
 
     def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
         if gated(supervision) is None:
