@@ -187,13 +187,25 @@ def test_generation_is_greedy_and_each_row_as_if_alone(changes):
         assert torch.equal(new, expected[0, len(row) :])
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_beams_take_their_keys_along(options):
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+)
+def test_what_transformers_does_with_caches(options):
     _, model = wrapped(max_seq_len=32, n_coda=1)
     tokens, mask = padded(rows_of(7, 3))
-    options |= {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(tokens, attention_mask=mask, **options)
-    assert torch.equal(cached, model.generate(tokens, attention_mask=mask, use_cache=False, **options))
+    always = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(tokens, **always, **options)
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
+    assert torch.equal(cached, model.generate(tokens, use_cache=False, **always, **options))
+
+
+def test_drafts_that_are_refused_leave_the_cache():
+    _, model = wrapped(positions="rotary", n_coda=1)
+    tokens = tiny_decoder.tokens(1, 4).repeat(1, 3)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    drafted = model.generate(tokens, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(drafted, model.generate(tokens, use_cache=False, **options))
 
 
 def test_generation_at_another_depth():
@@ -290,11 +302,12 @@ def test_padding_on_the_right_keeps_the_loss():
     torch.testing.assert_close(model(tokens, attention_mask=mask, labels=labels).loss, sum(alone))
 
 
-def test_labels_that_a_coda_would_read_with_a_mask_are_refused():
+def test_labels_that_a_coda_would_read_wrongly_are_refused():
     _, model = wrapped(n_coda=1)
     tokens, mask = padded(rows_of(9, 5))
-    with pytest.raises(ValueError, match="must be those of a model without coda"):
-        model(tokens, attention_mask=mask, labels=tokens)
+    for given in ({"attention_mask": mask}, {"use_cache": True}, {"position_ids": torch.arange(9).expand(2, 9)}):
+        with pytest.raises(ValueError, match=r"need a model without coda\. Got n_coda=1\."):
+            model(tokens, labels=tokens, **given)
 
 
 def test_dropout_reaches_the_attention_weights_of_padded_rows(monkeypatch):

@@ -44,7 +44,8 @@ class Rows:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, head_dim]
             if self.cache is not None:
                 k, v = self.cache.update(k, v, place)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=self.dropout_p)
+            mask = F.pad(self.mask, (0, k.shape[2] - self.mask.shape[3]))  # a static cache has room for more
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout_p)
             return mixed.transpose(1, 2)
 
         return attend

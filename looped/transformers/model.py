@@ -97,8 +97,8 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         it, and the penalty counts by this micro-batch's share, so that the micro-batches' losses add up to the loss of
         the whole.
 
-        Raises ValueError for rows longer than learned positions, labels of rows that a coda would have to read with a
-        mask, and as LoopedLM does.
+        Raises ValueError for rows longer than learned positions, for labels where a coda would need more than the
+        states to read them, and as LoopedLM does.
         """
         decoder = self.decoder
         if use_cache and cache is None:
@@ -107,9 +107,10 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         states = decoder.unroll(input_ids, self.config.depth, positions=position_ids, cache=rows)
         output = LoopedCausalLMOutput(cache=cache, hidden_states=states if output_hidden_states else None)
         if labels is not None:
-            if rows is not None and decoder.config.n_coda:
+            if decoder.config.n_coda and (rows is not None or position_ids is not None):
                 raise ValueError(
-                    "labels of padded or cached rows must be those of a model without coda. Got n_coda above 0."
+                    "labels of rows that are padded on the left, cached or have positions need a model without coda. "
+                    f"Got n_coda={decoder.config.n_coda}."
                 )
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             output.loss, output.per_loop = self._loss(states, targets, num_items_in_batch)
