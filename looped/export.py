@@ -84,8 +84,9 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
 
 def to_ouro(run: SavedRun, directory: Path) -> None:
     """In the layout of ByteDance/Ouro-1.4B. Raises as `looped.ouro_weights.write_ouro` does."""
-    write_ouro(run.model, directory)
-    _tokenizer(run).save_pretrained(directory)
+    tokenizer = _tokenizer(run)
+    write_ouro(run.model, directory, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(directory)
 
 
 EXPORTS = {"transformers": to_transformers, "ouro": to_ouro}

@@ -221,10 +221,15 @@ def load_ouro(name: str | Path) -> LoopedLM:
     return model.eval()
 
 
-def write_ouro(model: LoopedLM, directory: Path) -> None:
-    """Write a decoder in Ouro's layout to a directory that exists. Raises as `weights_to_ouro` does, before writing."""
+def write_ouro(model: LoopedLM, directory: Path, *, eos_token_id: int | None = None) -> None:
+    """Write a decoder in Ouro's layout to a directory that exists.
+
+    eos_token_id: the token that ends a document, at which generation stops. Raises as `weights_to_ouro` does, before
+    anything is written.
+    """
     weights = weights_to_ouro(model)
-    config = config_to_ouro(model.config) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = config_to_ouro(model.config) | {"dtype": dtype, "eos_token_id": eos_token_id}
     safetensors.torch.save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

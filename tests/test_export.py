@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import arguments
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from looped.export import main, provenance
 from looped.ouro_weights import load_ouro
 from looped.run_directory import load_run
-from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig
+from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig, register
 from train.run import main as train
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,7 @@ def run(tmp_path_factory) -> Path:
 def exported(run, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("export") / "deep" / "tiny-looped"
     assert main([str(run), "--to", "transformers", str(directory)]) == 0
+    register()
     return directory
 
 
@@ -105,6 +106,20 @@ def test_loaded_without_registering_it_is_the_installed_code(exported, tmp_path)
     assert done.stdout == "True\n", done.stderr[-2000:]
 
 
+def test_transformers_is_imported_where_it_is_used():
+    program = "import sys, looped, looped.export, looped.ouro_weights; print('transformers' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr[-2000:]
+
+
+def test_without_transformers_an_export_says_what_to_install(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    assert "an export needs transformers: pip install 'looped-lm[hf]'" in refused(
+        capsys, run, "--to", "transformers", tmp_path / "out"
+    )
+
+
 def test_a_model_of_ouros_shape_in_ouros_layout(tmp_path):
     shape = ["--positions", "rotary", "--block-norm", "sandwich", "--inter-loop-norm", "--no-tied"]
     run = tmp_path / "ouro"
@@ -118,6 +133,8 @@ def test_a_model_of_ouros_shape_in_ouros_layout(tmp_path):
         model(tokens, logits=True).logits, saved.model(tokens, logits=True).logits, atol=1e-5, rtol=1e-5
     )
     assert "model.layers.1.self_attn.q_proj.weight" in load_file(tmp_path / "export" / "model.safetensors")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["eos_token_id"] == saved.validation.tokens[-1]
 
 
 def refused(capsys, *arguments) -> str:
@@ -162,7 +179,7 @@ def test_an_error_while_writing_leaves_nothing(run, tmp_path, capsys, monkeypatc
 def test_an_empty_directory_is_filled(run, tmp_path):
     (tmp_path / "out").mkdir()
     assert main([str(run), "--to", "transformers", str(tmp_path / "out")]) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True) is not None
+    assert LoopedForCausalLM.from_pretrained(tmp_path / "out").config.run["name"] == "tiny"
 
 
 # Upload ---------------------------------------------------------------------------------------------------------------
