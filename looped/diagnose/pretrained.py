@@ -181,7 +181,7 @@ def _transformers() -> Any:
     try:
         import transformers  # slow to import, and needed here alone
     except ImportError as error:
-        raise ValueError("transformers must be installed for a model by name: the extra `hf` has it. It is not.") from error
+        raise ValueError("transformers must be installed for a model by name (extra hf). It is not.") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
