@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from looped.model import LoopedLM
 from looped.supervision import IGNORE_INDEX, Supervision
-from train.batches import Windows
 from train.config import Schedule
 from train.graph import WARM_UP, Launch, eagerly
+from train.source import Sequences
 
 FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends
 
@@ -38,7 +38,8 @@ class LoopResult(NamedTuple):
     """What stopping after ``n_loops`` loops gives on the validation split.
 
     ce: mean cross-entropy in nats; ppl: its exponential; bits_per_byte: None for tokenizers that lose text;
-    state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state.
+    state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state;
+    accuracy: of a task's answers, shares by name, as `train.task.Task.accuracy` gives them.
     """
 
     n_loops: int
@@ -47,6 +48,7 @@ class LoopResult(NamedTuple):
     bits_per_byte: float | None
     state_norm: float
     tokens_per_second: float
+    accuracy: dict[str, float] | None = None
 
 
 def learning_rate(step: int, *, peak: float, schedule: Schedule, warmup_steps: int, steps: int) -> float:
@@ -135,7 +137,7 @@ def state_norms(states: tuple[Tensor, ...]) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: LoopedLM,
-    windows: Windows,
+    windows: Sequences,
     indices: np.ndarray,
     *,
     batch_size: int,
