@@ -55,13 +55,15 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def table(results: Sequence[LoopResult]) -> str:
-    """The evaluation, one line for each K."""
-    lines = [f"{'K':>4} {'CE':>9} {'PPL':>10} {'bits/byte':>10} {'||H_K||':>10} {'tokens/s':>10}"]
+    """The evaluation, one line for each K. Of a task it ends with the accuracy of its answers."""
+    header = f"{'K':>4} {'CE':>9} {'PPL':>10} {'bits/byte':>10} {'||H_K||':>10} {'tokens/s':>10}"
+    lines = [header + "".join(f" {name:>8}" for name in results[0].accuracy or ())]
     for result in results:
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         lines.append(
             f"{result.n_loops:>4} {result.ce:>9.4f} {result.ppl:>10.4g} {bits:>10} "
             f"{result.state_norm:>10.4g} {result.tokens_per_second:>10,.0f}"
+            + "".join(f" {share:>8.3f}" for share in (result.accuracy or {}).values())
         )
     return "\n".join(lines)
 

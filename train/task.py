@@ -6,6 +6,7 @@ is read from a disk or kept there, except the validation sequences in the run's 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from train.p_hop import PHop
 
 TRAINING, VALIDATION = 0, 1  # branches of the random generators, which have no seed in common
 N_VALIDATION = 4096  # sequences
-TASKS = {"p-hop": PHop, "addition": Addition}
+TASKS: dict[str, Callable[[int], "Task"]] = {"p-hop": PHop, "addition": Addition}
 
 
 class Task(Protocol):

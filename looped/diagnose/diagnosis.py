@@ -160,9 +160,7 @@ def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -
     (halting is calibrated on half of them and reported on the rest), and for the sequences of a task.
     """
     if validation.targets is not None:
-        raise ValueError(
-            "a diagnosis needs text, where every token has a target. Got a run on a task, whose answers do."
-        )
+        raise ValueError("a diagnosis needs text, where every token has a target. Got the sequences of a task.")
     available = (len(validation.tokens) - 1) // seq_len
     count = min(available, n_tokens // seq_len)
     if count < 2:
