@@ -2,8 +2,9 @@
 
 config.json has the run's configuration under ``train`` and the model's under ``model``. validation.safetensors is the
 whole validation split, so that whoever has the directory can measure on its text: tokens [n]; bounds [documents + 1],
-where documents begin and end; and, if bits per byte are defined, bytes_per_token [V]; each in small integers. A run on a task has no text: its documents are sequences, with targets [n] beside them, and there is no
-tokenizer.json, which otherwise is of the tokenizers library. The checkpoint is described in looped/checkpoint.py.
+where documents begin and end; and, if bits per byte are defined, bytes_per_token [V]; each in small integers. For a
+task its documents are sequences, with targets [n] beside them. tokenizer.json is of the tokenizers library; a task has
+none. The checkpoint is described in looped/checkpoint.py.
 """
 
 import json
