@@ -15,11 +15,12 @@ __path__ = _search_path()  # where looped.kernels is found, in a checkout too
 from looped.attention import causal_attention
 from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
 from looped.model import LoopedLM, LoopedOutput
-from looped.supervision import IGNORE_INDEX, Supervision
+from looped.supervision import IGNORE_INDEX, Gated, Supervision
 
 __all__ = [
     "IGNORE_INDEX",
     "PRESETS",
+    "Gated",
     "LoopedConfig",
     "LoopedLM",
     "LoopedOutput",

@@ -52,6 +52,8 @@ class LoopedShape:
     """Add a learned vector to what enters each loop; loops beyond n_loops share the last one's."""
     loop_rank: int = 0
     """Rank r of a learned update U_k V_k H of what enters loop k; 0 for none. Loops beyond n_loops share the last's."""
+    exit_gate: bool = False
+    """A gate that says for every loop and token how probable it is to stop there. Gated supervision needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from looped.config import LoopedConfig
 from looped.context import Context
-from looped.kernels import LoopedCrossEntropy, LoopedStatistics
+from looped.exit_gate import ExitGate, log_exit_probabilities
+from looped.kernels import LoopedStatistics
 from looped.recurrence import Recurrence
-from looped.supervision import IGNORE_INDEX, Supervision, supervision_weights
+from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
 class LoopedOutput(NamedTuple):
@@ -23,6 +24,7 @@ class LoopedOutput(NamedTuple):
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
     statistics: per (loop, token), or None if not asked for.
+    log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss; None unless gated.
     """
 
     states: tuple[Tensor, ...]
@@ -30,6 +32,16 @@ class LoopedOutput(NamedTuple):
     per_loop: Tensor | None = None
     logits: Tensor | None = None
     statistics: LoopedStatistics | None = None
+    log_exits: Tensor | None = None
+
+
+class ReadoutLoss(NamedTuple):
+    """What `LoopedLM.readout_loss` returns, as in `LoopedOutput`."""
+
+    loss: Tensor
+    per_loop: Tensor
+    statistics: LoopedStatistics | None
+    log_exits: Tensor | None
 
 
 class LoopedLM(Recurrence):
@@ -58,6 +70,8 @@ class LoopedLM(Recurrence):
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=config.embedding_std)
+        # Last, and without a random number: a gate leaves the other parameters as they would be.
+        self.exit_gate = ExitGate(config.d_model, config.n_loops) if config.exit_gate else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -70,7 +84,7 @@ class LoopedLM(Recurrence):
         targets: Tensor | None = None,
         *,
         n_loops: int | None = None,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         logits: bool = False,
@@ -90,7 +104,7 @@ class LoopedLM(Recurrence):
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
             _check_targets(targets, tokens.shape)
-            _check_loss_options(supervision, penalty)
+            self._check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
         states = self.unroll(tokens, n_loops)
@@ -100,37 +114,39 @@ class LoopedLM(Recurrence):
         result = self.readout_loss(
             states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        return output._replace(loss=result.loss, per_loop=result.per_loop, statistics=result.statistics)
+        return output._replace(
+            loss=result.loss, per_loop=result.per_loop, statistics=result.statistics, log_exits=result.log_exits
+        )
 
     def readout_loss(
         self,
         states: Sequence[Tensor],
         targets: Tensor,
         *,
-        supervision: Supervision = "per-loop",
+        supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
-    ) -> LoopedCrossEntropy:
-        """The training loss of the states of all loops, in nats: (loss, per_loop, statistics) as in `LoopedOutput`.
+    ) -> ReadoutLoss:
+        """The training loss of the states of all loops, in nats.
 
         `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
         H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
         targets that are not -100 (0 if all are). w_k = 1/K for `per-loop` supervision; for `terminal` w_K = 1, the
-        others are 0 and not read out.
+        others are 0 and not read out. With `gated` supervision every token has weights of its own, its exit
+        probabilities, and a term that holds those close to a prior is added (`looped.supervision.Gated`, whose options
+        go in the word's place).
 
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
         tensor. statistics: measure what the readout sees of every loop and token.
-        Raises ValueError for states and targets that do not fit, a negative penalty or an unknown supervision,
-        TypeError for targets that are not int64.
+        Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
+        supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
-        _check_loss_options(supervision, penalty)
-        weights = supervision_weights(supervision, len(states))
-        # A loop that has no weight needs no coda; its state stands for what is not read.
-        read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+        self._check_loss_options(supervision, penalty)
+        read, weights, log_p = self._weighed(states, supervision)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -143,10 +159,50 @@ class LoopedLM(Recurrence):
             n_targets=n_targets,
             statistics=statistics,
         )
-        if self.config.n_coda == 0:
-            return result
-        mean_square = torch.stack([state.float().square().mean() for state in states]).mean()
-        return result._replace(loss=result.loss + penalty * mean_square)
+        loss = result.loss
+        if self.config.n_coda:
+            loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
+        gate = gated(supervision)
+        if gate is None or log_p is None:
+            return ReadoutLoss(loss, result.per_loop, result.statistics, None)
+        loss = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets)
+        return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
+
+    def _weighed(
+        self, states: Sequence[Tensor], supervision: Supervision | Gated
+    ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
+        """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
+        if gated(supervision) is None:
+            weights = supervision_weights(supervision, len(states))
+            # A loop that has no weight needs no coda; its state stands for what is not read.
+            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
+            return read, weights, None
+        read = [self.read(state) for state in states]
+        log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
+        return read, log_p.exp(), log_p
+
+    def exit_logit(self, read: Tensor) -> Tensor:
+        """The gate's g [B, T] of what is read of one loop, R_k = `read(H_k)` [B, T, d]; lambda_k = sigmoid(g_k).
+
+        The gate sees it through the readout's norm, if there is one (`final-only` has it at every loop here). fp32,
+        under autocast too. Raises ValueError for a model without a gate.
+        """
+        if self.exit_gate is None:
+            raise ValueError("exit probabilities are those of a gate and need exit_gate=True. Got exit_gate=False.")
+        with torch.autocast(read.device.type, enabled=False):
+            return self.exit_gate(read if self.readout_norm is None else self.readout_norm(read))
+
+    def exit_logits(self, states: Sequence[Tensor]) -> Tensor:
+        """g [K, B, T] of K states H_k [B, T, d], as `exit_logit` gives it and raises."""
+        return torch.stack([self.exit_logit(self.read(state)) for state in states])
+
+    def exit_probabilities(self, states: Sequence[Tensor]) -> Tensor:
+        """p_k [K, B, T] fp32 of all K states H_k: how probable it is that a token stops at loop k.
+
+        Over the K loops they add up to 1: the last one takes what remains, whatever K is (looped/exit_gate.py, which
+        has their logarithms too). Raises as `exit_logit` does.
+        """
+        return log_exit_probabilities(self.exit_logits(states)).exp()
 
     def readout_logits(self, state: Tensor, *, final: bool = True, context: Context | None = None) -> Tensor:
         """Logits [B, T, V] of one state H_k [B, T, d]: the coda, the readout's norm, then the head.
@@ -177,6 +233,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
+        if gated(supervision) is None:
+            supervision_weights(supervision, 1)
+        elif self.exit_gate is None:
+            raise ValueError("gated supervision needs a model with exit_gate=True. Got exit_gate=False.")
+        if not isinstance(penalty, Tensor) and not penalty >= 0:
+            raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
 
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""
@@ -236,9 +300,3 @@ def _check_states(states: Sequence[Tensor], targets: Tensor) -> None:
     if len(shapes) > 1:
         raise ValueError(f"states must have one shape [..., d]. Got {[list(shape) for shape in shapes]}.")
     _check_targets(targets, states[0].shape[:-1])
-
-
-def _check_loss_options(supervision: Supervision, penalty: float | Tensor) -> None:
-    supervision_weights(supervision, 1)
-    if not isinstance(penalty, Tensor) and not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")

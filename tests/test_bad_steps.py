@@ -67,6 +67,9 @@ def test_what_is_not_in_a_block_is_located():
     model.embedding.weight.data[:] *= 1e30
     assert located(model, penalty=0.0).startswith("in the readout of loop 1")
     assert located(model, penalty=0.0, supervision="terminal").startswith("in the readout of loop 3")
+    model = make(readout="raw", exit_gate=True)
+    model.embedding.weight.data[:] *= 1e30
+    assert located(model, penalty=0.0, supervision="gated").startswith("in the readout of loop 1")
     model = make()
     model.readout_norm.weight.register_hook(lambda gradient: gradient * math.nan)
     assert located(model) == "in the gradient of readout_norm.weight"

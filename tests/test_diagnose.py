@@ -25,6 +25,7 @@ from looped.diagnose.page import page as render
 from looped.diagnose.record import read_record
 from looped.diagnose.verdict import judge
 from looped.run_directory import Validation, load_run
+from train.gate import gated_copy
 from train.run import main as train
 
 
@@ -163,6 +164,14 @@ def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):
         assert depth.ce[loop] == pytest.approx(row["ce"], rel=1e-4)
         assert depth.bits_per_byte[loop] == pytest.approx(row["bits_per_byte"], rel=1e-4)
         assert terminal.measured.norms.mean[loop] == pytest.approx(row["state_norm"], rel=1e-4)
+
+
+def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs):
+    run = load_run(runs[1])
+    model = gated_copy(run.model, fused=True)
+    config = {"train": run.config["train"] | {"supervision": "gated"}, "model": run.config["model"]}
+    found = diagnose_run(dataclasses.replace(run, model=model, config=config), n_tokens=256, horizon=6)
+    assert found.measured.weights == pytest.approx((0.4, 0.24, 0.36))  # as a gate starts
 
 
 def test_windows_do_not_overlap_and_are_spread():

@@ -26,6 +26,7 @@ STEPS = (
     "terminal",
     "measured",
     "measured terminal",
+    "gated",
     "float32",
     "checkpointed",
     "raw",

@@ -8,6 +8,7 @@ from test_trainer import assert_same_run, rows_of
 from tiny_run import arguments
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from looped.supervision import Gated
 from train import prepare
 from train.config import preset_config
 from train.graph import WARM_UP, CudaGraphs, eagerly
@@ -79,12 +80,15 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(tapes, capsys):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("options", [{}, {"grad_accumulation": 2}, {"measure": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grad_accumulation": 2}, {"measure": True}, {"measure": True, "supervision": Gated(0.2, "geometric:0.4")}],
+)
 def test_graphed_steps_are_eager_steps(tapes, fused, options):
     """Twenty steps with changing batch, learning rate, penalty and dropout, one of them bad: bit for bit the same."""
 
     def steps(launch) -> list[list[float]]:
-        model = make(fused=fused, dropout=0.1).train()
+        model = make(fused=fused, dropout=0.1, exit_gate="supervision" in options).train()
         optimizer = adamw(model)
         for group in optimizer.param_groups:
             group["lr"] = torch.zeros(())
@@ -92,7 +96,7 @@ def test_graphed_steps_are_eager_steps(tapes, fused, options):
         def step(inputs, targets, penalty):
             return training_step(
                 model, optimizer, inputs, targets,
-                supervision="per-loop", penalty=penalty, dtype=torch.float32, **options,
+                penalty=penalty, dtype=torch.float32, **{"supervision": "per-loop", **options},
             )  # fmt: skip
 
         torch.manual_seed(7)

@@ -342,7 +342,7 @@ def test_rejects_before_any_work(fused: bool, monkeypatch: pytest.MonkeyPatch) -
     tokens, targets = batch()
     monkeypatch.setattr(LoopedLM, "embed", None)  # not callable: a model that begins to work fails otherwise
     for options, message in (
-        ({"supervision": "last"}, r"supervision must be one of per-loop, terminal\. Got 'last'"),
+        ({"supervision": "last"}, r"supervision must be one of per-loop, terminal, gated\. Got 'last'"),
         ({"penalty": -0.1}, r"penalty must be at least 0\. Got penalty=-0\.1"),
         ({"penalty": float("nan")}, r"penalty must be at least 0\. Got penalty=nan"),
     ):
@@ -361,7 +361,7 @@ def test_rejects_states_that_do_not_fit(fused: bool) -> None:
     decoder = model(fused=fused)
     tokens, targets = batch()
     states = decoder(tokens).states
-    with pytest.raises(ValueError, match=r"supervision must be one of per-loop, terminal\. Got 'last'"):
+    with pytest.raises(ValueError, match=r"supervision must be one of per-loop, terminal, gated\. Got 'last'"):
         decoder.readout_loss(states, targets, supervision="last")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"penalty must be at least 0\. Got penalty=-0\.1"):
         decoder.readout_loss(states, targets, penalty=-0.1)

@@ -47,6 +47,18 @@ def test_figure_is_drawn(tmp_path, rows):
     assert not plt.get_fignums()
 
 
+def test_a_gated_run_has_a_panel_of_its_exits(tmp_path):
+    draw(tmp_path / "three.png", [row(1)], RESULTS, "title")
+    width = plt.imread(tmp_path / "three.png").shape[1]
+    images = []
+    for loop in (1.5, 1.9):
+        rows = [row(1, exit_loop=1.2, exit_entropy=0.1), row(2, exit_loop=loop, exit_entropy=0.6), row(3)]
+        draw(tmp_path / "four.png", [*rows, row(4, exit_loop=None, exit_entropy=None)], RESULTS, "title")
+        images.append(plt.imread(tmp_path / "four.png"))
+    assert images[0].shape[1] * 3 == width * 4
+    assert (images[0][:, width:] != images[1][:, width:]).any()
+
+
 def test_environment():
     values = environment(torch.device("cpu"))
     assert values["device"].startswith("cpu: ")

@@ -140,6 +140,23 @@ BAD_OPTIONS = {
     "unknown tokenizer": (["--tokenizer", "spm"], "tokenizer must be bpe, paper or the path.*'spm'"),
     "unknown option": (["--learning", "1"], "Unrecognized options.*--learning"),
     "unknown readout": (["--readout", "batchnorm"], "invalid choice 'batchnorm'"),
+    "unknown supervision": (["--supervision", "last"], "invalid choice 'last'"),
+    "negative beta": (
+        ["--supervision", "gated", "--gate-beta", "-1"],
+        "beta of the gate must be .* at least 0. Got -1",
+    ),
+    "unknown prior": (
+        ["--supervision", "gated", "--gate-prior", "poisson:4"],
+        "must be uniform or geometric:P .*'poisson",
+    ),
+    "beta without a gate": (
+        ["--gate-beta", "0.2"],
+        "gate_beta must be left out unless supervision is gated. Got .*0.2",
+    ),
+    "a gate that nothing trains": (
+        ["--exit-gate"],
+        "exit_gate must be left out unless .* Got exit_gate=True, .*per-loop",
+    ),
     "not a number": (["--steps", "many"], "--steps.*many"),
     "no steps": (["--steps", "0"], "steps must be at least 1. Got steps=0"),
     "steps and epochs": (["--epochs", "1"], "steps or epochs, not both"),

@@ -6,6 +6,7 @@ import torch
 
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
+from looped.supervision import Gated
 from train.batches import Windows, evaluation_windows
 from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
@@ -46,12 +47,12 @@ def test_learning_rate(schedule, expected):
     assert learning_rate(1, peak=2.0, schedule=schedule, warmup_steps=0, steps=1000) == pytest.approx(2.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal", "gated"])
 @pytest.mark.parametrize("readout", ["rmsnorm", "layernorm", "raw", "final-only"])
 def test_fused_and_plain_train_alike(readout, supervision):
     losses = []
     for fused in (True, False):
-        model = make(fused=fused, readout=readout, dropout=0.1)
+        model = make(fused=fused, readout=readout, dropout=0.1, exit_gate=True)
         optimizer = adamw(model)
         torch.manual_seed(1)
         losses.append([take(model, optimizer, batch(step), supervision=supervision).loss for step in range(20)])
@@ -73,14 +74,16 @@ def test_accumulation_does_not_change_the_gradient(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
+@pytest.mark.parametrize("supervision", ["per-loop", "terminal", Gated(0.3, "geometric:0.6")])
 @pytest.mark.parametrize(("n_rows", "n_parts"), [(4, 2), (4, 3), (5, 2), (5, 3)])  # 2 + 2, 2 + 2; 3 + 2, 2 + 2 + 1
 def test_accumulation_with_ignored_targets_and_unequal_parts(fused, supervision, n_parts, n_rows):
     """Loss, what is measured, and gradients are those of the whole batch."""
     tokens = torch.randint(0, V, (n_rows, T + 1), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
     targets[0] = targets[1, 2:] = targets[-1, 5] = -100
-    models = [make(fused=fused, readout="raw") for _ in range(2)]
+    models = [make(fused=fused, readout="raw", exit_gate=True) for _ in range(2)]
+    for model in models:
+        model.exit_gate.weight.data.copy_(torch.linspace(-0.3, 0.3, 32))
     results = []
     for model, n in zip(models, (1, n_parts), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
@@ -171,6 +174,20 @@ def test_what_a_measured_step_reports(fused):
     plain = take(model, adamw(model), batch(1))
     assert plain.state_norm is None
     assert plain.radial_fraction is None
+    assert plain.exits is result.exits is None
+
+
+def test_what_a_measured_gated_step_reports():
+    model = make(exit_gate=True)
+    model.exit_gate.weight.data.copy_(torch.linspace(-0.3, 0.3, 32))
+    inputs, targets = batch(0)
+    targets[1, 3:] = -100
+    with torch.no_grad():
+        p = model.exit_probabilities(model(inputs).states)[:, targets != -100]
+    result = take(model, adamw(model), (inputs, targets), supervision="gated", measure=True)
+    torch.testing.assert_close(result.exits[0], (p[0] + 2 * p[1] + 3 * p[2]).mean())
+    torch.testing.assert_close(result.exits[1], torch.special.entr(p).sum(0).mean())
+    assert take(model, adamw(model), (inputs, targets), supervision="gated").exits is None
 
 
 def test_terminal_supervision_reads_the_last_loop_only():

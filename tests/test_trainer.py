@@ -79,6 +79,30 @@ def test_half_and_resumed_half_are_the_whole(tmp_path, fused, log_every):
     assert json.loads((halves / "config.json").read_text())["train"]["steps"] == 8
 
 
+def test_a_gated_run_says_where_tokens_exit_and_continues(tmp_path, capsys):
+    options = ("--supervision", "gated", "--gate-beta", "0.2", "--gate-prior", "geometric:0.3", "--penalty", "0")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(arguments(tmp_path, *options, "--out", str(whole))) == 0
+    output = capsys.readouterr().out
+    rows = rows_of(whole)
+    assert all(1 < row["exit_loop"] < 3 and 0 < row["exit_entropy"] < math.log(3) + 1e-6 for row in rows)
+    assert len({row["exit_loop"] for row in rows}) == 8
+    # At first lambda is 2/5 for every loop and token.
+    p, q = np.array([0.4, 0.24, 0.36]), np.array([1, 0.7, 0.49]) / 2.19
+    loss = (p * rows[0]["ce"]).sum() + 0.2 * (p * np.log(p / q)).sum()
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert "gated supervision (beta 0.2, geometric:0.3 prior)" in output
+    assert f"  exit {rows[4]['exit_loop']:.2f}  " in output
+    assert f"exits     after {rows[-1]['exit_loop']:.2f} loops on average" in output
+    assert main(arguments(tmp_path, *options, "--out", str(halves), "--steps", "4")) == 0
+    assert main(["--resume", str(halves), "--steps", "8"]) == 0
+    assert_same_run(whole, halves)
+    assert weights_of(whole)["exit_gate.weight"].any()
+    written = json.loads((whole / "config.json").read_text())
+    assert written["train"]["exit_gate"]
+    assert written["model"]["exit_gate"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_the_run_can_be_continued(tmp_path, monkeypatch, capsys, signum):
     options = ("--schedule", "warmup-cosine", "--warmup-steps", "2", "--log-every", "2")

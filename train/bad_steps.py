@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from looped.model import LoopedLM, LoopedOutput
-from looped.supervision import Supervision
+from looped.supervision import Gated, Supervision
 from train.step import autocast
 
 
@@ -44,7 +44,7 @@ def locate(
     inputs: Tensor,
     targets: Tensor,
     *,
-    supervision: Supervision,
+    supervision: Supervision | Gated,
     penalty: float,
     dtype: torch.dtype,
     grad_accumulation: int,
@@ -68,7 +68,7 @@ def locate(
         assert result.loss is not None
         assert result.per_loop is not None
         n_loops = len(result.states)
-        read = range(n_loops) if supervision == "per-loop" else [n_loops - 1]
+        read = [n_loops - 1] if supervision == "terminal" else range(n_loops)
         for loop in read:
             if not _is_finite(result.per_loop[loop]):
                 return f"in the readout of loop {loop + 1}"

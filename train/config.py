@@ -21,7 +21,7 @@ from looped import run_directory
 from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
-from looped.supervision import Supervision
+from looped.supervision import Gated, Supervision
 from train.task import TASKS, make_task
 from train.tokenizer import check_vocab_size
 
@@ -55,7 +55,12 @@ class TrainConfig(LoopedShape, _Source):
     """Train a looped language model, evaluate it at K = 1..n_loops, and leave everything measured in one directory."""
 
     supervision: Supervision = "per-loop"
-    """Cross-entropy at every loop, or at the last one only."""
+    """Cross-entropy at every loop; at the last one only; or at every loop with the weights that an exit gate gives it
+    for each token."""
+    gate_beta: float = 0.1
+    """Gated supervision: this times the distance of the exit probabilities from their prior is added to the loss."""
+    gate_prior: str = "uniform"
+    """Gated supervision: uniform (Ouro; the distance is the negative entropy) or geometric:P, 0 < P < 1 (PonderNet)."""
     penalty: float = 0.01
     """Norm penalty: this times the mean of H_k^2 is added to the loss. 0 leaves the scale of the state free."""
 
@@ -185,7 +190,8 @@ def preset_config(preset: str) -> TrainConfig:
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
     be trained, from the preset; ``tokenizer`` and ``stride`` of text; ``vocab_size`` of a task; ``dtype``;
-    ``cuda_graph``, off without a GPU; and ``out``, named after the preset and the time.
+    ``cuda_graph``, off without a GPU; ``exit_gate``, on with gated supervision; and ``out``, named after the preset and
+    the time.
 
     Raises ValueError if steps and epochs are both given, options of text are given with a task, or ``device`` is not
     there.
@@ -200,6 +206,8 @@ def complete(config: TrainConfig) -> TrainConfig:
         filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
     if device_of(config).type != "cuda":
         filled["cuda_graph"] = False
+    if config.supervision == "gated":
+        filled["exit_gate"] = True
     if config.out is None:
         filled["out"] = config.resume or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(config, **filled)
@@ -256,6 +264,11 @@ def model_config(config: TrainConfig, vocab_size: int) -> LoopedConfig:
     )
 
 
+def supervision_of(config: TrainConfig) -> Supervision | Gated:
+    """The supervision of a run, with its options. Raises ValueError if one of those is out of its range."""
+    return Gated(config.gate_beta, config.gate_prior) if config.supervision == "gated" else config.supervision
+
+
 def device_of(config: TrainConfig) -> torch.device:
     """The device that ``config.device`` names. Raises ValueError if there is no such device."""
     name, count = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -296,6 +309,7 @@ def validate(config: TrainConfig) -> None:
             "batch_size must be divisible by grad_accumulation. "
             f"Got batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
         )
+    _check_gate(config)
     if config.tokenizer is not None:
         if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
             raise ValueError(
@@ -314,6 +328,20 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
+
+
+def _check_gate(config: TrainConfig) -> None:
+    """The gate's options are those of gated supervision; a continued run may have a gate from train/gate.py."""
+    if config.supervision == "gated":
+        supervision_of(config)
+        return
+    absent = {"gate_beta": Gated.beta, "gate_prior": Gated.prior} | ({} if config.resume else {"exit_gate": False})
+    for name, value in absent.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name} must be left out unless supervision is gated. "
+                f"Got {name}={getattr(config, name)}, supervision={config.supervision}."
+            )
 
 
 def comparable(config: TrainConfig, name: str) -> Any:

@@ -11,7 +11,8 @@ from looped.whole_file import replacing
 
 SCALARS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second")  # of every row
 PER_LOOP = ("ce", "state_norm", "radial_fraction")  # lists [K]
-# bad_steps (not taken so far) and mfu (a share) came later: rows of older runs are without them.
+# bad_steps (not taken so far) and mfu (a share) came later: rows of older runs are without them. Rows of gated
+# supervision also have exit_loop (1 to K) and exit_entropy (nats), means over the tokens.
 
 
 def finite(value: Any) -> Any:

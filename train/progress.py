@@ -50,7 +50,7 @@ def utilisation(run: Run, tokens_per_second: float) -> float | None:
     peak = peak_flops(run.device)
     if peak is None:
         return None
-    n_readouts = None if run.config.supervision == "per-loop" else 1
+    n_readouts = 1 if run.config.supervision == "terminal" else None
     return tokens_per_second * run.model.flops_per_token(n_readouts=n_readouts, seq_len=run.config.seq_len) / peak
 
 
@@ -68,6 +68,8 @@ def show(bar: tqdm, row: dict[str, Any], left: str) -> None:
     """The latest row: beside the progress bar on a terminal, as a line of its own elsewhere."""
     ce = "/".join(f"{value:.2f}" for value in row["ce"])
     state = f"loss {row['loss']:.3f}  CE {ce}  |H_{len(row['ce'])}| {row['state_norm'][-1]:.4g}"
+    if "exit_loop" in row:
+        state += f"  exit {row['exit_loop']:.2f}"
     rate = f"{row['tokens_per_second']:,.0f} tokens/s"
     if row["mfu"] is not None:
         rate += f"  MFU {row['mfu']:.1%}"
@@ -102,9 +104,10 @@ def launch_line(run: Run) -> str:
 
 def model_line(run: Run) -> str:
     config = run.config
+    gate = f" (beta {config.gate_beta:g}, {config.gate_prior} prior)" if config.supervision == "gated" else ""
     return (
         f"{config.preset}: {run.model.parameter_count():,} parameters, K = {config.n_loops} loops, {config.readout} "
-        f"readout, {config.supervision} supervision, penalty {config.penalty:g}, "
+        f"readout, {config.supervision} supervision{gate}, penalty {config.penalty:g}, "
         f"{'fused' if config.fused else 'plain PyTorch'}, {config.dtype} on {run.device.type}"
     )
 
@@ -124,6 +127,9 @@ def print_end(run: Run, rows: Sequence[dict[str, Any]], results: Sequence[LoopRe
     if rows:
         print(f"learning  CE of loops 1..{run.config.n_loops}: {losses(rows[0])} at step {rows[0]['step']}, ", end="")
         print(f"{losses(rows[-1])} at step {rows[-1]['step']}")
+    if rows and rows[-1].get("exit_loop") is not None:
+        print(f"exits     after {rows[-1]['exit_loop']:.2f} loops on average, with an entropy of ", end="")
+        print(f"{rows[-1]['exit_entropy']:.3f} nats, at step {rows[-1]['step']}")
     if rows and rows[-1].get("bad_steps"):
         print(f"bad steps {rows[-1]['bad_steps']}, not taken: their loss or gradient was not finite")
     graphs = ", launched as CUDA graphs" if run.graphs_used else ""

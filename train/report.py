@@ -69,14 +69,20 @@ def table(results: Sequence[LoopResult]) -> str:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
-    """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation."""
-    figure, (losses, norms, frontier) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation; of gated
+    supervision also where tokens exit."""
+    exits = [row for row in rows if "exit_loop" in row]
+    n_panels = 4 if exits else 3
+    figure, panels = plt.subplots(1, n_panels, figsize=(5 * n_panels, 4.8), layout="constrained")
+    losses, norms, frontier = panels[:3]
     colours = plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(results)))
     if rows:
         _draw_losses(losses, rows, colours)
         _draw_norms(norms, rows, colours)
     _draw_frontier(frontier, results, colours)
-    for axes in (losses, norms, frontier):
+    if exits:
+        _draw_exits(panels[3], exits)
+    for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12)
@@ -115,6 +121,16 @@ def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set(title="Size of the state", xlabel="step", ylabel=r"mean $\|H_k\|_2$")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_exits(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    steps, n_loops = _series(rows, "step"), len(rows[0]["ce"])
+    axes.plot(steps, _series(rows, "exit_loop"), color="0.25", linewidth=1.4, label="mean exit loop")
+    # As loops: exp(H) is 1 where all stop at one loop, and K where every loop is as probable.
+    spread = np.exp(_series(rows, "exit_entropy"))
+    axes.plot(steps, spread, color="0.25", linewidth=1.1, linestyle="--", label="exp(entropy)")
+    axes.set(title="Where tokens exit", xlabel="step", ylabel="loops", ylim=(0.9, n_loops + 0.1))
     axes.legend(frameon=False, fontsize=9)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.model import LoopedLM
-from looped.supervision import IGNORE_INDEX, Supervision
+from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from train.config import Schedule
 from train.graph import WARM_UP, Launch, eagerly
 from train.source import Sequences
@@ -23,15 +24,17 @@ class StepResult(NamedTuple):
     """Tensors on the device, detached. loss: scalar, penalty included. per_loop: [K] cross-entropy in nats, nan for
     loops that were not read. grad_norm: scalar, before clipping. bad: scalar, whether loss or gradient norm is not
     finite, so that the step was not taken. Only when measured: state_norm [K], mean over tokens of ||H_k||_2;
-    radial_fraction [K], mean over tokens of the immediate gradient's radial share, nan where unread.
+    radial_fraction [K], mean over tokens of the immediate gradient's radial share, nan where unread; and, with gated
+    supervision, exits [2], means over the targets of the exit loop (1 to K) and of the exit probabilities' entropy.
     """
 
     loss: Tensor
     per_loop: Tensor
     grad_norm: Tensor
     bad: Tensor
-    state_norm: Tensor | None
-    radial_fraction: Tensor | None
+    state_norm: Tensor | None = None
+    radial_fraction: Tensor | None = None
+    exits: Tensor | None = None
 
 
 class LoopResult(NamedTuple):
@@ -73,7 +76,7 @@ def training_step(
     inputs: Tensor,
     targets: Tensor,
     *,
-    supervision: Supervision,
+    supervision: Supervision | Gated,
     penalty: float | Tensor,
     dtype: torch.dtype,
     grad_accumulation: int = 1,
@@ -112,11 +115,13 @@ def training_step(
         if measure:
             radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
+            if output.log_exits is not None:
+                parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
     loss, per_loop, *measured = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
-    return StepResult(loss, per_loop, grad_norm, bad, *(measured if measure else (None, None)))
+    return StepResult(loss, per_loop, grad_norm, bad, *measured)
 
 
 def _step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -132,6 +137,14 @@ def _step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def state_norms(states: tuple[Tensor, ...]) -> Tensor:
     """[K] fp32: mean over tokens of ||H_k||_2."""
     return torch.stack([torch.linalg.vector_norm(state.float(), dim=-1).mean() for state in states])
+
+
+def exit_means(log_p: Tensor, targets: Tensor, n_targets: Tensor | None) -> Tensor:
+    """[2] of log p [K, B, T]: the mean exit loop and the exit entropy in nats, summed over the targets that count and
+    divided by n_targets, or by their number."""
+    counted = targets != IGNORE_INDEX
+    n = counted.sum().clamp(min=1) if n_targets is None else n_targets
+    return torch.where(counted, torch.stack([mean_exit_loop(log_p), exit_entropy(log_p)]), 0.0).sum((1, 2)) / n
 
 
 @torch.no_grad()

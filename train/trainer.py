@@ -11,6 +11,7 @@ from train import checkpoint, report
 from train.accuracy import with_accuracy
 from train.bad_steps import BadSteps, locate
 from train.checkpoint import Progress
+from train.config import supervision_of
 from train.graph import eagerly
 from train.interrupt import Interruptions
 from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
@@ -124,7 +125,7 @@ def _bad_steps_line(run: Run, n: int) -> str:
         run.model,
         inputs,
         targets,
-        supervision=config.supervision,
+        supervision=supervision_of(config),
         penalty=config.penalty,
         dtype=run.dtype,
         grad_accumulation=config.grad_accumulation,
@@ -175,7 +176,7 @@ def _training_step(run: Run, measure: bool, inputs: Tensor, targets: Tensor, pen
         run.optimizer,
         inputs,
         targets,
-        supervision=config.supervision,
+        supervision=supervision_of(config),
         penalty=penalty,
         dtype=run.dtype,
         grad_accumulation=config.grad_accumulation,
@@ -194,20 +195,22 @@ def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, ba
         unknown if result.radial_fraction is None else result.radial_fraction,
     ]
     scalars = torch.stack([result.loss.float(), result.grad_norm.float(), bad_steps.float()])
-    loss, grad_norm, n_bad, *values = torch.cat([scalars, *per_loop]).tolist()
-    return {
+    exits = scalars[:0] if result.exits is None else result.exits
+    loss, grad_norm, n_bad, *values = torch.cat([scalars, *per_loop, exits]).tolist()
+    row = {
         "step": run.step,
         "tokens": run.step * run.tokens_per_step,
         "loss": loss,
         "ce": values[:n_loops],
         "state_norm": values[n_loops : 2 * n_loops],
-        "radial_fraction": values[2 * n_loops :],
+        "radial_fraction": values[2 * n_loops : 3 * n_loops],
         "grad_norm": grad_norm,
         "lr": rate,
         "bad_steps": int(n_bad),
         "tokens_per_second": tokens_per_second,
         "mfu": utilisation(run, tokens_per_second),
     }
+    return row | dict(zip(("exit_loop", "exit_entropy"), values[3 * n_loops :], strict=False))
 
 
 def _evaluate(run: Run) -> list[LoopResult]:

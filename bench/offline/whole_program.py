@@ -103,7 +103,7 @@ def step_record(
                 measure=measure,
             )  # fmt: skip
         gradients = sum(parameter.grad is not None for parameter in model.parameters())
-        readouts = None if supervision == "per-loop" else 1
+        readouts = 1 if supervision == "terminal" else None
         flops = inputs.numel() * model.flops_per_token(n_readouts=readouts, seq_len=config.max_seq_len)
         return StepRecord(record, flops, state_bytes, gradients, len(list(model.parameters())), inputs.numel())
 
@@ -218,6 +218,7 @@ def main() -> None:
         "terminal": {"supervision": "terminal", **small},
         "measured": {"measure": True, **small},
         "measured terminal": {"measure": True, "supervision": "terminal", **small},
+        "gated": {"measure": True, "supervision": "gated", "exit_gate": True, **small},
         "float32": {"dtype": torch.float32, **small},
         "checkpointed": {"checkpoint_loops": True, **small},
         "raw": {"readout": "raw", **small},

@@ -16,8 +16,9 @@ from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
+from looped.model import LoopedLM
 from looped.run_directory import SavedRun, Validation
-from looped.supervision import supervision_weights
+from looped.supervision import Supervision, supervision_weights
 
 DEPTH_FACTOR = 4  # depth is measured up to this times the trained loops
 LEAST_DEPTH = 16  # and at least up to this
@@ -138,10 +139,9 @@ def diagnose_run(
     Raises ValueError as `diagnose` and `validation_batches` do.
     """
     decoder = copy.deepcopy(run.model).to(device)
-    n_loops = decoder.config.n_loops
     training = run.config["train"]
-    weights = tuple(supervision_weights(training["supervision"], n_loops))
     batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
+    weights = _loop_weights(decoder, training["supervision"], batches, device)
     return diagnose(
         from_decoder(decoder, weights=weights, penalty=training["penalty"]),
         [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
@@ -151,6 +151,15 @@ def diagnose_run(
         double=from_decoder(copy.deepcopy(decoder).double()),
         run=run,
     )
+
+
+@torch.no_grad()
+def _loop_weights(decoder: LoopedLM, supervision: Supervision, batches: list[Batch], device: str) -> tuple[float, ...]:
+    """[K], of each loop in the training loss; those of gated supervision as means over the tokens."""
+    if supervision != "gated":
+        return tuple(supervision_weights(supervision, decoder.config.n_loops))
+    exits = [decoder.exit_probabilities(decoder(tokens.to(device)).states).flatten(1) for tokens, _ in batches]
+    return tuple(torch.cat(exits, 1).mean(1).tolist())
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:
