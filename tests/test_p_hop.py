@@ -33,6 +33,11 @@ def test_permutations_are_uniform():
     assert (abs(counts - 1000) < 150).all()  # five standard deviations
 
 
+def test_another_hop_is_asked_for_every_200_steps():
+    steps = (0, 199, 200, 599, 600, 10**6)
+    assert [PHop(40).asked(step) for step in steps] == [8, 8, 16, 24, 32, 32]
+
+
 def test_accuracy_by_the_number_of_hops():
     right = np.zeros((3, 32), dtype=bool)
     right[:, :8] = True

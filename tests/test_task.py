@@ -53,6 +53,17 @@ def test_a_batch_is_a_function_of_seed_and_step(task):
     assert inputs.max() < source(task).vocab_size
 
 
+def test_the_curriculum_takes_targets_away_and_no_inputs():
+    """The sequences of a step are those that its generator gives; validation has all targets."""
+    inputs, targets = source("p-hop").batch(199, seed=1, batch_size=5)
+    assert (targets[:, 8:16] >= 0).all()
+    assert (targets[:, 16:] == -100).all()
+    assert (np.sort(inputs.reshape(5, 3, 8)) == np.arange(8)).all()
+    assert (source("p-hop").batch(200, seed=1, batch_size=5)[1][:, 8:] >= 0).all()
+    made, indices = source("p-hop").validation(None)
+    assert (made.gather(indices)[1][:, 8:] >= 0).all()
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
 def test_no_training_batch_is_a_validation_batch(task, seed):

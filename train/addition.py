@@ -55,6 +55,10 @@ class Addition:
             sums[:, place], sums[:, place + 1] = total % BASE, total // BASE
         return np.concatenate([numbers.reshape(n, -1), np.full_like(sums, EQUALS)], axis=1), sums
 
+    def asked(self, step: int) -> int:
+        """All targets, in every step of training."""
+        return self.digits + 1
+
     def accuracy(self, right: np.ndarray) -> dict[str, float]:
         """The share of sums that are right in every digit, and the share of right digits. right: [n, digits + 1]."""
         return {"answers": float(right.all(axis=1).mean()), "digits": float(right.mean())}

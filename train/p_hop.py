@@ -10,6 +10,10 @@ The place in the sequence says what a token is: the symbol that f maps to this p
 Symbols are the whole vocabulary. f is drawn anew for every sequence, uniformly from all permutations. So is the order
 of each group.
 
+Training begins with one hop and adds another every `CURRICULUM` steps. The queries of more hops are there from the
+beginning, without targets. Where all hops are asked for at once, training stays for hundreds of steps at two hops
+answered and three not.
+
 A layer of attention does a look-up, so that a model of one layer needs p loops, or fewer if it follows several
 pointers at once: composing what it has found reaches 2^k hops in k steps (Sanford, Hsu and Telgarsky, arXiv 2402.09268,
 whose p-hop follows repeated tokens instead of a list; Saunshi et al., arXiv 2502.17416, train looped models on it).
@@ -22,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SYMBOLS = 8
+CURRICULUM = 200  # steps
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class PHop:
             answers.append(np.take_along_axis(reached, query, axis=1))
             reached = np.take_along_axis(listed, reached, axis=1)
         return np.concatenate([listed, *queries], axis=1), np.concatenate(answers, axis=1)
+
+    def asked(self, step: int) -> int:
+        """How many of the targets, from the first on, step ``step`` of training has."""
+        return SYMBOLS * min(self.hops, 1 + step // CURRICULUM)
 
     def accuracy(self, right: np.ndarray) -> dict[str, float]:
         """The shares of answers that are right, of all and of each number of hops. right: [n, T - 8] bool."""

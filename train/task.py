@@ -43,6 +43,10 @@ class Task(Protocol):
         """Inputs [n, T] and the answers [n, A] to their last A places, both int64."""
         ...
 
+    def asked(self, step: int) -> int:
+        """How many of the answers, from the first on, step ``step`` of training asks for: the curriculum."""
+        ...
+
     def accuracy(self, right: np.ndarray) -> dict[str, float]:
         """Shares of right answers by name, that of all "answers" first. right: [n, A] bool."""
         ...
@@ -90,7 +94,7 @@ class TaskSource:
         return hashlib.blake2b(f"{self.task.name} ".encode() + content, digest_size=16).hexdigest()
 
     def batch(self, step: int, *, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        made = self._make(np.random.SeedSequence(seed, spawn_key=(TRAINING, step)), batch_size)
+        made = self._make(np.random.SeedSequence(seed, spawn_key=(TRAINING, step)), batch_size, self.task.asked(step))
         return made.inputs, made.targets
 
     def validation(self, limit: int | None) -> tuple[MadeSequences, np.ndarray]:
@@ -108,10 +112,11 @@ class TaskSource:
 
     @cached_property
     def _validation(self) -> MadeSequences:
-        return self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION)
+        return self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
 
-    def _make(self, seed: np.random.SeedSequence, n: int) -> MadeSequences:
+    def _make(self, seed: np.random.SeedSequence, n: int, asked: int | None) -> MadeSequences:
+        """``asked``: how many answers are targets, from the first on; None: all."""
         inputs, answers = self.task.sequences(np.random.default_rng(seed), n)
         targets = np.full_like(inputs, IGNORE_INDEX)
-        targets[:, inputs.shape[1] - answers.shape[1] :] = answers
+        targets[:, inputs.shape[1] - answers.shape[1] :][:, :asked] = answers[:, :asked]
         return MadeSequences(torch.from_numpy(inputs), torch.from_numpy(targets))
