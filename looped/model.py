@@ -1,5 +1,6 @@
 """The looped language model: tokens and targets -> states H_1..H_K, the training loss, logits, statistics."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.kernels import LoopedStatistics
-from looped.recurrence import Recurrence
+from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
@@ -23,8 +24,9 @@ class LoopedOutput(NamedTuple):
     per_loop: [K] fp32, detached, the mean cross-entropy of each loop in nats, nan for loops that were not read; None
         without targets.
     logits: [B, T, V] of the last loop alone, or None if not asked for.
-    statistics: per (loop, token), or None if not asked for.
+    statistics: per (loop, token), or None if not asked for. Only of the loops with gradient.
     log_exits: [K, B, T] fp32, detached, the log of the exit probabilities that weighed the loss; None unless gated.
+        Nobody exits at a loop without gradient: the probability is 0 there, its log the lowest number.
     """
 
     states: tuple[Tensor, ...]
@@ -84,6 +86,7 @@ class LoopedLM(Recurrence):
         targets: Tensor | None = None,
         *,
         n_loops: int | None = None,
+        backprop_loops: int | None = None,
         supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
@@ -94,12 +97,17 @@ class LoopedLM(Recurrence):
 
         tokens: [B, T] int64, each in [0, vocab_size). targets: [B, T] int64, -100 where they do not count.
         n_loops: K >= 1, any number; default `config.n_loops`. logits: return those of the last loop.
+        backprop_loops: k >= 1: only the last k loops have a gradient (None: all); the loss is that of their states
+            alone, as if they were all: per-loop supervision weighs each by 1/k, and the penalty is a mean over them.
+            What comes before is neither read out nor penalised: it could train the head alone, on states that the
+            rest of the model does not learn from. Embedding and prelude have a gradient through the injection; with
+            none there is only what a tied embedding learns as the head.
         supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
 
         Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
-        than the learned positions, n_loops < 1, statistics without targets, what `readout_loss` refuses, or tokens out
-        of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel asserts the range
-        itself).
+        than the learned positions, n_loops or backprop_loops < 1, statistics without targets, what `readout_loss`
+        refuses, or tokens out of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel
+        asserts the range itself).
         """
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:
@@ -107,16 +115,21 @@ class LoopedLM(Recurrence):
             self._check_loss_options(supervision, penalty)
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
-        states = self.unroll(tokens, n_loops)
+        states = self.unroll(tokens, n_loops, backprop_loops)
         output = LoopedOutput(states, logits=self.readout_logits(states[-1]) if logits else None)
         if targets is None:
             return output
+        first = first_with_gradient(n_loops, backprop_loops)
+        trained = states[first:]
         result = self.readout_loss(
-            states, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
+            trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
         )
-        return output._replace(
-            loss=result.loss, per_loop=result.per_loop, statistics=result.statistics, log_exits=result.log_exits
-        )
+        per_loop, log_exits = result.per_loop, result.log_exits
+        if first > 0:
+            per_loop = F.pad(per_loop, (first, 0), value=math.nan)
+            if log_exits is not None:
+                log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
+        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics, log_exits=log_exits)
 
     def readout_loss(
         self,
@@ -262,6 +275,7 @@ class LoopedLM(Recurrence):
         n_readouts: int | None = None,
         seq_len: int | None = None,
         training: bool = True,
+        backprop_loops: int | None = None,
     ) -> int:
         """Floating-point operations of the matrix multiplications for one token, an addition or product counting 1.
 
@@ -269,21 +283,28 @@ class LoopedLM(Recurrence):
         halved because a token sees half of the sequence on average. A loop takes n_layers blocks, `4 d^2` to join E and
         H where the injection is `concat`, and `4 d r` for a low-rank update of rank r. A readout takes n_coda blocks
         and `2 V d`. The sum, with the prelude's blocks, counts 3 times for training (the backward pass multiplies each
-        matrix twice). Recomputation is not counted.
-        Defaults: the trained n_loops; a readout of every loop; T = max_seq_len.
+        matrix twice); what `backprop_loops` leaves without gradient counts once. Recomputation is not counted.
+        Defaults: the trained n_loops; a readout of every loop with gradient; T = max_seq_len.
         """
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
-        n_readouts = n_loops if n_readouts is None else n_readouts
+        n_forward_only = first_with_gradient(n_loops, backprop_loops)
+        n_readouts = n_loops - n_forward_only if n_readouts is None else n_readouts
         seq_len = config.max_seq_len if seq_len is None else seq_len
         d_model = config.d_model
         block = 2 * (4 * d_model**2 + 3 * d_model * config.d_ff) + 2 * seq_len * d_model
         loop = config.n_layers * block + 4 * d_model * config.loop_rank
         if config.injection == "concat":
             loop += 4 * d_model**2
+        prelude = config.n_prelude * block
         readout = config.n_coda * block + 2 * config.vocab_size * d_model
-        forward = config.n_prelude * block + n_loops * loop + n_readouts * readout
-        return 3 * forward if training else forward
+        forward = prelude + n_loops * loop + n_readouts * readout
+        if not training:
+            return forward
+        forward_only = n_forward_only * loop
+        if n_forward_only > 0 and config.injection == "none":
+            forward_only += prelude  # nothing reaches it
+        return 3 * forward - 2 * forward_only
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:

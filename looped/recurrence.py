@@ -12,6 +12,8 @@ are always the H_k, which are fed back; the readout's norm, logits and losses ar
 The loops stop after a number that the caller gives.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +27,15 @@ from looped.implementation import FUSED, PLAIN, Implementation
 from looped.injection import Injection
 
 NOISE_STD = (2 / 5) ** 0.5  # of the state that Huginn starts from
+
+
+def first_with_gradient(n_loops: int, backprop_loops: int | None) -> int:
+    """The first of n_loops loops, from 0, that has a gradient where the last backprop_loops have one (None: all)."""
+    if backprop_loops is None:
+        return 0
+    if backprop_loops < 1:
+        raise ValueError(f"backprop_loops must be at least 1. Got backprop_loops={backprop_loops}.")
+    return max(0, n_loops - backprop_loops)
 
 
 class Recurrence(nn.Module):
@@ -51,16 +62,22 @@ class Recurrence(nn.Module):
     def implementation(self) -> Implementation:
         return FUSED if self.fused else PLAIN
 
-    def unroll(self, tokens: Tensor, n_loops: int) -> tuple[Tensor, ...]:
-        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops."""
+    def unroll(self, tokens: Tensor, n_loops: int, backprop_loops: int | None = None) -> tuple[Tensor, ...]:
+        """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops.
+
+        backprop_loops: the loops before so many last ones run without gradient (truncated backpropagation; Huginn,
+        arXiv 2502.05171). E then has a gradient through the later loops' injection alone. None: all loops have one.
+        """
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
+        first = first_with_gradient(n_loops, backprop_loops)
         context = self.context(tokens)  # once for all loops and layers
         embedded = self.embed(tokens, context=context)
         state = self.start(embedded)
         states: list[Tensor] = []
         for loop in range(n_loops):
-            state = self.apply_loop(state, loop, embedded, context)
+            with torch.no_grad() if loop < first else nullcontext():
+                state = self.apply_loop(state, loop, embedded, context)
             states.append(state)
         return tuple(states)
 

@@ -39,6 +39,14 @@ def test_rows_are_readable_at_once_and_kept_on_reopening(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
 
+def test_rows_of_changing_depth(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [row(n, n_loops=n, **dict.fromkeys(("ce", "state_norm", "radial_fraction"), [1.0] * n)) for n in (3, 1, 8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    assert read_metrics(path) == rows
+    assert foreign_lines(path) == []
+
+
 FOREIGN = {
     "cut": b'{"st',
     "not UTF-8": b'{"step": 2, "note": "\xff\xfe"}',

@@ -35,6 +35,7 @@ def test_table():
         [],
         [row(1), row(10, loss=None, ce=[None, 1.0], state_norm=[None, None])],  # terminal supervision; divergence
         [row(step, state_norm=[10.0**step, 10.0 ** (2 * step)]) for step in range(1, 4)],
+        [row(1), row(10, ce=[2.0], state_norm=[9.0]), row(20, ce=[None, 1.0, 1.5], state_norm=[1.0] * 3)],
     ],
 )
 def test_figure_is_drawn(tmp_path, rows):
@@ -57,6 +58,35 @@ def test_a_gated_run_has_a_panel_of_its_exits(tmp_path):
         images.append(plt.imread(tmp_path / "four.png"))
     assert images[0].shape[1] * 3 == width * 4
     assert (images[0][:, width:] != images[1][:, width:]).any()
+
+
+BEYOND = [*RESULTS, LoopResult(4, 1.75, math.exp(1.75), None, 50_000.0, None)]
+
+
+def test_table_beyond_the_models_depth():
+    lines = table(BEYOND).splitlines()
+    assert lines[3].split() == ["4", "1.7500", "5.755", "-", "5e+04", "-"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_panel_for_depths_beyond_the_models(tmp_path, monkeypatch):
+    """Perplexity against every K; against speed where there is one, and losses of the steps that had the loop."""
+    shown = []
+    monkeypatch.setattr(plt, "close", shown.append)
+    rows = [row(1), row(10, ce=[2.0], state_norm=[9.0]), row(20, ce=[None, 1.0, 1.5], state_norm=[1.0, 2.0, 3.0])]
+    draw(tmp_path / "report.png", rows, BEYOND, "title")
+    monkeypatch.undo()
+    losses, norms, frontier, depths = shown[0].axes
+    curve = depths.lines[-1]
+    assert curve.get_xdata().tolist() == [1, 2, 4]
+    assert curve.get_ydata().tolist() == [result.ppl for result in BEYOND]
+    assert frontier.lines[0].get_xdata().tolist() == [80_000.0, 41_000.0]
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in losses.lines}
+    assert drawn["CE after loop 1"] == [(1, 8.0), (10, 2.0)]
+    assert drawn["CE after loop 2"] == [(1, 7.0), (20, 1.0)]
+    assert drawn["CE after loop 3"] == [(20, 1.5)]
+    assert [line.get_xdata().tolist() for line in norms.lines] == [[1, 10, 20], [1, 20], [20]]
+    plt.close(shown[0])
 
 
 def test_environment():

@@ -38,7 +38,7 @@ def test_what_a_run_leaves(finished):
     assert [row["step"] for row in rows] == list(range(1, 9))
     for row in rows:
         assert list(row) == [
-            "step", "tokens", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "bad_steps",
+            "step", "tokens", "n_loops", "loss", "ce", "state_norm", "radial_fraction", "grad_norm", "lr", "bad_steps",
             "tokens_per_second", "mfu",
         ]  # fmt: skip
         assert row["tokens"] == row["step"] * 4 * 16
@@ -68,7 +68,7 @@ def test_last_lines_state_what_was_trained(tmp_path, capsys):
     parameters = json.loads((tmp_path / "run" / "summary.json").read_text())["parameters"]
     assert last[0].startswith(f"trained   demo: {parameters:,} parameters, K = 3 loops, rmsnorm readout")
     assert "text.txt, bpe tokenizer (300 tokens): 8 steps x 4 x 16 = 512 tokens of" in last[1]
-    assert "CE of loops 1..3" in last[2]
+    assert last[2].startswith("learning  CE of every loop: ")
     assert [line.split()[0] for line in last[4:8]] == ["K", "1", "2", "3"]
     assert str(tmp_path / "run") in last[8]
 

@@ -11,6 +11,7 @@ from tiny_decoder import D, assert_same_gradients
 from torch import Tensor
 
 import looped.kernels.device
+from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.model import LoopedLM
 from looped.supervision import Gated, gated, supervision_weights
 from train.step import exit_means
@@ -334,3 +335,16 @@ def test_a_gate_changes_nothing_else() -> None:
     assert decoder.parameter_count() == without.parameter_count() + D + 1
     tokens, targets = batch()
     assert torch.equal(decoder(tokens, targets).loss, without(tokens, targets).loss)
+
+
+def test_nobody_exits_at_a_loop_without_gradient() -> None:
+    decoder = model(exit_gate=True, n_loops=4)
+    tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(1))
+    output = decoder(tokens, tokens, supervision="gated", backprop_loops=2)
+    assert output.log_exits is not None
+    p = output.log_exits.exp()
+    assert p.shape == (4, 2, 9)
+    assert not p[:2].any()
+    torch.testing.assert_close(p.sum(0), torch.ones(2, 9))
+    assert (mean_exit_loop(output.log_exits) >= 3).all()
+    assert exit_entropy(output.log_exits).isfinite().all()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -49,7 +50,10 @@ def test_a_batch_is_a_function_of_seed_and_step(task):
         assert not torch.equal(inputs, source(task).batch(step, seed=seed, batch_size=5)[0])
     answered = targets[0] != -100
     assert 0 < answered.sum() < LENGTHS[task]
+    made, indices = source(task).validation(None)
+    answered = made.gather(indices)[1] != -100
     assert (answered.int().diff() >= 0).all()  # the answers are last
+    assert (answered == answered[0]).all()
     assert inputs.max() < source(task).vocab_size
 
 
@@ -111,8 +115,10 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert {path.name for path in run.iterdir()} == names
     assert "p-hop, made on the fly (8 symbols, 1 to 2 hops): 6 steps x 4 x 24 = 576 tokens\n" in output
     summary = json.loads((run / "summary.json").read_text())
-    for number, result in enumerate(summary["evaluation"], start=1):
-        assert result["n_loops"] == number
+    results = summary["evaluation"] + summary["evaluation_beyond"]
+    assert [result["n_loops"] for result in results] == list(range(1, 9))
+    assert len(summary["evaluation"]) == 4
+    for result in results:
         assert list(result["accuracy"]) == ["answers", "1 hop", "2 hops"]
         assert all(0 <= share <= 1 for share in result["accuracy"].values())
         assert result["bits_per_byte"] is None
@@ -215,12 +221,19 @@ def test_accuracy_is_that_of_each_depth():
     assert 0.05 < fixed < 0.2
 
 
-def test_accuracy_stands_beside_the_loss(tmp_path):
+def test_accuracy_stands_beside_the_loss(tmp_path, monkeypatch):
     accuracies = ({"answers": 0.25, "1 hop": 0.5}, {"answers": 0.5, "1 hop": 1.0})
     results = [LoopResult(k, 1.5, 4.5, None, 20.0, 8e4, accuracy) for k, accuracy in enumerate(accuracies, start=1)]
     lines = table(results).splitlines()
     assert lines[0].split() == ["K", "CE", "PPL", "bits/byte", "||H_K||", "tokens/s", "answers", "1", "hop"]
     assert lines[2].split() == ["2", "1.5000", "4.5", "-", "20", "80,000", "0.500", "1.000"]
     assert len({len(line) for line in lines}) == 1
+    shown: list[plt.Figure] = []
+    monkeypatch.setattr(plt, "close", shown.append)
     draw(tmp_path / "report.png", [], results, "title")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    panel = shown[0].axes[-1]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines if line.get_marker() == "o"}
+    assert drawn == {"answers": [0.25, 0.5], "1 hop": [0.5, 1.0]}
+    assert [list(line.get_xdata()) for line in panel.lines[1:]] == [[1, 2], [1, 2]]
+    plt.close(shown[0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from looped.model import LoopedLM, LoopedOutput
+from looped.recurrence import first_with_gradient
 from looped.supervision import Gated, Supervision
 from train.step import autocast
 
@@ -47,6 +48,8 @@ def locate(
     supervision: Supervision | Gated,
     penalty: float,
     dtype: torch.dtype,
+    n_loops: int | None = None,
+    backprop_loops: int | None = None,
     grad_accumulation: int,
 ) -> str:
     """Where the first number that is not finite appears when a bad step is repeated, its update left out.
@@ -61,15 +64,18 @@ def locate(
     ):
         model.zero_grad(set_to_none=True)
         with autocast(inputs.device, dtype):
-            outputs, result = _watched(model, part_inputs, part_targets, supervision=supervision, penalty=penalty)
+            outputs, result = _watched(
+                model, part_inputs, part_targets,
+                supervision=supervision, penalty=penalty, n_loops=n_loops, backprop_loops=backprop_loops,
+            )  # fmt: skip
         for place, tensor in outputs:
             if not _is_finite(tensor):
                 return f"in the forward pass at {place}"
         assert result.loss is not None
         assert result.per_loop is not None
-        n_loops = len(result.states)
-        read = [n_loops - 1] if supervision == "terminal" else range(n_loops)
-        for loop in read:
+        last = len(result.states) - 1
+        first = last if supervision == "terminal" else first_with_gradient(last + 1, backprop_loops)
+        for loop in range(first, last + 1):
             if not _is_finite(result.per_loop[loop]):
                 return f"in the readout of loop {loop + 1}"
         if not _is_finite(result.loss):

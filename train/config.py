@@ -22,6 +22,7 @@ from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
+from train.depth import parse_depth
 from train.task import TASKS, make_task
 from train.tokenizer import check_vocab_size
 
@@ -63,6 +64,12 @@ class TrainConfig(LoopedShape, _Source):
     """Gated supervision: uniform (Ouro; the distance is the negative entropy) or geometric:P, 0 < P < 1 (PonderNet)."""
     penalty: float = 0.01
     """Norm penalty: this times the mean of H_k^2 is added to the loss. 0 leaves the scale of the state free."""
+    depth: str = "fixed"
+    """Loops of a training step: fixed (n_loops), or drawn anew for every step, uniform:1-8 or poisson:4 (log-normal
+    Poisson plus 1, as Huginn), of which at most 8 different depths occur. n_loops is what the model then is used at."""
+    backprop_loops: int | None = None
+    """Loops of a training step that have a gradient and are supervised, the last ones; those before run without. None:
+    all. What the first loop starts from has a gradient only in steps of no more loops than that."""
 
     steps: int | None = None
     """Optimisation steps. None: the preset's, or as many as epochs makes."""
@@ -107,6 +114,9 @@ class TrainConfig(LoopedShape, _Source):
     """Steps between two lines of metrics.jsonl; the device is waited for only then."""
     eval_tokens: int | None = 131_072
     """Validation tokens to evaluate on, in windows spread evenly over the split. None: all of it."""
+    eval_loops: int | None = None
+    """Deepest K of the evaluation, which has K = 1..n_loops, its multiples up to here, and this. None: n_loops if the
+    depth is fixed, else four times that."""
     save_every: int = 1000
     """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
     out: Path | None = None
@@ -123,7 +133,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 # What may change when a run is continued: how it is carried out and how long, not what is trained.
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
-    "log_every", "eval_tokens", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
+    "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.
@@ -133,8 +143,8 @@ RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
 MOVABLE = ("data", "tokenizer")
 
 # Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
-# 2606.24898); of the released models only the shape is taken, with defaults for one large GPU. The demo's schedule is
-# constant, so that it can be continued as if its steps had been higher from the start.
+# 2606.24898); of the released models the shape and the depths are taken, with defaults for one large GPU. The demo's
+# schedule is constant, so that it can be continued as if its steps had been higher from the start.
 _TRAINING: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper-44m": {
@@ -151,11 +161,13 @@ _TRAINING: dict[str, dict[str, Any]] = {
     },
     "huginn-small": {
         "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
+        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16", "depth": "poisson:32", "backprop_loops": 8,
+        "supervision": "terminal", "penalty": 0.0, "eval_loops": 64,
     },
     "parcae-140m": {
         "data": "wikitext-103", "batch_size": 16, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "dtype": "bf16",
+        "warmup_steps": 200, "dtype": "bf16", "depth": "poisson:8", "backprop_loops": 4, "supervision": "terminal",
+        "penalty": 0.0,
     },
     "p-hop": {
         "data": "p-hop", "supervision": "terminal", "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 100,
@@ -189,9 +201,9 @@ def preset_config(preset: str) -> TrainConfig:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
-    be trained, from the preset; ``tokenizer`` and ``stride`` of text; ``vocab_size`` of a task; ``dtype``;
-    ``cuda_graph``, off without a GPU; ``exit_gate``, on with gated supervision; and ``out``, named after the preset and
-    the time.
+    be trained, from the preset; ``tokenizer`` and ``stride`` of text; ``vocab_size`` of a task; ``eval_loops``;
+    ``dtype``; ``cuda_graph``, off without a GPU; ``exit_gate``, on with gated supervision; and ``out``, named after the
+    preset and the time.
 
     Raises ValueError if steps and epochs are both given, options of text are given with a task, or ``device`` is not
     there.
@@ -201,7 +213,11 @@ def complete(config: TrainConfig) -> TrainConfig:
     filled: dict[str, Any] = {}
     if config.steps is None and config.epochs is None:
         filled |= _LENGTH[config.preset]
-    filled |= _of_task(config) if config.data in TASKS else _of_text(config)
+    is_task = config.data in TASKS
+    filled |= _of_task(config) if is_task else _of_text(config)
+    if config.eval_loops is None:
+        beyond = 2 if is_task else 1 if config.depth == "fixed" else 4
+        filled["eval_loops"] = beyond * config.n_loops
     if config.dtype is None:
         filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
     if device_of(config).type != "cuda":
@@ -295,7 +311,7 @@ def validate(config: TrainConfig) -> None:
     Raises ValueError naming the option, the rule and the value.
     """
     for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
-                 "max_bad_steps", "seq_len"):  # fmt: skip
+                 "max_bad_steps", "seq_len", "backprop_loops"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
     for name in ("epochs", "learning_rate", "grad_clip"):
         _check(config, name, lambda value: 0 < value < math.inf, "finite and above 0")
@@ -304,6 +320,8 @@ def validate(config: TrainConfig) -> None:
     for name in ("warmup_steps", "save_every"):
         _check(config, name, lambda value: value >= 0, "at least 0")
     _check(config, "seed", lambda value: 0 <= value < 2**63, "in [0, 2^63)")
+    parse_depth(config.depth, config.n_loops)
+    _check(config, "eval_loops", lambda value: value >= config.n_loops, f"at least n_loops={config.n_loops}")
     if config.batch_size % config.grad_accumulation:
         raise ValueError(
             "batch_size must be divisible by grad_accumulation. "

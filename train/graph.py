@@ -38,7 +38,7 @@ class _Captured:
 
 
 class CudaGraphs:
-    """One graph for each function, shapes of its tensors and values of its other arguments.
+    """One graph for each function, shapes of its tensors and values of its other arguments, such as a step's depth.
 
     The first `WARM_UP` calls of each run eagerly, aside from the current stream, as a capture asks for; the next one is
     captured, and every call from then on is a replay. A capture computes nothing, so that each call has its effect

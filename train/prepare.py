@@ -19,6 +19,7 @@ from train import checkpoint
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.data import cache_directory, load_data
+from train.depth import Depth, parse_depth
 from train.graph import CudaGraphs, Launch, eagerly
 from train.source import Source, Text
 from train.task import TASKS, TaskSource, make_task
@@ -44,6 +45,7 @@ class Run:
     attention: str
     launch: Launch
     penalty: float | Tensor
+    depth: Depth
     capture_refusal: str | None
     steps: int
     schedule_steps: int
@@ -78,8 +80,9 @@ def prepare(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
+    depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
-        model.compile()  # in place, so that parameters keep their names
+        _compile(model, len(depth.values))
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
@@ -96,6 +99,7 @@ def prepare(config: TrainConfig) -> Run:
         dtype=dtype,
         attention=attention_implementation(device, dtype, shape.head_dim, shape.dropout, compiled=config.compile),
         launch=launch,
+        depth=depth,
         penalty=torch.full((), config.penalty, device=device) if graphs and config.penalty > 0 else config.penalty,
         capture_refusal=_capture_refusal(config) if graphs else None,
         steps=_length(config, source),
@@ -126,6 +130,17 @@ def load_source(config: TrainConfig) -> Source:
     )
     windows = Windows(data.train.tokens, config.seq_len, config.stride or config.seq_len)
     return Text(Path(config.data).name, data, windows)
+
+
+def _compile(model: LoopedLM, n_depths: int) -> None:
+    """Compile in place, so that parameters keep their names, and as often as it takes.
+
+    The loops are unrolled, so that there is a graph for each depth, measured or not, for two sizes of micro-batches;
+    and for evaluation, and its speed at every K, as many again.
+    """
+    needed = 4 * n_depths + 2 * model.config.n_loops + 2
+    torch._dynamo.config.recompile_limit = max(needed, torch._dynamo.config.recompile_limit)
+    model.compile()
 
 
 def launcher(config: TrainConfig, device: torch.device) -> Launch:

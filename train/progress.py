@@ -1,5 +1,6 @@
 """What a run says: the lines at its start and end, the latest row, and the speed."""
 
+import math
 import os
 import shlex
 import sys
@@ -25,11 +26,12 @@ class Clock:
         self._first_step = self._last_step = run.step
         self._first = self._last = time.perf_counter()
 
-    def tokens_per_second(self, run: Run) -> float:
+    def rates(self, run: Run) -> tuple[float, float | None]:
+        """Tokens per second of the steps since the last call, and the `utilisation` in them."""
         now = time.perf_counter()
-        rate = (run.step - self._last_step) * run.tokens_per_step / (now - self._last)
+        steps, seconds = range(self._last_step, run.step), now - self._last
         self._last, self._last_step = now, run.step
-        return rate
+        return len(steps) * run.tokens_per_step / seconds, utilisation(run, steps, seconds)
 
     def left(self, run: Run) -> str:
         per_step = (time.perf_counter() - self._first) / (run.step - self._first_step)
@@ -45,13 +47,25 @@ class Clock:
         self._last += pause
 
 
-def utilisation(run: Run, tokens_per_second: float) -> float | None:
-    """The share of the GPU's dense bf16 FLOP/s that the model's own FLOPs make up; None where that is not known."""
+def utilisation(run: Run, steps: Sequence[int], seconds: float) -> float | None:
+    """The share of the GPU's dense bf16 FLOP/s that the model's own FLOPs make up; None where that is not known.
+
+    steps: those taken in the seconds, from 0. Each counts at its own depth.
+    """
     peak = peak_flops(run.device)
     if peak is None:
         return None
-    n_readouts = 1 if run.config.supervision == "terminal" else None
-    return tokens_per_second * run.model.flops_per_token(n_readouts=n_readouts, seq_len=run.config.seq_len) / peak
+    config = run.config
+    per_token = sum(
+        run.model.flops_per_token(
+            run.depth.at(config.seed, step),
+            n_readouts=1 if config.supervision == "terminal" else None,
+            seq_len=config.seq_len,
+            backprop_loops=config.backprop_loops,
+        )
+        for step in steps
+    )
+    return per_token * run.tokens_per_step / seconds / peak
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -66,7 +80,7 @@ def progress_bar(run: Run) -> tqdm:
 
 def show(bar: tqdm, row: dict[str, Any], left: str) -> None:
     """The latest row: beside the progress bar on a terminal, as a line of its own elsewhere."""
-    ce = "/".join(f"{value:.2f}" for value in row["ce"])
+    ce = "/".join("-" if math.isnan(value) else f"{value:.2f}" for value in row["ce"])
     state = f"loss {row['loss']:.3f}  CE {ce}  |H_{len(row['ce'])}| {row['state_norm'][-1]:.4g}"
     if "exit_loop" in row:
         state += f"  exit {row['exit_loop']:.2f}"
@@ -106,10 +120,17 @@ def model_line(run: Run) -> str:
     config = run.config
     gate = f" (beta {config.gate_beta:g}, {config.gate_prior} prior)" if config.supervision == "gated" else ""
     return (
-        f"{config.preset}: {run.model.parameter_count():,} parameters, K = {config.n_loops} loops, {config.readout} "
-        f"readout, {config.supervision} supervision{gate}, penalty {config.penalty:g}, "
+        f"{config.preset}: {run.model.parameter_count():,} parameters, K = {config.n_loops} loops{_depth(run)}, "
+        f"{config.readout} readout, {config.supervision} supervision{gate}, penalty {config.penalty:g}, "
         f"{'fused' if config.fused else 'plain PyTorch'}, {config.dtype} on {run.device.type}"
     )
+
+
+def _depth(run: Run) -> str:
+    """How training differs from K loops with gradients: in words, or nothing."""
+    config = run.config
+    drawn = "" if config.depth == "fixed" else f" (trained at {config.depth}: {', '.join(map(str, run.depth.values))})"
+    return drawn + ("" if config.backprop_loops is None else f", gradients through the last {config.backprop_loops}")
 
 
 def data_line(run: Run) -> str:
@@ -125,7 +146,7 @@ def print_end(run: Run, rows: Sequence[dict[str, Any]], results: Sequence[LoopRe
     print(f"\ntrained   {model_line(run)}")
     print(f"on        {data_line(run)}; {took}")
     if rows:
-        print(f"learning  CE of loops 1..{run.config.n_loops}: {losses(rows[0])} at step {rows[0]['step']}, ", end="")
+        print(f"learning  CE of every loop: {losses(rows[0])} at step {rows[0]['step']}, ", end="")
         print(f"{losses(rows[-1])} at step {rows[-1]['step']}")
     if rows and rows[-1].get("exit_loop") is not None:
         print(f"exits     after {rows[-1]['exit_loop']:.2f} loops on average, with an entropy of ", end="")

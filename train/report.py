@@ -60,28 +60,36 @@ def table(results: Sequence[LoopResult]) -> str:
     lines = [header + "".join(f" {name:>8}" for name in results[0].accuracy or ())]
     for result in results:
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        rate = "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}"
         lines.append(
             f"{result.n_loops:>4} {result.ce:>9.4f} {result.ppl:>10.4g} {bits:>10} "
-            f"{result.state_norm:>10.4g} {result.tokens_per_second:>10,.0f}"
+            f"{result.state_norm:>10.4g} {rate:>10}"
             + "".join(f" {share:>8.3f}" for share in (result.accuracy or {}).values())
         )
     return "\n".join(lines)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
-    """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation; of gated
-    supervision also where tokens exit."""
+    """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation: against
+    speed where that was measured, and against depth where there is more; of gated supervision also where tokens
+    exit, and of a task the accuracy of its answers."""
+    timed = [result for result in results if result.tokens_per_second is not None]
     exits = [row for row in rows if "exit_loop" in row]
-    n_panels = 4 if exits else 3
+    n_panels = 3 + (len(timed) < len(results)) + bool(exits) + bool(results[0].accuracy)
     figure, panels = plt.subplots(1, n_panels, figsize=(5 * n_panels, 4.8), layout="constrained")
-    losses, norms, frontier = panels[:3]
-    colours = plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(results)))
+    losses, norms, frontier, *rest = panels
+    others = iter(rest)
     if rows:
+        colours = _colours(max(len(row["ce"]) for row in rows))
         _draw_losses(losses, rows, colours)
         _draw_norms(norms, rows, colours)
-    _draw_frontier(frontier, results, colours)
+    _draw_frontier(frontier, timed, _colours(len(timed)))
+    if len(timed) < len(results):
+        _draw_depths(next(others), results, len(timed))
     if exits:
-        _draw_exits(panels[3], exits)
+        _draw_exits(next(others), exits)
+    if results[0].accuracy:
+        _draw_accuracy(next(others), results, len(timed))
     for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -91,27 +99,45 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResul
     plt.close(figure)
 
 
+def _colours(n_loops: int) -> np.ndarray:
+    return plt.colormaps["viridis"](np.linspace(0.05, 0.85, n_loops))
+
+
+def _of_loop(rows: Sequence[dict[str, Any]], key: str, loop: int) -> np.ndarray:
+    """[2, n] float64: the steps in which the loop has a number in the field's list, and that."""
+    points = [(row["step"], row[key][loop]) for row in rows if loop < len(row[key]) and row[key][loop] is not None]
+    return np.array(points, dtype=np.float64).reshape(-1, 2).T
+
+
 def _series(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
-    """[rows] or [rows, K] float64 of one field; null is nan, which is not drawn."""
+    """[rows] float64 of one field; null is nan, which is not drawn."""
     return np.array([row[key] for row in rows], dtype=np.float64)
 
 
 def _draw_losses(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
-    steps = _series(rows, "step")
-    for loop, (ce, colour) in enumerate(zip(_series(rows, "ce").T, colours, strict=True), start=1):
-        if np.isfinite(ce).any():
-            axes.plot(steps, ce, color=colour, linewidth=1.4, label=f"CE after loop {loop}")
-    axes.plot(steps, _series(rows, "loss"), color="0.25", linewidth=1.1, linestyle="--", label="loss with penalty")
+    for loop, colour in enumerate(colours):
+        steps, ce = _of_loop(rows, "ce", loop)
+        if ce.size:
+            axes.plot(steps, ce, color=colour, linewidth=1.4, label=f"CE after loop {loop + 1}")
+    axes.plot(
+        _series(rows, "step"),
+        _series(rows, "loss"),
+        color="0.25",
+        linewidth=1.1,
+        linestyle="--",
+        label="loss with penalty",
+    )
     axes.set(title="Training loss", xlabel="step", ylabel="nats per token")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes, len(colours))
 
 
 def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray) -> None:
-    steps, norms = _series(rows, "step"), _series(rows, "state_norm")
-    for loop, (norm, colour) in enumerate(zip(norms.T, colours, strict=True), start=1):
+    series = [_of_loop(rows, "state_norm", loop) for loop in range(len(colours))]
+    for loop, ((steps, norm), colour) in enumerate(zip(series, colours, strict=True), start=1):
         axes.plot(steps, norm, color=colour, linewidth=1.4, label=f"$H_{{{loop}}}$")
     axes.set_yscale("log")
-    seen = norms[np.isfinite(norms) & (norms > 0)]
+    norms = np.concatenate([norm for _, norm in series])
+    seen = norms[norms > 0]
     if seen.size:
         # Whole decades, so that norms in the tens look like it.
         low = np.floor(np.log10(seen.min()))
@@ -121,11 +147,15 @@ def _draw_norms(axes: Axes, rows: Sequence[dict[str, Any]], colours: np.ndarray)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set(title="Size of the state", xlabel="step", ylabel=r"mean $\|H_k\|_2$")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes, len(colours))
+
+
+def _legend(axes: Axes, n_loops: int) -> None:
+    axes.legend(frameon=False, fontsize=9 if n_loops <= 8 else 6, ncols=1 + n_loops // 9)
 
 
 def _draw_exits(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    steps, n_loops = _series(rows, "step"), len(rows[0]["ce"])
+    steps, n_loops = _series(rows, "step"), max(len(row["ce"]) for row in rows)
     axes.plot(steps, _series(rows, "exit_loop"), color="0.25", linewidth=1.4, label="mean exit loop")
     # As loops: exp(H) is 1 where all stop at one loop, and K where every loop is as probable.
     spread = np.exp(_series(rows, "exit_entropy"))
@@ -135,7 +165,7 @@ def _draw_exits(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_frontier(axes: Axes, results: Sequence[LoopResult], colours: np.ndarray) -> None:
-    rates = [result.tokens_per_second for result in results]
+    rates = np.array([result.tokens_per_second for result in results], dtype=np.float64)
     perplexities = [result.ppl for result in results]
     axes.plot(rates, perplexities, color="0.7", linewidth=1.2, zorder=1)
     axes.scatter(rates, perplexities, c=colours, s=55, zorder=2)
@@ -151,3 +181,24 @@ def _draw_frontier(axes: Axes, results: Sequence[LoopResult], colours: np.ndarra
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(title="Validation perplexity against speed", xlabel="forward tokens/s", ylabel="perplexity")
+
+
+def _draw_depths(axes: Axes, results: Sequence[LoopResult], n_loops: int) -> None:
+    loops, perplexities = [result.n_loops for result in results], [result.ppl for result in results]
+    axes.axvline(n_loops, color="0.7", linewidth=1.2, linestyle=":", label=f"the model's K = {n_loops}")
+    axes.plot(loops, perplexities, color="0.25", linewidth=1.4, marker="o")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(loops, [str(loop) for loop in loops])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(title="Validation perplexity against depth", xlabel="loops", ylabel="perplexity")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_accuracy(axes: Axes, results: Sequence[LoopResult], n_loops: int) -> None:
+    accuracies = [result.accuracy or {} for result in results]
+    axes.axvline(n_loops, color="0.7", linewidth=1.2, linestyle=":", label=f"the model's K = {n_loops}")
+    for name, colour in zip(accuracies[0], ("0.25", *_colours(len(accuracies[0]) - 1)), strict=True):
+        shares = [accuracy[name] for accuracy in accuracies]
+        axes.plot([result.n_loops for result in results], shares, color=colour, linewidth=1.4, marker="o", label=name)
+    axes.set(title="Validation answers that are right", xlabel="loops", ylabel="share", ylim=(0, 1.03))
+    axes.legend(frameon=False, fontsize=9)

@@ -1,12 +1,14 @@
-"""One optimisation step, and evaluation at K = 1..n_loops. Only the end of an evaluation waits for the device."""
+"""One optimisation step, and evaluation at several K. Only the end of an evaluation waits for the device."""
 
 import math
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,8 +43,8 @@ class LoopResult(NamedTuple):
     """What stopping after ``n_loops`` loops gives on the validation split.
 
     ce: mean cross-entropy in nats; ppl: its exponential; bits_per_byte: None for tokenizers that lose text;
-    state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state;
-    accuracy: of a task's answers, shares by name, as `train.task.Task.accuracy` gives them.
+    state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state, None
+    beyond the model's n_loops; accuracy: of a task's answers, shares by name (`train.task.Task.accuracy`).
     """
 
     n_loops: int
@@ -50,7 +52,7 @@ class LoopResult(NamedTuple):
     ppl: float
     bits_per_byte: float | None
     state_norm: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     accuracy: dict[str, float] | None = None
 
 
@@ -79,11 +81,15 @@ def training_step(
     supervision: Supervision | Gated,
     penalty: float | Tensor,
     dtype: torch.dtype,
+    n_loops: int | None = None,
+    backprop_loops: int | None = None,
     grad_accumulation: int = 1,
     grad_clip: float = 1.0,
     measure: bool = False,
 ) -> StepResult:
     """One step of the optimiser on inputs and targets [B, T], taken in ``grad_accumulation`` micro-batches.
+
+    n_loops, backprop_loops: those of `LoopedLM.forward`; all micro-batches have the same.
 
     The micro-batches may differ in rows and in ignored targets. Each loss is a sum over the whole batch's targets, and
     each penalty has the share of its rows, so that the sums are the batch's loss and gradient.
@@ -107,6 +113,8 @@ def training_step(
                 part_targets,
                 supervision=supervision,
                 penalty=share * penalty,
+                n_loops=n_loops,
+                backprop_loops=backprop_loops,
                 statistics=measure,
                 n_targets=n_targets,
             )
@@ -114,6 +122,8 @@ def training_step(
         parts.append([output.loss.detach(), output.per_loop])
         if measure:
             radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
+            n_untrained = len(output.states) - len(radial_fraction)  # loops without gradient
+            radial_fraction = F.pad(radial_fraction, (n_untrained, 0), value=math.nan)
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
             if output.log_exits is not None:
                 parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
@@ -157,9 +167,12 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype,
     bytes_per_token: np.ndarray | None,
+    depths: Sequence[int] | None = None,
     launch: Launch = eagerly,
 ) -> list[LoopResult]:
-    """Evaluate the windows ``indices`` at K = 1..n_loops; one pass gives the losses of all K.
+    """Evaluate the windows ``indices`` at every K of ``depths``, rising; one pass gives the losses of all K.
+
+    Default: K = 1..n_loops. The speed is measured at these alone.
 
     What a window is filled up with counts nowhere.
 
@@ -167,9 +180,9 @@ def evaluate(
     tokens, which stand for no bytes, to the text: all bits over all bytes.
     """
     model.eval()
-    n_loops = model.config.n_loops
-    losses = torch.zeros(n_loops, dtype=torch.float64, device=device)
-    norms = torch.zeros(n_loops, dtype=torch.float64, device=device)
+    depths = tuple(range(1, model.config.n_loops + 1) if depths is None else depths)
+    losses = torch.zeros(len(depths), dtype=torch.float64, device=device)
+    norms = torch.zeros(len(depths), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
     groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
@@ -178,23 +191,27 @@ def evaluate(
         n_tokens += len(counted)
         n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[counted.numpy()].sum())
         batch_losses, batch_norms = launch(
-            _evaluate_batch, model, dtype, to_device(inputs, device), to_device(targets, device)
+            _evaluate_batch, model, depths, dtype, to_device(inputs, device), to_device(targets, device)
         )
         losses += batch_losses
         norms += batch_norms
     rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype, launch=launch)
+    rate_at = dict(enumerate(rates, start=1))
     results = []
-    for loop, (total, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
+    for n_loops, total, norm in zip(depths, losses.tolist(), norms.tolist(), strict=True):
         ce = total / n_tokens
         bits = total / math.log(2) / n_bytes if n_bytes else None
-        results.append(LoopResult(loop + 1, ce, _exp(ce), bits, norm / n_tokens, rates[loop]))
+        results.append(LoopResult(n_loops, ce, _exp(ce), bits, norm / n_tokens, rate_at.get(n_loops)))
     return results
 
 
-def _evaluate_batch(model: LoopedLM, dtype: torch.dtype, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """[K] float64 each: sums over the tokens of their losses and of ||H_k||_2."""
+def _evaluate_batch(
+    model: LoopedLM, depths: tuple[int, ...], dtype: torch.dtype, inputs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[depths] float64 each: sums over the tokens of their losses and of ||H_K||_2."""
     with autocast(inputs.device, dtype):
-        states = model(inputs).states
+        states = model(inputs, n_loops=depths[-1]).states
+        states = tuple(states[n_loops - 1] for n_loops in depths)
         losses = model.evaluation_losses(states, targets).flatten(1).double().sum(1)
     ignored = targets == IGNORE_INDEX
     norms = [torch.linalg.vector_norm(state.float(), dim=-1).double().masked_fill(ignored, 0).sum() for state in states]

@@ -12,6 +12,7 @@ from train.accuracy import with_accuracy
 from train.bad_steps import BadSteps, locate
 from train.checkpoint import Progress
 from train.config import supervision_of
+from train.depth import evaluated_depths
 from train.graph import eagerly
 from train.interrupt import Interruptions
 from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
@@ -25,7 +26,6 @@ from train.progress import (
     progress_bar,
     resume_command,
     show,
-    utilisation,
 )
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
@@ -60,7 +60,8 @@ def train(run: Run, interruptions: Interruptions) -> int:
         "steps": run.steps,
         "bad_steps": rows[-1].get("bad_steps", 0) if rows else 0,
         "tokens": run.steps * run.tokens_per_step,
-        "evaluation": [result._asdict() for result in results],
+        "evaluation": [result._asdict() for result in results if result.n_loops <= run.config.n_loops],
+        "evaluation_beyond": [result._asdict() for result in results if result.n_loops > run.config.n_loops],
         **report.environment(run.device),
         "cuda_graphs": run.graphs_used,
         "seconds": time.perf_counter() - started,
@@ -95,7 +96,7 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
             bad_steps.add(result.bad)
             stop = bad_steps.too_many()
             if measure or stop:
-                row = _row(run, result, rate, clock.tokens_per_second(run), bad_steps.total)
+                row = _row(run, result, rate, clock, bad_steps.total)
                 log.append(row)
                 show(bar, row, clock.left(run))
             if stop:
@@ -128,6 +129,8 @@ def _bad_steps_line(run: Run, n: int) -> str:
         supervision=supervision_of(config),
         penalty=config.penalty,
         dtype=run.dtype,
+        n_loops=run.depth.at(config.seed, first - 1),
+        backprop_loops=config.backprop_loops,
         grad_accumulation=config.grad_accumulation,
     )
     return (
@@ -163,13 +166,16 @@ def _step(run: Run, measure: bool) -> tuple[float, StepResult]:
     set_learning_rate(run.optimizer, rate)
     run.model.train()
     launch = run.launch if run.capture_refusal is None else eagerly
-    result = launch(_training_step, run, measure, inputs, targets, run.penalty)
+    n_loops = run.depth.at(config.seed, run.step)
+    result = launch(_training_step, run, measure, n_loops, inputs, targets, run.penalty)
     run.step += 1
     return rate, result
 
 
-def _training_step(run: Run, measure: bool, inputs: Tensor, targets: Tensor, penalty: float | Tensor) -> StepResult:
-    """What is captured on a GPU."""
+def _training_step(
+    run: Run, measure: bool, n_loops: int, inputs: Tensor, targets: Tensor, penalty: float | Tensor
+) -> StepResult:
+    """What is captured on a GPU: once for each depth, measured or not."""
     config = run.config
     return training_step(
         run.model,
@@ -179,14 +185,17 @@ def _training_step(run: Run, measure: bool, inputs: Tensor, targets: Tensor, pen
         supervision=supervision_of(config),
         penalty=penalty,
         dtype=run.dtype,
+        n_loops=n_loops,
+        backprop_loops=config.backprop_loops,
         grad_accumulation=config.grad_accumulation,
         grad_clip=config.grad_clip,
         measure=measure,
     )
 
 
-def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, bad_steps: Tensor) -> dict[str, Any]:
+def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Tensor) -> dict[str, Any]:
     """A line of metrics.jsonl. Here, and only here, training waits for the device: once."""
+    tokens_per_second, mfu = clock.rates(run)
     n_loops = len(result.per_loop)
     unknown = torch.full_like(result.per_loop, torch.nan)  # of a step that was not measured
     per_loop = [
@@ -200,6 +209,7 @@ def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, ba
     row = {
         "step": run.step,
         "tokens": run.step * run.tokens_per_step,
+        "n_loops": n_loops,
         "loss": loss,
         "ce": values[:n_loops],
         "state_norm": values[n_loops : 2 * n_loops],
@@ -208,7 +218,7 @@ def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, ba
         "lr": rate,
         "bad_steps": int(n_bad),
         "tokens_per_second": tokens_per_second,
-        "mfu": utilisation(run, tokens_per_second),
+        "mfu": mfu,
     }
     return row | dict(zip(("exit_loop", "exit_entropy"), values[3 * n_loops :], strict=False))
 
@@ -216,6 +226,8 @@ def _row(run: Run, result: StepResult, rate: float, tokens_per_second: float, ba
 def _evaluate(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
+    task, deepest = run.source.task, config.eval_loops or config.n_loops
+    depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
     results = evaluate(
         run.model,
         sequences,
@@ -224,13 +236,14 @@ def _evaluate(run: Run) -> list[LoopResult]:
         device=run.device,
         dtype=run.dtype,
         bytes_per_token=run.source.bytes_per_token,
+        depths=depths,
         launch=run.launch,
     )
-    if run.source.task is None:
+    if task is None:
         return results
     return with_accuracy(
         results,
-        run.source.task,
+        task,
         run.model,
         sequences,
         indices,
