@@ -20,6 +20,7 @@ from looped.model import LoopedOutput
 from looped.run_directory import load_run
 from train.accuracy import with_accuracy
 from train.batches import spread
+from train.paper.plan import SweepConfig, plan
 from train.report import draw, table
 from train.run import main
 from train.step import LoopResult
@@ -181,6 +182,11 @@ def test_a_run_is_not_continued_on_another_task(tmp_path, capsys):
     argv = ["--resume", str(run), "--steps", "2", "--data"]
     assert_rejected([*argv, "addition"], tmp_path, r"seq_len must be 3 digits \+ 1", capsys)
     assert_rejected([*argv, "sotu"], tmp_path, "vocab_size must be at least 257", capsys)
+
+
+def test_a_sweep_of_the_papers_conditions_is_of_text():
+    with pytest.raises(ValueError, match=r"data must be text in a sweep: .* Got data=p-hop\."):
+        plan(SweepConfig(data="p-hop"), ["--seq-len", "40"])
 
 
 class AnswersOneHopEachLoop(nn.Module):
