@@ -10,6 +10,7 @@ The gate is Ouro's (arXiv 2510.25741), which sees the normalised state as its re
 the model by `Gated` supervision (looped/supervision.py), or alone, for any trained model, by `continuation_loss`.
 """
 
+import itertools
 import math
 
 import torch
@@ -43,15 +44,16 @@ class ExitGate(nn.Module):
 
 def log_exit_probabilities(logits: Tensor) -> Tensor:
     """log p [K, ...] of the gate's g [K, ...]. Finite for every finite g, so that p log p is 0 where p is."""
-    going_on = F.logsigmoid(-logits[:-1]).cumsum(0)  # log prod_{j <= k} (1 - lambda_j)
-    reached = torch.cat([torch.zeros_like(logits[:1]), going_on])
-    return reached + torch.cat([F.logsigmoid(logits[:-1]), torch.zeros_like(logits[:1])])
+    stay, certain = F.logsigmoid(-logits[:-1]), torch.zeros_like(logits[0])
+    # log prod_{j < k} (1 - lambda_j); not by cumsum, which CUDA refuses where algorithms are to be deterministic.
+    reached = torch.stack(list(itertools.accumulate(stay.unbind(0), initial=certain)))
+    return reached + torch.cat([F.logsigmoid(logits[:-1]), certain.unsqueeze(0)])
 
 
 def mean_exit_loop(log_p: Tensor) -> Tensor:
     """sum_k k p_k [...] of log p [K, ...]; 1 to K."""
     loops = torch.arange(1, len(log_p) + 1, device=log_p.device, dtype=log_p.dtype)
-    return torch.tensordot(loops, log_p.exp(), 1)
+    return (loops.view(-1, *[1] * (log_p.dim() - 1)) * log_p.exp()).sum(0)
 
 
 def exit_entropy(log_p: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from looped.config import LoopedConfig
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
+from looped.generate import Generated, Options, generate
 from looped.kernels import LoopedStatistics
 from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
@@ -222,11 +223,14 @@ class LoopedLM(Recurrence):
 
         final: whether this is the last loop; the `final-only` readout normalises no other. context: as in `read`.
         """
-        state = self.read(state, context)
+        return self.head_logits(self.read(state, context), final=final)
+
+    def head_logits(self, read: Tensor, *, final: bool = True) -> Tensor:
+        """Logits [B, T, V] of one R_k [B, T, d], what the coda has made of a state. final: as in `readout_logits`."""
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
-            state = self.readout_norm(state)
-        with self.implementation.product_context(state):
-            return F.linear(state, self.head_weight)
+            read = self.readout_norm(read)
+        with self.implementation.product_context(read):
+            return F.linear(read, self.head_weight)
 
     @torch.no_grad()
     def evaluation_losses(self, states: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -246,6 +250,14 @@ class LoopedLM(Recurrence):
         )
         assert result.loss is not None  # targets were given
         return result.loss
+
+    def generate(self, prompts: Tensor | Sequence[Sequence[int]], **options: Any) -> Generated:
+        """New tokens after each of the prompts: [B, T] int64, or B lists of token ids, of any lengths.
+
+        options: the fields of `looped.generate.Options`: max_new_tokens, n_loops, temperature, top_k, top_p, seed,
+        stop_tokens, exit, shared_cache, draft_loops, draft_tokens. Raises as it and `looped.generate.stream` do.
+        """
+        return generate(self, prompts, Options(**options))
 
     def _check_loss_options(self, supervision: Supervision | Gated, penalty: float | Tensor) -> None:
         if gated(supervision) is None:

@@ -85,8 +85,13 @@ class Recurrence(nn.Module):
         """What the blocks are told of the rows: tokens [B, T], or states [B, T, d].
 
         positions: [T] or [B, T] int64, the rows' positions in their sequences; None for 0..T-1. cache: what else than
-        each other the rows attend to.
+        each other the rows attend to. Raises ValueError for positions of other rows.
         """
+        if positions is not None and positions.shape not in (rows.shape[1:2], rows.shape[:2]):
+            raise ValueError(
+                f"positions must be of the rows, [T] or [B, T] with [B, T] = {list(rows.shape[:2])}. "
+                f"Got {list(positions.shape)}."
+            )
         rotary = None
         if self.config.positions == "rotary":
             if positions is None:

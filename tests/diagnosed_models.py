@@ -13,6 +13,7 @@ from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.halting import Halt, Halting
 from looped.diagnose.interventions import AlphaSweep, Clamped, RadialClamp
 from looped.diagnose.radial import RadialFractions
+from looped.diagnose.skipping import NO_POLICY, Skipped
 from looped.diagnose.verdict import Measurements
 
 VOCABULARY, CHANNELS, N_LOOPS = 11, 6, 3
@@ -75,7 +76,12 @@ def halting(as_trained: float, as_last: float | None = None) -> Halting:
         Halt(0.5, loops, 1.008, loops, 1.009, [0.7, 0.1, 0.1, 0.1])
         for loops in (as_trained, as_trained if as_last is None else as_last)
     ]
-    return Halting(1.01, 8, 1024, 8, 1024, *readings)
+    policies = {"margin": readings[0], "state-change": dataclasses.replace(readings[0], tau=-0.03, loops=1.5)}
+    skipped = {
+        name: Skipped(loops, [0.7, 0.1, 0.1, 0.1], 1.002, 3000.0, 4.0 / loops)
+        for name, loops in ((NO_POLICY, 4.0), ("margin", as_trained), ("state-change", 1.6))
+    }
+    return Halting(1.01, 8, 1024, 8, 1024, *readings, exit_gap=0.02, policies=policies, skipped=skipped)
 
 
 def measurements(**changes) -> Measurements:

@@ -13,11 +13,11 @@ from test_graph import graphed
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
+from looped.graph import WARM_UP
 from train import progress, trainer
 from train.batches import batch_indices
 from train.config import RESUMABLE, RETUNABLE, complete, preset_config, read_config
 from train.depth import MOST, evaluated_depths, parse_depth
-from train.graph import WARM_UP
 from train.metrics import read_metrics
 from train.run import main
 

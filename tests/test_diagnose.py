@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -234,7 +235,7 @@ def test_the_page_holds_everything_and_needs_no_network(out):
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not re.search(r"https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
-    assert len(page.tables) == 12  # the comparison, two verdicts, the main numbers, seven sections, the origin
+    assert len(page.tables) == 13  # the comparison, two verdicts, the main numbers, eight sections, the origin
     for table in page.tables:
         assert len({len(row) for row in table}) == 1  # as many cells in every row as in the header
         assert len(table) > 2
@@ -294,6 +295,8 @@ def test_the_numbers_as_json(out, runs):
     assert (first["name"], second["name"]) == ("terminal/seed-1", "raw/seed-1")
     measured = diagnose_run(load_run(runs[0]), n_tokens=256, horizon=9).measured
     assert first["measured"]["norms"]["mean"] == pytest.approx(measured.norms.mean, rel=1e-5)
+    assert first["measured"]["halting"]["skipped"]["margin"]["speed"] > 0  # timed for the page, and else if asked for
+    assert math.isnan(measured.halting.skipped["margin"].speed)
     assert first["clamp_change"] == pytest.approx(measured.clamp.change, abs=1e-6)
     assert first["alpha_ranges"] == pytest.approx(measured.alpha.ranges, abs=1e-5)
     assert second["measured"]["radial"]["exact"] == [None] * 3
@@ -366,6 +369,7 @@ def test_names_tell_runs_apart(tmp_path):
         (["{run}", "{raw}", "--out", "{tmp}/o", "--tokens", "20"], "tokens must be at least two windows"),
         (["{run}", "--device", "cuda"], "device must be one that PyTorch finds here. Got device=cuda"),
         (["{run}", "--loops", "3"], "horizon must be above the n_loops=3 .* Got horizon=3"),
+        (["{run}", "--rounds", "-1"], "rounds must be at least 0. Got rounds=-1"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tmp_path, capsys, monkeypatch):
@@ -373,7 +377,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(options, message, runs, tm
     places = {"run": runs[0], "raw": runs[1], "tmp": tmp_path}
     before = sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")])
     assert main([option.format(**places) for option in options]) == 2
-    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", printed.err)
+    assert printed.out == ""
     assert sorted([*runs[0].rglob("*"), *tmp_path.rglob("*")]) == before
 
 

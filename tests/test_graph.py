@@ -8,10 +8,10 @@ from test_trainer import assert_same_run, rows_of
 from tiny_run import arguments
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from looped.graph import WARM_UP, CudaGraphs, eagerly
 from looped.supervision import Gated
 from train import prepare
 from train.config import preset_config
-from train.graph import WARM_UP, CudaGraphs, eagerly
 from train.run import main
 from train.step import training_step
 

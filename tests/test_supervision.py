@@ -255,6 +255,17 @@ def test_depths_other_than_the_configurations(fused: bool) -> None:
     torch.testing.assert_close(p.sum(0), torch.ones(p.shape[1:]))
 
 
+def test_with_truncated_backpropagation_the_exits_are_among_the_loops_that_learn() -> None:
+    decoder = gated_model()
+    tokens, targets = batch()
+    result = decoder(tokens, targets, n_loops=5, backprop_loops=2, supervision="gated")
+    alone = decoder.readout_loss(result.states[3:], targets, supervision="gated")
+    assert torch.equal(result.loss, alone.loss)
+    assert torch.equal(result.log_exits[3:], alone.log_exits)
+    found, expected = (exit_means(log_p, targets, None) for log_p in (result.log_exits, alone.log_exits))
+    torch.testing.assert_close(found, expected + torch.tensor([3.0, 0.0]))  # the loops are counted from the first
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_whole_forward_compiles_into_one_graph(fused: bool) -> None:
     torch._dynamo.reset()

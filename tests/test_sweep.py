@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_sweep import ENVIRONMENT, NAMES, PROGRAM, finished_sweep, sweep_words, tasks_of
 
+from looped.command_line import command_line
 from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.paper import judging, sweep
@@ -23,8 +24,8 @@ from train.paper.__main__ import main
 from train.paper.conditions import CONDITIONS, Condition
 from train.paper.options import split_words
 from train.paper.plan import EXECUTION, SweepConfig, Task, plan, sweep_command
-from train.run import command_line, parse
 from train.run import main as train_main
+from train.run import parse
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_run import MODEL, TRAINING, text
 
+from looped.command_line import command_line
 from train.paper.options import split_words
 from train.paper.plan import SweepConfig, Task, plan
-from train.run import command_line
 
 NAMES = ("terminal-rmsnorm", "per-loop-rmsnorm")
 PROGRAM = [sys.executable, "-m", "train.paper"]

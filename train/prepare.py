@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from looped.flash_attention import attention_implementation
+from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
 from looped.run_directory import hold, remove_beginnings, write_config
 from train import checkpoint
@@ -20,7 +21,6 @@ from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.data import cache_directory, load_data
 from train.depth import Depth, parse_depth
-from train.graph import CudaGraphs, Launch, eagerly
 from train.source import Source, Text
 from train.task import TASKS, TaskSource, make_task
 

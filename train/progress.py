@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from looped.graph import eagerly
 from train import checkpoint, report
-from train.graph import eagerly
 from train.prepare import Run
 from train.step import LoopResult
 from train.utilisation import peak_flops

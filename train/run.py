@@ -1,13 +1,11 @@
 """Train a looped language model: ``python train/run.py --fused``. The command line only; the run is in trainer.py."""
 
-import contextlib
 import dataclasses
-import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # OpenMP's threads wait for each other by spinning, by default for milliseconds. Where another program wants a core too,
 # a spinning thread holds the core that the awaited one needs, and a step takes several times as long; with no spinning
@@ -19,8 +17,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if not __package__:  # run by its path: with the packages of its own checkout, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tyro
-
+from looped.command_line import command_line
 from train.checkpoint import CheckpointError
 from train.config import (
     MOVABLE,
@@ -40,7 +37,7 @@ from train.prepare import prepare
 from train.progress import how_to_continue
 from train.trainer import NotFiniteError, train
 
-Options = TypeVar("Options")
+PROGRAM = "train/run.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,12 +76,12 @@ def parse(argv: list[str]) -> TrainConfig:
     Raises ValueError if an option is unknown, has no value of its type, or may not change on resuming.
     """
     defaults = dataclasses.replace(preset_config("demo"), cuda_graph=False)
-    asked = command_line([word for word in argv if word not in ("-h", "--help")], defaults)
+    asked = command_line([word for word in argv if word not in ("-h", "--help")], defaults, PROGRAM)
     if asked.resume is None:
-        return _checked_graph(asked, complete(command_line(argv, preset_config(asked.preset))))
+        return _checked_graph(asked, complete(command_line(argv, preset_config(asked.preset), PROGRAM)))
     stored = read_config(asked.resume)
     anew: dict[str, Any] = {"steps": None, "epochs": None, "cuda_graph": True}
-    config = command_line(argv, dataclasses.replace(stored, **anew))
+    config = command_line(argv, dataclasses.replace(stored, **anew), PROGRAM)
     for field in dataclasses.fields(TrainConfig):
         before, now = comparable(stored, field.name), comparable(config, field.name)
         if field.name == "out" and now is not None and os.path.abspath(now) == os.path.abspath(asked.resume):
@@ -103,20 +100,6 @@ def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
     if asked.cuda_graph and not config.cuda_graph:
         raise ValueError(f"cuda_graph needs a CUDA device. Got --cuda-graph on device={device_of(config)}.")
     return config
-
-
-def command_line(argv: list[str], defaults: Options, prog: str = "train/run.py") -> Options:
-    """Parse ``argv`` over ``defaults``, a dataclass; tyro's box of several lines becomes a ValueError of one."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(type(defaults), args=argv, default=defaults, prog=prog)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise  # --help
-        lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
-        message = " ".join(line for line in lines if line)
-        raise ValueError(message.partition("For full helptext")[0]) from None
 
 
 def _fail(message: str, code: int) -> int:

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looped.exit_gate import exit_entropy, mean_exit_loop
+from looped.graph import WARM_UP, Launch, eagerly
 from looped.model import LoopedLM
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from train.config import Schedule
-from train.graph import WARM_UP, Launch, eagerly
 from train.source import Sequences
 
 FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends

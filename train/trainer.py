@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looped.graph import eagerly
 from train import checkpoint, report
 from train.accuracy import with_accuracy
 from train.bad_steps import BadSteps, locate
 from train.checkpoint import Progress
 from train.config import supervision_of
 from train.depth import evaluated_depths
-from train.graph import eagerly
 from train.interrupt import Interruptions
 from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
 from train.prepare import Run, set_learning_rate

@@ -34,8 +34,18 @@ class Autocast:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.plain_linear(self.cast(x), self.cast(weight), None if bias is None else self.cast(bias))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+    ) -> Tensor:
         q, k, v = self.cast(q), self.cast(k), self.cast(v)
+        if attn_mask is not None:
+            return self.plain_attention(q, k, v, attn_mask, dropout_p, is_causal)
         if q.dtype == torch.float32 or q.shape[-1] > 256:
             return self.plain_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]

@@ -9,6 +9,7 @@ import torch
 
 from looped.diagnose.diagnosis import check_run, diagnose_run
 from looped.diagnose.findings import findings
+from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     try:
+        check_rounds(options.rounds)
         out = _out_directory(options.runs, options.out)
         names = run_names(options.runs)
         device = _device(options.device)
@@ -31,7 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, run in zip(names, runs, strict=True):
             print(f"diagnosing {name}", flush=True)
             diagnoses.append(
-                diagnose_run(run, name=name, n_tokens=options.tokens, horizon=options.loops, device=device)
+                diagnose_run(
+                    run,
+                    name=name,
+                    n_tokens=options.tokens,
+                    horizon=options.loops,
+                    device=device,
+                    rounds=options.rounds,
+                )
             )
         write_diagnosis(diagnoses, out)
     except (ValueError, OSError) as error:
@@ -81,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
     parser.add_argument("--tokens", type=int, default=8192, help="validation tokens to measure on (default: 8192)")
     parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of the halting policies' speed, 0 for none (default: 5)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure (default: auto)"
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import measure_dynamics
-from looped.diagnose.halting import measure_halting
+from looped.diagnose.halting import check_rounds, measure_halting
 from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
 from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.origin import origin
@@ -52,6 +52,7 @@ def diagnose(
     bytes_per_token: Tensor | None = None,
     double: LoopedModel | None = None,
     run: SavedRun | None = None,
+    rounds: int = 0,
 ) -> Diagnosis:
     """Measure a model and judge it.
 
@@ -61,12 +62,14 @@ def diagnose(
     bytes_per_token: [V] int64, for bits per byte.
     double: the same model in float64. Its readout shows the radial gradient without rounding.
     run: the saved run that the model is from, for the record.
+    rounds: how often the speed of halting is timed; 0 leaves it out, as where other work shares the machine.
 
     Raises ValueError before anything is computed: without batches, for a single window, for inputs and targets of
-    different shapes, for negative targets, and for a horizon that does not go beyond the trained loops. Raises
-    DivergedError, which is a ValueError, for a model without a finite loss.
+    different shapes, for negative targets, for a horizon that does not go beyond the trained loops, and for rounds
+    below 0. Raises DivergedError, which is a ValueError, for a model without a finite loss.
     """
     _check(model, batches, horizon)
+    check_rounds(rounds)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
     if not all(map(math.isfinite, [*depth.ce[: model.n_loops], *depth.as_trained])):
         raise DivergedError(_diverged(name, model, depth.ce[model.n_loops - 1]))
@@ -82,7 +85,7 @@ def diagnose(
         alpha=sweep_alpha(model, batches),
         response=scale_response(model, batches),
         depth=depth,
-        halting=measure_halting(model, batches),
+        halting=measure_halting(model, batches, rounds=rounds),
     )
     n_tokens = sum(targets.numel() for _, targets in batches)
     return Diagnosis(name, n_tokens, measured, judge(measured), origin(batches[0][0].device, run))
@@ -132,11 +135,17 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
 
 
 def diagnose_run(
-    run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, horizon: int = 30, device: str = "cpu"
+    run: SavedRun,
+    *,
+    name: str | None = None,
+    n_tokens: int = 8192,
+    horizon: int = 30,
+    device: str = "cpu",
+    rounds: int = 0,
 ) -> Diagnosis:
     """Diagnose a saved run on at most `n_tokens` tokens of its validation split. device: as PyTorch names it.
 
-    Raises ValueError as `diagnose` and `validation_batches` do.
+    rounds: as `diagnose` takes it. Raises ValueError as `diagnose` and `validation_batches` do.
     """
     decoder = copy.deepcopy(run.model).to(device)
     training = run.config["train"]
@@ -150,6 +159,7 @@ def diagnose_run(
         bytes_per_token=run.validation.bytes_per_token,
         double=from_decoder(copy.deepcopy(decoder).double()),
         run=run,
+        rounds=rounds,
     )
 
 

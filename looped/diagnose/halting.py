@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looped.diagnose.model import Batch, LoopedModel, wide
-from looped.halting import calibrate, exit_loops
+from looped.diagnose.skipping import Skipped, measure_skipping
+from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
 
 
 @dataclass(frozen=True)
 class Halt:
-    """Halting with one way of reading the loops.
+    """Halting by one policy and with one way of reading the loops, all of which are computed.
 
-    tau: the margin at which a token leaves; None if no token may leave before K.
+    tau: the score at which a token leaves; None if no token may leave before K.
     loops: the mean number of loops until a token leaves, on the report slice.
     ratio: the perplexity of what is predicted so, divided by that of K loops, on the report slice.
     exits: [K], the share of the report slice's tokens that leaves after each loop.
@@ -35,10 +36,14 @@ class Halt:
 
 @dataclass(frozen=True)
 class Halting:
-    """as_trained: halting with each loop read as training reads it.
+    """as_trained: halting by the margin with each loop read as training reads it.
 
-    as_last: halting with each loop read as if it were the last. The two differ only where training normalises the last
-    loop alone. The windows and tokens are those of the two slices, which do not overlap.
+    as_last: halting by the margin with each loop read as if it were the last. The two differ only where training
+    normalises the last loop alone. The windows and tokens are those of the two slices, which do not overlap.
+
+    Of each loop as training reads it: policies, halting by every policy; skipped, the same taus with later loops left
+    out, and K loops for every token as `NO_POLICY`, empty for a model that is not a LoopedLM; exit_gap, CE(1) - CE(K)
+    on the report slice, in nats: where the loops do nothing, every policy halts at once.
     """
 
     tolerance: float
@@ -48,56 +53,117 @@ class Halting:
     report_tokens: int
     as_trained: Halt
     as_last: Halt
+    exit_gap: float
+    policies: dict[str, Halt]
+    skipped: dict[str, Skipped]
 
 
-def measure_halting(model: LoopedModel, batches: Sequence[Batch], tolerance: float = TOLERANCE) -> Halting:
+def measure_halting(
+    model: LoopedModel, batches: Sequence[Batch], tolerance: float = TOLERANCE, *, rounds: int = 0
+) -> Halting:
     """Calibrate on the first half of the windows [T] of `batches`, report on the others.
 
-    Raises ValueError if there are fewer than two windows.
+    rounds: how often the speed with later loops left out is timed. Raises ValueError if there are fewer than two
+    windows, and for a tolerance below 1 or rounds below 0.
     """
+    check_tolerance(tolerance)
+    check_rounds(rounds)
     n_windows = sum(len(tokens) for tokens, _ in batches)
     if n_windows < 2:
         raise ValueError(
             f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
         )
     half = n_windows // 2
-    windows = _windows(model, batches, as_last=False)
-    as_trained = as_last = _halt(windows[:half], windows[half:], tolerance)
+    policies = _policies(model)
+    calibration, report = _slices(model, batches, half, policies, as_last=False)
+    halts = {
+        policy.name: _halt(calibration[[0, place]], report[[0, place]], tolerance)
+        for place, policy in enumerate(policies, start=1)
+    }
+    as_last = halts[MARGIN.name]
     if not model.norm_every_loop:
-        read_as_last = _windows(model, batches, as_last=True)
-        as_last = _halt(read_as_last[:half], read_as_last[half:], tolerance)
+        as_last = _halt(*_slices(model, batches, half, (MARGIN,), as_last=True), tolerance)
+    skipped = {}
+    if model.decoder is not None:
+        rules = {policy.name: (policy, _tau(halts[policy.name])) for policy in policies}
+        skipped = measure_skipping(model.decoder, _from_window(batches, half), rules, rounds)
     return Halting(
         tolerance=tolerance,
         calibration_windows=half,
-        calibration_tokens=sum(window.shape[-1] for window in windows[:half]),
+        calibration_tokens=calibration.shape[-1],
         report_windows=n_windows - half,
-        report_tokens=sum(window.shape[-1] for window in windows[half:]),
-        as_trained=as_trained,
+        report_tokens=report.shape[-1],
+        as_trained=halts[MARGIN.name],
         as_last=as_last,
+        exit_gap=(report[0, 0].mean() - report[0, -1].mean()).item(),
+        policies=halts,
+        skipped=skipped,
     )
 
 
+def check_rounds(rounds: int) -> None:
+    """Raises ValueError below 0."""
+    if rounds < 0:
+        raise ValueError(f"rounds must be at least 0. Got rounds={rounds}.")
+
+
+def _policies(model: LoopedModel) -> tuple[Policy, ...]:
+    if model.decoder is None or model.decoder.exit_gate is None:
+        return WITHOUT_A_GATE
+    return (*WITHOUT_A_GATE, gate_policy(model.decoder.exit_logit))
+
+
+def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
+    """The batches without their first windows."""
+    kept = []
+    for tokens, targets in batches:
+        if len(tokens) > first:
+            kept.append((tokens[first:], targets[first:]))
+        first = max(0, first - len(tokens))
+    return kept
+
+
+def _slices(
+    model: LoopedModel, batches: Sequence[Batch], half: int, policies: Sequence[Policy], *, as_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the tokens of the first `half` windows, and of the others: [1 + policies, K, tokens] as `_windows` gives."""
+    windows = _windows(model, batches, policies, as_last=as_last)
+    return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
+
+
 @torch.no_grad()
-def _windows(model: LoopedModel, batches: Sequence[Batch], *, as_last: bool) -> list[Tensor]:
-    """For each window [2, K, T]: the cross-entropy of every loop and token, and the margin."""
+def _windows(
+    model: LoopedModel, batches: Sequence[Batch], policies: Sequence[Policy], *, as_last: bool
+) -> list[Tensor]:
+    """For each window [1 + policies, K, T]: the cross-entropy of every loop and token, and the score of each policy."""
     windows: list[Tensor] = []
     for tokens, targets in batches:
+        embedded = model.embed(tokens)
+        before = embedded if model.decoder is None else model.decoder.start(embedded)
+        scores: list[Tensor] = []
         loops = []
-        for loop, state in enumerate(model.states(tokens, model.n_loops)):
+        for loop, state in enumerate(model.unroll(embedded, model.n_loops)):
             logits = wide(model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1)))
             loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-            best, second = logits.topk(2).values.unbind(-1)
-            loops.append(torch.stack([loss, best - second]))
+            read = model.decoder.read(state) if model.decoder is not None and policies[-1].reads else None
+            seen = Seen(before, state, logits, read=read)
+            scores = [
+                policy.score(seen._replace(score=scores[place] if scores else None))
+                for place, policy in enumerate(policies)
+            ]
+            loops.append(torch.stack([loss, *scores]))
+            before = state
         windows += torch.stack(loops, dim=1).double().cpu().unbind(2)
     return windows
 
 
-def _halt(calibration: Sequence[Tensor], report: Sequence[Tensor], tolerance: float) -> Halt:
-    loss, margin = torch.cat(list(calibration), dim=-1)
-    tau = calibrate(loss, margin, tolerance)
-    calibration_loops, calibration_ratio, _ = _outcome(loss, margin, tau)
-    loss, margin = torch.cat(list(report), dim=-1)
-    loops, ratio, exits = _outcome(loss, margin, tau)
+def _halt(calibration: Tensor, report: Tensor, tolerance: float) -> Halt:
+    """Of the loss and the score of every loop and token, [2, K, tokens] each."""
+    loss, score = calibration
+    tau = calibrate(loss, score, tolerance)
+    calibration_loops, calibration_ratio, _ = _outcome(loss, score, tau)
+    loss, score = report
+    loops, ratio, exits = _outcome(loss, score, tau)
     return Halt(
         tau=tau if math.isfinite(tau) else None,
         calibration_loops=calibration_loops,
@@ -108,12 +174,16 @@ def _halt(calibration: Sequence[Tensor], report: Sequence[Tensor], tolerance: fl
     )
 
 
-def _outcome(loss: Tensor, margin: Tensor, tau: float) -> tuple[float, float, list[float]]:
+def _tau(halt: Halt) -> float:
+    return math.inf if halt.tau is None else halt.tau
+
+
+def _outcome(loss: Tensor, score: Tensor, tau: float) -> tuple[float, float, list[float]]:
     """What stopping by `tau` gives: mean loops, perplexity over that at K, and the share of tokens at each loop.
 
-    loss and margin: [K, tokens].
+    loss and score: [K, tokens].
     """
-    exits = exit_loops(margin, tau)
+    exits = exit_loops(score, tau)
     loss_at_exit = loss.gather(0, exits.unsqueeze(0) - 1).mean()
     shares = torch.bincount(exits - 1, minlength=len(loss)).double() / exits.numel()
     return exits.double().mean().item(), math.exp(loss_at_exit - loss[-1].mean()), shares.tolist()

@@ -28,6 +28,7 @@ class LoopedModel:
         itself. It is used only to measure what a loop adds to the scale that it starts from.
     weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
+    decoder: the LoopedLM that this describes, or None. Halting is then measured with later loops left out, too.
 
     The functions must be in evaluation mode (no dropout) and in one dtype. Gradients flow through all but embed.
     Raises ValueError for n_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a negative penalty.
@@ -42,6 +43,7 @@ class LoopedModel:
     between: Callable[[Tensor], Tensor] | None = None
     weights: tuple[float, ...] | None = None
     penalty: float = 0.0
+    decoder: LoopedLM | None = None
 
     def __post_init__(self) -> None:
         if self.n_loops < 1:
@@ -125,6 +127,7 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
         between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,
+        decoder=decoder,
     )
 
 

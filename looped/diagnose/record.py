@@ -14,7 +14,7 @@ from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.findings import findings
 from looped.diagnose.verdict import THRESHOLDS, Measurements, judge
 
-FORMAT = 3  # of the file: raised whenever something in it is added, removed or called otherwise
+FORMAT = 4  # of the file: raised whenever something in it is added, removed or called otherwise
 
 
 class OtherFormatError(ValueError):
@@ -104,6 +104,8 @@ def _read_diagnosis(content: dict[str, Any]) -> Diagnosis:
 
 def _from_json(kind: Any, value: Any) -> Any:
     """A value as JSON has it, as an instance of the type `kind`, a dataclass or what a field of one is declared as."""
+    if get_origin(kind) is dict:
+        return {name: _from_json(get_args(kind)[1], item) for name, item in value.items()}
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
         return kind(**{field.name: _from_json(kinds[field.name], value[field.name]) for field in fields(kind)})  # type: ignore[operator]

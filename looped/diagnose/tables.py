@@ -1,11 +1,13 @@
 """The measurements as tables: a section of the page for each kind, its explanation, its figures and its rows."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.interventions import ALPHAS
+from looped.diagnose.skipping import NO_POLICY
 from looped.diagnose.verdict import CONTROLS
 
 Row = Sequence[str | float]  # a number is shown with four digits, a nan as "-"
@@ -88,15 +90,35 @@ def _depth_rows(diagnosis: Diagnosis) -> Iterator[Row]:
 def _halting_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     halting = diagnosis.measured.halting
     for reading, halt in diagnosis.measured.halting_readings.items():
-        shares = " / ".join(f"{share:.1%}" for share in halt.exits)
         tau = "none" if halt.tau is None else halt.tau
         yield (
-            reading, tau, "report", f"{halting.report_tokens:,}", halt.loops, f"{halt.ratio:.4f}", shares,
+            reading, tau, "report", f"{halting.report_tokens:,}", halt.loops, f"{halt.ratio:.4f}", _shares(halt.exits),
         )  # fmt: skip
         yield (
             reading, tau, "calibration", f"{halting.calibration_tokens:,}", halt.calibration_loops,
             f"{halt.calibration_ratio:.4f}", "-",
         )  # fmt: skip
+
+
+def _policy_rows(diagnosis: Diagnosis) -> Iterator[Row]:
+    halting = diagnosis.measured.halting
+    for name in {**halting.skipped, **halting.policies}:
+        halt, skipped = halting.policies.get(name), halting.skipped.get(name)
+        tau: str | float = "-" if halt is None else "none" if halt.tau is None else halt.tau
+        all_computed = ("-", "-") if halt is None else (halt.loops, f"{halt.ratio:.4f}")
+        left_out: Row = ("-",) * 5
+        if skipped is not None:
+            timed = math.isfinite(skipped.speed)
+            left_out = (
+                skipped.loops, f"{skipped.ratio:.4f}", _shares(skipped.exits),
+                f"{skipped.tokens_per_second:,.0f}" if timed else "-", f"{skipped.speed:.2f}" if timed else "-",
+            )  # fmt: skip
+        label = f"none, K = {diagnosis.measured.n_loops}" if name == NO_POLICY else name
+        yield (label, tau, *all_computed, *left_out, f"{halting.exit_gap:+.4f}")
+
+
+def _shares(exits: Sequence[float]) -> str:
+    return " / ".join(f"{share:.1%}" for share in exits)
 
 
 def _shown_loops(diagnosis: Diagnosis, count: int) -> list[int]:
@@ -174,12 +196,29 @@ SECTIONS = (
         "largest logit minus the second largest. tau is chosen on the first half of the windows (calibration): it uses "
         "the fewest loops among those that cost at most 1% of perplexity. The figure is of the other half (report). "
         "The margin is the token's own, so the rule is causal. No time is saved that way: later tokens attend to the "
-        "states of all loops, so those of a token that has stopped are computed all the same.",
+        "states of all loops, so those of a token that has stopped are computed all the same. Section 8 leaves them "
+        "out.",
         ("halting",),
         (
             "read", "tau", "half", "tokens", "loops per token", "PPL / PPL at K", "share of tokens that stop at 1..K",
         ),
         _halting_rows,
+    ),
+    Section(
+        "8. Halting policies, with later loops left out",
+        "Scores that say when a token is ready; larger is readier. Margin: as above. Top probability: the largest. "
+        "Entropy: the prediction's, negated. State change: |H_k - H_k-1| / |H_k|, negated. Gate: how probable it is to "
+        "have stopped. The tau of each is calibrated as above, on states of which nothing is left out; so are "
+        "the two columns after it. Skipping: what a token would do after it has stopped is not computed. Later tokens "
+        "attend to its last keys and values, so that loops and PPL differ a little. Speed is that of tokens to logits "
+        "on this device, with the readouts that the score takes, in turn with K loops for every token. All is of the "
+        "report half. Where CE(1) - CE(K) is about 0 the loops do nothing, and any policy may stop at once.",
+        (),
+        (
+            "policy", "tau", "loops", "PPL / PPL at K", "loops, skipping", "PPL / PPL at K, skipping",
+            "share that stops at 1..K, skipping", "tokens/s", "x K loops", "CE(1) - CE(K)",
+        ),
+        _policy_rows,
     ),
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from looped.command_line import command_line
 from looped.model import LoopedLM
 from looped.provenance import instructions, processor
 from looped.run_directory import SavedRun, load_run
@@ -42,7 +43,6 @@ from train.paper.options import check_distinct, check_positive, split_words
 from train.paper.record import write_record
 from train.paper.runs import RunResult, find_runs, read_run
 from train.report import environment
-from train.run import command_line
 from train.step import autocast
 
 TRAINED = Path("runs/frontier")

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from looped.command_line import command_line
 from looped.diagnose import Diagnosis, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.diagnose.record import read_diagnosis_of_run
@@ -34,7 +35,6 @@ from train.paper.runs import FoundRun, RunResult, complete_runs, find_runs, read
 from train.paper.seed_tables import measurements
 from train.paper.tables import distinct
 from train.report import environment
-from train.run import command_line
 
 COMMAND = ["python", "-m", "train.paper", "claims"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from looped.command_line import command_line
 from looped.run_directory import hold
 from train.config import TrainConfig
 from train.interrupt import Interrupted, Interruptions
@@ -28,7 +29,6 @@ from train.paper.plan import EXECUTION, SWEEP, SweepConfig, Task, check_runs, ch
 from train.paper.runs import FoundRun, RunResult, read_run, status
 from train.paper.sweep_report import write_report
 from train.prepare import load_source
-from train.run import command_line
 
 PROGRAM = Path(__file__).parents[1] / "run.py"  # by its path: of this checkout, whatever else is installed
 UNFINISHED_FILES = {"config.json", "tokenizer.json", "metrics.jsonl", "validation.safetensors", "checkpoint.new"}

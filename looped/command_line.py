@@ -1,0 +1,26 @@
+"""Command lines from dataclasses, whose fields are the options and whose docstrings are the help."""
+
+import contextlib
+import io
+from typing import TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+def command_line(argv: list[str], defaults: Options, prog: str | None = None) -> Options:
+    """Parse ``argv`` over ``defaults``, a dataclass; tyro's box of several lines becomes a ValueError of one.
+
+    A default that is tyro.MISSING must be given. prog: what the help calls the program; None for its file.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(type(defaults), args=argv, default=defaults, prog=prog)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise  # --help
+        lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
+        message = " ".join(line for line in lines if line)
+        raise ValueError(message.partition("For full helptext")[0]) from None

@@ -1,0 +1,96 @@
+"""Halting with later loops left out (looped/early_exit.py), measured: what is predicted then, and how fast."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looped.diagnose.model import Batch, wide
+from looped.early_exit import Exits, run_with_exits
+from looped.halting import Policy
+from looped.model import LoopedLM
+
+NO_POLICY = "none"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One policy whose later loops are left out.
+
+    loops: the mean number of loops until a token leaves. exits: [K], the share of tokens that leaves after each loop.
+    ratio: the perplexity of what is predicted then, divided by that of K loops for every token.
+    tokens_per_second: of the median round. speed: how many times as fast as K loops for every token, the median of the
+    rounds' quotients. Both are nan if no round was timed.
+    """
+
+    loops: float
+    exits: list[float]
+    ratio: float
+    tokens_per_second: float
+    speed: float
+
+
+@torch.no_grad()
+def measure_skipping(
+    decoder: LoopedLM, batches: Sequence[Batch], rules: Mapping[str, tuple[Policy, float]], rounds: int
+) -> dict[str, Skipped]:
+    """K loops for every token, as `NO_POLICY`, and every rule, a policy and its tau.
+
+    What is timed: the tokens [B, T] of all batches, one batch after the other, to the logits [B, T, V] with which they
+    are predicted. In every round each has its turn, so that a machine that is busy for a while is so for all of them.
+    The predictions that perplexity is of come first, and warm up.
+    """
+    n_loops = decoder.config.n_loops
+    runs: dict[str, Callable[[Tensor], Exits]] = {NO_POLICY: lambda tokens: _without_exits(decoder, tokens)}
+    for name, (policy, tau) in rules.items():
+        runs[name] = lambda tokens, policy=policy, tau=tau: run_with_exits(decoder, tokens, policy, tau)  # type: ignore[misc]
+    predicted = {name: _predict(run, batches) for name, run in runs.items()}
+    seconds = np.array([[_seconds(run, batches) for run in runs.values()] for _ in range(rounds)])
+    loss_at_k = predicted[NO_POLICY][1].mean()
+    measured = {}
+    for place, (name, (loops, loss)) in enumerate(predicted.items()):
+        shares = torch.bincount(loops - 1, minlength=n_loops).double() / len(loops)
+        measured[name] = Skipped(
+            loops=loops.double().mean().item(),
+            exits=shares.tolist(),
+            ratio=math.exp(loss.mean() - loss_at_k),
+            tokens_per_second=float(np.median(len(loops) / seconds[:, place])) if rounds else math.nan,
+            speed=float(np.median(seconds[:, 0] / seconds[:, place])) if rounds else math.nan,
+        )
+    return measured
+
+
+def _without_exits(decoder: LoopedLM, tokens: Tensor) -> Exits:
+    logits = decoder(tokens, logits=True).logits
+    return Exits(torch.full_like(tokens, decoder.config.n_loops), logits)
+
+
+def _predict(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """The exit loops and the cross-entropy in nats, float64, of every token [tokens], on the CPU."""
+    loops, losses = [], []
+    for tokens, targets in batches:
+        exits = run(tokens)
+        losses.append(F.cross_entropy(wide(exits.logits).flatten(0, 1), targets.flatten(), reduction="none"))
+        loops.append(exits.loops.flatten())
+    return torch.cat(loops).cpu(), torch.cat(losses).double().cpu()
+
+
+def _seconds(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> float:
+    _wait(batches)
+    start = time.perf_counter()
+    for tokens, _ in batches:
+        run(tokens)
+    _wait(batches)
+    return time.perf_counter() - start
+
+
+def _wait(batches: Sequence[Batch]) -> None:
+    """Until the device has done its work."""
+    device = batches[0][0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
