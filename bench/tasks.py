@@ -59,7 +59,7 @@ def draw(path: Path, records: dict[str, list[Record]], title: str) -> None:
     figure, (whole, parts) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
     for condition, of_seeds in records.items():
         for number, record in enumerate(of_seeds):
-            label = None if number else f"{NAMES[condition]}, {len(of_seeds)} seeds"
+            label = None if number else NAMES[condition]
             whole.plot(*accuracy(record), "o-", markersize=4, color=COLOURS[condition], label=label)
     whole.set(title="all answers", xlabel="loops at evaluation", ylabel="share that is right")
     names = [name for name in records["fixed"][0]["evaluation"][0]["accuracy"] if name != "answers"]
@@ -72,7 +72,7 @@ def draw(path: Path, records: dict[str, list[Record]], title: str) -> None:
         axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -106,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         for condition in CONDITIONS
     }
     first = records["fixed"][0]
-    draw(out / "accuracy.png", records, f"{options.task}, {first['steps']} steps")
+    title = f"{options.task}, {first['steps']} steps, {len(options.seeds)} seeds"
+    draw(out / "accuracy.png", records, title)
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("python", "torch", "numpy"))
     page = f"{first['device']}; {versions}; commit {first['commit']}; {first['steps']} steps.\n\n{table(records)}"
     (out / "accuracy.md").write_text(page, encoding="utf-8")
