@@ -5,7 +5,8 @@
     output.loss.backward()
 
 config -> block (attention, SwiGLU) -> recurrence (tokens to states H_1..H_K) -> model (states to loss, logits,
-statistics). Each is a file; implementation.py says what is fused and what the same is in plain PyTorch.
+statistics) -> generate (more tokens). Each is a file or a folder; implementation.py says what is fused and what the
+same is in plain PyTorch.
 """
 
 from looped.checkout import search_path as _search_path

@@ -9,10 +9,11 @@ k when the layers of loop k compute it.
 
     own slots       a slot for each (loop, layer): at loop k a token attends to the keys of loop k of itself and of all
                     tokens before it. It is what the model does without a cache.
-    shared slots    a slot for each layer, which every loop overwrites (Huginn, arXiv 2502.05171; Ouro, 2510.25741). At
-                    loop k a token attends to the keys of loop k of itself and of the tokens that are computed together
-                    with it, as a prompt's are, and to the keys of the *last* loop of all tokens computed before. Takes
-                    a K-th of the memory, and is another function than the model's own.
+    shared slots    a slot for each layer, which every loop overwrites. At loop k a token attends to the keys of loop k
+                    of itself and of the tokens that are computed together with it, as a prompt's are, and to the keys
+                    of the *last* loop of all tokens computed before. It takes a K-th of the memory, and is another
+                    function than the model's own (Ouro's reuse of the last step, arXiv 2510.25741; Huginn's sharing
+                    with a budget of one, 2502.05171).
     prelude, coda   a slot for each layer. A token's keys in the coda are those of the loop at which it was read last.
 
 A token that leaves early, after loop e, has at loop k the keys and values of loop min(k, e), and in the coda those of

@@ -118,8 +118,9 @@ GATE = gate_policy(lambda read: 0.3 * read[..., 0] - 1)
         (EVERYTHING, Exit(ENTROPY, -3.9), 60),
         (SHAPES[2], Exit(GATE, 0.6), 60),
         ({"readout": "final-only", "embedding_std": 0.1}, Exit(MARGIN, 0.05), 60),
+        ({"readout": "final-only", "embedding_std": 0.1}, Exit(STATE_CHANGE, -0.7), 60),
     ],
-    ids=["margin", "state-change", "entropy", "gate", "final-only"],
+    ids=["margin", "state-change", "entropy", "gate", "final-only", "final-only-state"],
 )
 def test_exits_are_those_of_the_rule(changes: dict[str, Any], exit_: Exit, new: int) -> None:
     """Given the tokens and exits that were found, the rule gives them again."""
@@ -261,6 +262,12 @@ def test_generate_rejects_options(options: dict[str, Any], message: str, monkeyp
     monkeypatch.setattr(LoopedLM, "embed", None)  # nothing is computed
     with pytest.raises(ValueError, match=message):
         stream(made, PROMPTS, Options(**options))
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "n_loops", "top_k", "seed", "draft_loops", "draft_tokens"])
+def test_options_that_are_no_integers(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer. Got {name}=1.5."):
+        Options(**{name: 1.5})
 
 
 @pytest.mark.parametrize(

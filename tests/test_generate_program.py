@@ -50,8 +50,8 @@ def generated(run: Path, options: Options, prompt: str = PROMPT) -> tuple[Genera
     [
         ([], Options()),
         (
-            ["--temperature", "0", "--max-new-tokens", "5", "--n-loops", "2"],
-            Options(temperature=0, max_new_tokens=5, n_loops=2),
+            ["--temperature", "0", "--max-new-tokens", "5", "--n-loops", "1"],
+            Options(temperature=0, max_new_tokens=5, n_loops=1),
         ),
         (
             ["--top-k", "3", "--top-p", "0.9", "--seed", "4", "--temperature", "2"],
@@ -78,7 +78,7 @@ def test_the_text_is_that_of_generate(
     if options.exit is not None:
         assert f"; {sum(loops) / len(loops):.2f} loops on average (1: {loops.count(1)}, " in err
     else:
-        assert f"; {loops[0]} loops each" in err
+        assert f"; {loops[0]} loop{'s' * (loops[0] > 1)} each" in err
     assert (f"; {result.kept} of {result.drafted} drafted tokens kept\n" in err) == (options.draft_loops is not None)
 
 

@@ -122,7 +122,8 @@ def summary(steps: Sequence[Step], seconds: float, end: int) -> str:
     if len(tokens) > 1:
         parts.append(f"{(len(tokens) - 1) / seconds:,.1f} tokens/s")
     if len(loops) == 1:
-        parts.append(f"{next(iter(loops))} loops each")
+        (loop,) = loops
+        parts.append(f"{loop} loop{'s' * (loop > 1)} each")
     else:
         each = ", ".join(f"{loop}: {loops[loop]}" for loop in sorted(loops))
         parts.append(f"{sum(loops.elements()) / len(tokens):.2f} loops on average ({each})")

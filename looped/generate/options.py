@@ -10,7 +10,8 @@ from looped.halting import check_tau
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Sampling):
-    """How to generate. Raises ValueError if a value breaks a rule, naming the option, the rule and the value.
+    """How to generate. Raises TypeError or ValueError if a value breaks a rule, naming the option, the rule and the
+    value.
 
     max_new_tokens: of every row, unless a stop token comes first. n_loops: K, by default the trained number.
     temperature, top_k, top_p: as in `Sampling`. seed: row b draws as a batch of one with seed + b does.
@@ -31,9 +32,13 @@ class Options(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_new_tokens", "n_loops", "draft_loops", "draft_tokens"):
+        for name in ("max_new_tokens", "n_loops", "top_k", "seed", "draft_loops", "draft_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name in ("n_loops", "top_k", "draft_loops"):
+                continue
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
+            if name != "seed" and value < 1:
                 raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63. Got seed={self.seed}.")
