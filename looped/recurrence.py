@@ -62,17 +62,26 @@ class Recurrence(nn.Module):
     def implementation(self) -> Implementation:
         return FUSED if self.fused else PLAIN
 
-    def unroll(self, tokens: Tensor, n_loops: int, backprop_loops: int | None = None) -> tuple[Tensor, ...]:
+    def unroll(
+        self,
+        tokens: Tensor,
+        n_loops: int,
+        backprop_loops: int | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, ...]:
         """The states (H_1, ..., H_K) of tokens [B, T], each [B, T, d]; K = n_loops.
 
         backprop_loops: the loops before so many last ones run without gradient (truncated backpropagation; Huginn,
         arXiv 2502.05171). E then has a gradient through the later loops' injection alone. None: all loops have one.
+        positions, cache: as `context` takes them.
         """
         if n_loops < 1:
             raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
         first = first_with_gradient(n_loops, backprop_loops)
-        context = self.context(tokens)  # once for all loops and layers
-        embedded = self.embed(tokens, context=context)
+        context = self.context(tokens, positions=positions, cache=cache)  # once for all loops and layers
+        embedded = self.embed(tokens, positions=positions, context=context)
         state = self.start(embedded)
         states: list[Tensor] = []
         for loop in range(n_loops):

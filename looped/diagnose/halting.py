@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looped.diagnose.model import Batch, LoopedModel, wide
-from looped.diagnose.skipping import Skipped, measure_skipping
+from looped.diagnose.skipping import NO_POLICY, Skipped, measure_skipping, with_all_loops, with_exits
 from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
@@ -32,6 +32,11 @@ class Halt:
     loops: float
     ratio: float
     exits: list[float]
+
+    @property
+    def threshold(self) -> float:
+        """tau, or inf."""
+        return math.inf if self.tau is None else self.tau
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ def measure_halting(
         as_last = _halt(*_slices(model, batches, half, (MARGIN,), as_last=True), tolerance)
     skipped = {}
     if model.decoder is not None:
-        rules = {policy.name: (policy, _tau(halts[policy.name])) for policy in policies}
-        skipped = measure_skipping(model.decoder, _from_window(batches, half), rules, rounds)
+        runs = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
+        runs |= {policy.name: with_exits(model.decoder, policy, halts[policy.name].threshold) for policy in policies}
+        skipped = measure_skipping(runs, _from_window(batches, half), rounds, model.n_loops)
     return Halting(
         tolerance=tolerance,
         calibration_windows=half,
@@ -172,10 +178,6 @@ def _halt(calibration: Tensor, report: Tensor, tolerance: float) -> Halt:
         ratio=ratio,
         exits=exits,
     )
-
-
-def _tau(halt: Halt) -> float:
-    return math.inf if halt.tau is None else halt.tau
 
 
 def _outcome(loss: Tensor, score: Tensor, tau: float) -> tuple[float, float, list[float]]:

@@ -35,39 +35,48 @@ class Skipped:
     speed: float
 
 
+Run = Callable[[Tensor], Exits]  # of tokens [B, T]
+
+
+def with_exits(decoder: LoopedLM, policy: Policy, tau: float) -> Run:
+    """Up to K loops, later ones left out."""
+    return lambda tokens: run_with_exits(decoder, tokens, policy, tau)
+
+
+def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
+    """So many loops for every token, and one readout."""
+
+    def run(tokens: Tensor) -> Exits:
+        logits = decoder(tokens, n_loops=n_loops, logits=True).logits
+        return Exits(torch.full_like(tokens, n_loops), logits)
+
+    return run
+
+
 @torch.no_grad()
 def measure_skipping(
-    decoder: LoopedLM, batches: Sequence[Batch], rules: Mapping[str, tuple[Policy, float]], rounds: int
+    runs: Mapping[str, Run], batches: Sequence[Batch], rounds: int, n_loops: int
 ) -> dict[str, Skipped]:
-    """K loops for every token, as `NO_POLICY`, and every rule, a policy and its tau.
+    """Every run, none of which takes more than n_loops loops. The first is what the others are compared with.
 
     What is timed: the tokens [B, T] of all batches, one batch after the other, to the logits [B, T, V] with which they
     are predicted. In every round each has its turn, so that a machine that is busy for a while is so for all of them.
     The predictions that perplexity is of come first, and warm up.
     """
-    n_loops = decoder.config.n_loops
-    runs: dict[str, Callable[[Tensor], Exits]] = {NO_POLICY: lambda tokens: _without_exits(decoder, tokens)}
-    for name, (policy, tau) in rules.items():
-        runs[name] = lambda tokens, policy=policy, tau=tau: run_with_exits(decoder, tokens, policy, tau)  # type: ignore[misc]
     predicted = {name: _predict(run, batches) for name, run in runs.items()}
     seconds = np.array([[_seconds(run, batches) for run in runs.values()] for _ in range(rounds)])
-    loss_at_k = predicted[NO_POLICY][1].mean()
+    loss_of_first = next(iter(predicted.values()))[1].mean()
     measured = {}
     for place, (name, (loops, loss)) in enumerate(predicted.items()):
         shares = torch.bincount(loops - 1, minlength=n_loops).double() / len(loops)
         measured[name] = Skipped(
             loops=loops.double().mean().item(),
             exits=shares.tolist(),
-            ratio=math.exp(loss.mean() - loss_at_k),
+            ratio=math.exp(loss.mean() - loss_of_first),
             tokens_per_second=float(np.median(len(loops) / seconds[:, place])) if rounds else math.nan,
             speed=float(np.median(seconds[:, 0] / seconds[:, place])) if rounds else math.nan,
         )
     return measured
-
-
-def _without_exits(decoder: LoopedLM, tokens: Tensor) -> Exits:
-    logits = decoder(tokens, logits=True).logits
-    return Exits(torch.full_like(tokens, decoder.config.n_loops), logits)
 
 
 def _predict(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
