@@ -14,20 +14,26 @@ from looped.checkout import search_path as _search_path
 __path__ = _search_path()  # where looped.kernels is found, in a checkout too
 
 from looped.attention import causal_attention
+from looped.capture import Captured, capture
 from looped.config import PRESETS, LoopedConfig, LoopedShape, Positions, Readout
 from looped.model import LoopedLM, LoopedOutput
+from looped.patch import Patched, patch
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
 
 __all__ = [
     "IGNORE_INDEX",
     "PRESETS",
+    "Captured",
     "Gated",
     "LoopedConfig",
     "LoopedLM",
     "LoopedOutput",
     "LoopedShape",
+    "Patched",
     "Positions",
     "Readout",
     "Supervision",
+    "capture",
     "causal_attention",
+    "patch",
 ]

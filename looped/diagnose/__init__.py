@@ -6,6 +6,7 @@
 Definitions: Sharma & Vu, arXiv 2606.24898.
 """
 
+from looped.diagnose.adapted import from_model
 from looped.diagnose.diagnosis import Diagnosis, diagnose, diagnose_run, validation_batches
 from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.diagnose.page import write_diagnosis
@@ -18,6 +19,7 @@ __all__ = [
     "diagnose",
     "diagnose_run",
     "from_decoder",
+    "from_model",
     "read_diagnosis_of_run",
     "read_record",
     "validation_batches",

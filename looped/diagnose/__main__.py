@@ -1,4 +1,7 @@
-"""``python -m looped.diagnose RUN [RUN ...]``: diagnose saved runs and write a page that compares them."""
+"""Diagnose saved runs and write a page that compares them: ``python -m looped.diagnose RUN [RUN ...]``.
+
+Or one model of others that is known: ``python -m looped.diagnose --model NAME_OR_PATH --data FILES --out DIR``.
+"""
 
 import argparse
 import sys
@@ -7,41 +10,27 @@ from pathlib import Path
 
 import torch
 
-from looped.diagnose.diagnosis import check_run, diagnose_run
+from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
 from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
+from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_table, write_scale_checks
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if the input is bad. Then nothing is written but one line on stderr, why."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not options.runs and options.model is None:
+        parser.error("a RUN or --model must be given")
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     try:
         check_rounds(options.rounds)
-        out = _out_directory(options.runs, options.out)
-        names = run_names(options.runs)
-        device = _device(options.device)
-        runs = [load_run(directory) for directory in options.runs]
-        for name, run in zip(names, runs, strict=True):
-            check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
-        check_writable(out)
-        diagnoses = []
-        for name, run in zip(names, runs, strict=True):
-            print(f"diagnosing {name}", flush=True)
-            diagnoses.append(
-                diagnose_run(
-                    run,
-                    name=name,
-                    n_tokens=options.tokens,
-                    horizon=options.loops,
-                    device=device,
-                    rounds=options.rounds,
-                )
-            )
+        out = _out_directory(options)
+        diagnoses = _of_runs(options, out) if options.model is None else _of_a_model(options, out)
         write_diagnosis(diagnoses, out)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -52,6 +41,51 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {finding.question:58} {finding.answer}")
     print(f"\npage {out / 'index.html'}")
     return 0
+
+
+def _of_runs(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
+    names = run_names(options.runs)
+    device = _device(options.device)
+    runs = [load_run(directory) for directory in options.runs]
+    for name, run in zip(names, runs, strict=True):
+        check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
+    check_writable(out)
+    diagnoses = []
+    for name, run in zip(names, runs, strict=True):
+        print(f"diagnosing {name}", flush=True)
+        diagnoses.append(
+            diagnose_run(
+                run,
+                name=name,
+                n_tokens=options.tokens,
+                horizon=options.loops,
+                device=device,
+                rounds=options.rounds,
+            )
+        )
+    return diagnoses
+
+
+def _of_a_model(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
+    """The diagnosis of a model by name; the checks of its scale are printed, and written beside the page."""
+    if options.scale_loops < 0:
+        raise ValueError(f"scale_loops must be at least 0. Got {options.scale_loops}.")
+    pretrained = load_pretrained(
+        options.model,
+        options.data,
+        n_tokens=options.tokens,
+        seq_len=options.seq_len,
+        device=_device(options.device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    check_writable(out)
+    print(f"diagnosing {pretrained.name}", flush=True)
+    diagnosis = pretrained.diagnose(options.loops)
+    if options.scale_loops:
+        checks = scale_checks(pretrained.model, pretrained.batches, options.scale_loops)
+        print(scale_table(checks), flush=True)
+        write_scale_checks(checks, out / "scale.json")
+    return [diagnosis]
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
@@ -70,12 +104,19 @@ def run_names(directories: Sequence[Path]) -> list[str]:
     return [str(Path(*path)) for path in paths]
 
 
-def _out_directory(runs: Sequence[Path], out: Path | None) -> Path:
-    if out is None:
-        if len(runs) > 1:
-            raise ValueError(f"out must be given for a page of several runs. Got {len(runs)} runs.")
-        return record_of_run(runs[0]).parent
-    return out
+def _out_directory(options: argparse.Namespace) -> Path:
+    """Where the page goes. Raises ValueError for a request that is not whole."""
+    if options.model is not None:
+        if options.runs:
+            raise ValueError(f"runs and --model must not be given at once. Got {options.runs[0]} and {options.model}.")
+        for name in ("data", "out"):
+            if getattr(options, name) is None:
+                raise ValueError(f"{name} must be given for --model {options.model}. Got none.")
+    elif options.out is None:
+        if len(options.runs) > 1:
+            raise ValueError(f"out must be given for a page of several runs. Got {len(options.runs)} runs.")
+        return record_of_run(options.runs[0]).parent
+    return Path(options.out)
 
 
 def _device(name: str) -> str:
@@ -86,9 +127,19 @@ def _device(name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m looped.diagnose", description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run that training wrote")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run that training wrote")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a model of transformers or the hub, instead of runs")
+    parser.add_argument("--data", metavar="FILES", help="for --model: text files, or a .safetensors file with tokens")
+    parser.add_argument("--seq-len", type=int, default=256, help="for --model: tokens of a window (default: 256)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="for --model: run the code that comes with the model"
+    )
+    parser.add_argument(
+        "--scale-loops", type=int, default=0, metavar="K",
+        help="for --model: also scale H_1..H_K before the readout, with its norm and without (Ouro's checks: 8)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")
-    parser.add_argument("--tokens", type=int, default=8192, help="validation tokens to measure on (default: 8192)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to measure on (default: 8192)")
     parser.add_argument("--loops", type=int, default=30, help="loops over which the state is followed (default: 30)")
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed rounds of the halting policies' speed, 0 for none (default: 5)"
