@@ -2,8 +2,9 @@
 
 config.json has the run's configuration under ``train`` and the model's under ``model``. validation.safetensors is the
 whole validation split, so that whoever has the directory can measure on its text: tokens [n]; bounds [documents + 1],
-where documents begin and end; and, if bits per byte are defined, bytes_per_token [V]; each in the smallest unsigned
-integers that hold it. tokenizer.json is of the tokenizers library. The checkpoint is described in looped/checkpoint.py.
+where documents begin and end; and, if bits per byte are defined, bytes_per_token [V]; each in small integers. For a
+task its documents are sequences, with targets [n] beside them. tokenizer.json is of the tokenizers library; a task has
+none. The checkpoint is described in looped/checkpoint.py.
 """
 
 import json
@@ -41,12 +42,14 @@ class Validation:
 
     tokens: [n] int64. bounds: [documents + 1] int64; document i is tokens[bounds[i] : bounds[i + 1]], its
     end-of-document token included. bytes_per_token: [V] int64, UTF-8 bytes that each token stands for, 0 for special
-    tokens; None if the tokenizer loses text, so that bits per byte are not defined.
+    tokens; None if the tokenizer loses text, so that bits per byte are not defined. targets: [n] int64, what is to be
+    predicted at each token of a task's sequences, -100 for nothing; None for text, where it is the next token.
     """
 
     tokens: Tensor
     bounds: Tensor
     bytes_per_token: Tensor | None
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,21 @@ def write_tokenizer(out: Path, content: str) -> None:
         scratch.write_text(content, encoding="utf-8")
 
 
-def write_validation(out: Path, tokens: np.ndarray, bounds: np.ndarray, bytes_per_token: np.ndarray | None) -> None:
-    """``bytes_per_token``: None if bits per byte are not defined."""
-    arrays = {"tokens": tokens, "bounds": bounds}
-    if bytes_per_token is not None:
-        arrays["bytes_per_token"] = bytes_per_token
-    small = {name: array.astype(np.min_scalar_type(array.max())) for name, array in arrays.items()}
+def write_validation(
+    out: Path,
+    tokens: np.ndarray,
+    bounds: np.ndarray,
+    *,
+    bytes_per_token: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
+) -> None:
+    """``bytes_per_token``: None if bits per byte are not defined. ``targets``: of a task."""
+    arrays = {"tokens": tokens, "bounds": bounds, "bytes_per_token": bytes_per_token, "targets": targets}
+    small = {
+        name: array.astype(np.result_type(*map(np.min_scalar_type, (array.min(), array.max()))))
+        for name, array in arrays.items()
+        if array is not None
+    }
     with replacing(out / VALIDATION) as scratch:
         scratch.write_bytes(safetensors.numpy.save(small))
 
@@ -169,7 +181,7 @@ def _read_validation(path: Path, vocab_size: int) -> Validation:
     try:
         arrays = safetensors.numpy.load_file(path)
         tensors = {name: torch.from_numpy(array.astype("int64")) for name, array in arrays.items()}
-        tokens, bounds, sizes = tensors["tokens"], tensors["bounds"], tensors.get("bytes_per_token")
+        tokens, bounds = tensors["tokens"], tensors["bounds"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.160}).") from error
     if len(tokens) == 0 or int(tokens.max()) >= vocab_size:
@@ -179,7 +191,10 @@ def _read_validation(path: Path, vocab_size: int) -> Validation:
         raise ValueError(
             f"{path} must hold bounds that rise from 0 to its {len(tokens)} tokens. Got {bounds.tolist()!s:.80}."
         )
+    sizes, targets = tensors.get("bytes_per_token"), tensors.get("targets")
+    if targets is not None and targets.shape != tokens.shape:
+        raise ValueError(f"{path} must hold a target for each of its {len(tokens)} tokens. Got {len(targets)}.")
     if sizes is not None:
         # The model's vocabulary may be larger than the tokenizer's; what it adds stands for nothing.
         sizes = F.pad(sizes, (0, max(0, vocab_size - len(sizes))))
-    return Validation(tokens, bounds, sizes)
+    return Validation(tokens, bounds, sizes, targets)

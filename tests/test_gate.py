@@ -123,7 +123,7 @@ def test_the_default_place_is_beside_the_run(finished, tmp_path):
     ],
 )
 def test_bad_options_are_one_line_before_any_work(finished, tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(gate, "load_data", None)
+    monkeypatch.setattr(gate, "load_source", None)
     assert main([str(finished), "--out", str(tmp_path / "gated"), *options]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "gated").exists()

@@ -55,3 +55,14 @@ def test_a_rows_numbers_do_not_depend_on_the_others():
         assert torch.equal(numbers[2], single.uniforms(2)[0])
         assert len(numbers.unique()) == 6
         assert ((numbers >= 0) & (numbers < 1)).all()
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    assert Sampling(temperature=1e-37).probabilities(torch.tensor([99.0, 100.0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.5}, {"top_p": 0.26}], ids=str)
+def test_of_equal_tokens_the_smaller_stay(options):
+    """top_p is reached exactly by two of four."""
+    assert Sampling(**options).probabilities(torch.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
+    assert Sampling(top_k=7).probabilities(torch.zeros(5000)).nonzero().flatten().tolist() == list(range(7))

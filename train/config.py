@@ -23,6 +23,7 @@ from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
 from train.depth import parse_depth
+from train.task import TASKS, make_task
 from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
@@ -31,7 +32,7 @@ Dtype = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """The options that come before those of the model: the preset, and the text."""
+    """The options that come before those of the model: the preset, and the text or task."""
 
     preset: str = "demo"
     """Whose defaults to take: demo, paper-44m, paper-129m, ouro-1.4b, huginn-small or parcae-140m (see them with
@@ -40,13 +41,14 @@ class _Source:
     """Train through the fused per-loop readout, or through plain PyTorch. Both read the same checkpoints."""
 
     data: str = "sotu"
-    """sotu, wikitext-103, or a path or (quoted) glob of .txt, .jsonl or .parquet files."""
-    tokenizer: str = "bpe"
-    """bpe, paper, or the path of a tokenizer.json."""
+    """Text: sotu, wikitext-103, or a path or (quoted) glob of .txt, .jsonl or .parquet files. Or a task that is made on
+    the fly: p-hop, addition."""
+    tokenizer: str | None = None
+    """bpe, paper, or the path of a tokenizer.json. None: bpe; tasks have none."""
     vocab_size: int | None = None
-    """Tokens of the vocabulary. None: the preset's; with a tokenizer.json, its own."""
+    """Tokens of the vocabulary. None: the preset's; with a tokenizer.json or a task, its own."""
     seq_len: int
-    """Tokens of a window, in training and evaluation."""
+    """Tokens of a window, in training and evaluation. Of a task it is the size: 8 (1 + hops), 3 digits + 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,14 @@ _TRAINING: dict[str, dict[str, Any]] = {
         "warmup_steps": 200, "dtype": "bf16", "depth": "poisson:8", "backprop_loops": 4, "supervision": "terminal",
         "penalty": 0.0,
     },
+    "p-hop": {
+        "data": "p-hop", "supervision": "terminal", "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 100,
+        "penalty": 0.0, "weight_decay": 0.0, "dtype": "fp32", "eval_tokens": 40_960,
+    },
+    "addition": {
+        "data": "addition", "supervision": "terminal", "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 100,
+        "penalty": 0.0, "weight_decay": 0.0, "dtype": "fp32", "eval_tokens": 40_960,
+    },
 }  # fmt: skip
 _LENGTH: dict[str, dict[str, float]] = {
     "demo": {"steps": 400},
@@ -175,6 +185,8 @@ _LENGTH: dict[str, dict[str, float]] = {
     "ouro-1.4b": {"epochs": 1},
     "huginn-small": {"epochs": 1},
     "parcae-140m": {"epochs": 1},
+    "p-hop": {"steps": 1500},
+    "addition": {"steps": 1500},
 }
 
 
@@ -189,22 +201,23 @@ def preset_config(preset: str) -> TrainConfig:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options: ``steps`` or ``epochs`` and the ``vocab_size`` of a tokenizer that is to
-    be trained, from the preset; ``stride``; ``eval_loops``; ``dtype``; ``cuda_graph``, off without a GPU;
-    ``exit_gate``, on with gated supervision; and ``out``, named after the preset and the time.
+    be trained, from the preset; ``tokenizer`` and ``stride`` of text; ``vocab_size`` of a task; ``eval_loops``;
+    ``dtype``; ``cuda_graph``, off without a GPU; ``exit_gate``, on with gated supervision; and ``out``, named after the
+    preset and the time.
 
-    Raises ValueError if steps and epochs are both given, or ``device`` is not there.
+    Raises ValueError if steps and epochs are both given, options of text are given with a task, or ``device`` is not
+    there.
     """
     if config.steps is not None and config.epochs is not None:
         raise ValueError(f"give steps or epochs, not both. Got steps={config.steps}, epochs={config.epochs}.")
     filled: dict[str, Any] = {}
     if config.steps is None and config.epochs is None:
         filled |= _LENGTH[config.preset]
-    if config.vocab_size is None and config.tokenizer in ("bpe", "paper"):
-        filled["vocab_size"] = PRESETS[config.preset].vocab_size
-    if config.stride is None:
-        filled["stride"] = config.seq_len
+    is_task = config.data in TASKS
+    filled |= _of_task(config) if is_task else _of_text(config)
     if config.eval_loops is None:
-        filled["eval_loops"] = config.n_loops if config.depth == "fixed" else 4 * config.n_loops
+        beyond = 2 if is_task else 1 if config.depth == "fixed" else 4
+        filled["eval_loops"] = beyond * config.n_loops
     if config.dtype is None:
         filled["dtype"] = "bf16" if _has_bf16(device_of(config)) else "fp32"
     if device_of(config).type != "cuda":
@@ -214,6 +227,31 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.out is None:
         filled["out"] = config.resume or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(config, **filled)
+
+
+def _of_text(config: TrainConfig) -> dict[str, Any]:
+    tokenizer = config.tokenizer or "bpe"
+    filled: dict[str, Any] = {"tokenizer": tokenizer, "stride": config.stride or config.seq_len}
+    if config.vocab_size is None and tokenizer in ("bpe", "paper"):
+        filled["vocab_size"] = PRESETS[config.preset].vocab_size
+    return filled
+
+
+def _of_task(config: TrainConfig) -> dict[str, Any]:
+    for name in ("tokenizer", "stride", "epochs"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} must not be given with a task, which is made without end. "
+                f"Got {name}={getattr(config, name)} with data={config.data}."
+            )
+    if config.steps is None and "epochs" in _LENGTH[config.preset]:
+        raise ValueError(f"steps must be given: data={config.data} has no epochs, as preset={config.preset} asks for.")
+    vocab_size = make_task(config.data, config.seq_len).vocab_size
+    if config.vocab_size not in (None, vocab_size):
+        raise ValueError(
+            f"vocab_size must be {vocab_size} with data={config.data}. Got vocab_size={config.vocab_size}."
+        )
+    return {"vocab_size": vocab_size}
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -290,12 +328,13 @@ def validate(config: TrainConfig) -> None:
             f"Got batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
         )
     _check_gate(config)
-    if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
-        raise ValueError(
-            f"tokenizer must be bpe, paper or the path of a tokenizer.json. Got tokenizer={config.tokenizer!r}."
-        )
-    if config.vocab_size is not None:
-        check_vocab_size(config.tokenizer, config.vocab_size)
+    if config.tokenizer is not None:
+        if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
+            raise ValueError(
+                f"tokenizer must be bpe, paper or the path of a tokenizer.json. Got tokenizer={config.tokenizer!r}."
+            )
+        if config.vocab_size is not None:
+            check_vocab_size(config.tokenizer, config.vocab_size)
     model_config(config, config.vocab_size or 1)
     device_of(config)
     if config.resume is None and config.out is not None:
@@ -326,7 +365,7 @@ def _check_gate(config: TrainConfig) -> None:
 def comparable(config: TrainConfig, name: str) -> Any:
     """An option's value as runs are compared by it: paths absolute, as config.json has them."""
     value = getattr(config, name)
-    return os.path.abspath(value) if name in ("data", "tokenizer") else value
+    return os.path.abspath(value) if name in ("data", "tokenizer") and value is not None else value
 
 
 def _check_cache(cache: Path | None) -> None:

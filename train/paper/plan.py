@@ -13,6 +13,7 @@ from train.paper.options import check_distinct, check_positive
 from train.paper.runs import FoundRun, find_runs
 from train.paper.sweep_report import stored_command
 from train.run import parse
+from train.task import TASKS
 
 # What the sweep itself sets in every run, and what two runs of one sweep may differ in: how they are carried out.
 OWN_OPTIONS = {"preset", "data", "steps", "epochs", "supervision", "readout", "penalty", "inter-loop-norm", "seed",
@@ -82,6 +83,8 @@ def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
         if getattr(config, name) is not None:
             shared += [f"--{name}", str(getattr(config, name))]
     base = dataclasses.replace(parse(shared), out=None)
+    if base.data in TASKS:
+        raise ValueError(f"data must be text in a sweep: the paper has no tasks. Got data={base.data}.")
     if config.jobs > 1 and ":" in base.device:
         raise ValueError(
             f"device must be auto, cpu or cuda with several jobs. Got device={base.device}, jobs={config.jobs}."

@@ -21,7 +21,6 @@ import torch
 from looped.command_line import command_line
 from looped.run_directory import hold
 from train.config import TrainConfig
-from train.data import cache_directory, load_data
 from train.interrupt import Interrupted, Interruptions
 from train.paper import judging
 from train.paper.conditions import N_LOOPS
@@ -29,6 +28,7 @@ from train.paper.options import split_words
 from train.paper.plan import EXECUTION, SWEEP, SweepConfig, Task, check_runs, check_same, options_of, plan
 from train.paper.runs import FoundRun, RunResult, read_run, status
 from train.paper.sweep_report import write_report
+from train.prepare import load_source
 
 PROGRAM = Path(__file__).parents[1] / "run.py"  # by its path: of this checkout, whatever else is installed
 UNFINISHED_FILES = {"config.json", "tokenizer.json", "metrics.jsonl", "validation.safetensors", "checkpoint.new"}
@@ -147,14 +147,7 @@ def _make_cache(tasks: Sequence[Task]) -> None:
     """
     if not _waiting(tasks):
         return
-    config = tasks[0].config
-    load_data(
-        config.data,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        seq_len=config.seq_len,
-        cache=cache_directory(config.cache),
-    )
+    load_source(tasks[0].config)
 
 
 def _train_all(

@@ -1,0 +1,122 @@
+"""Tasks: sequences made on the fly from a seed, whose answers take steps of computation and no knowledge of a text.
+
+Training never sees a sequence twice by design: batch ``step`` is drawn from a generator of (seed, step), and the
+validation sequences, the same for every run of a task and length, from a generator that no training step has. Nothing
+is read from a disk or kept there, except the validation sequences in the run's directory.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from looped.run_directory import write_validation
+from looped.supervision import IGNORE_INDEX
+from train.addition import Addition
+from train.batches import spread
+from train.p_hop import PHop
+
+TRAINING, VALIDATION = 0, 1  # branches of the random generators, which have no seed in common
+N_VALIDATION = 4096  # sequences
+TASKS: dict[str, Callable[[int], "Task"]] = {"p-hop": PHop, "addition": Addition}
+
+
+class Task(Protocol):
+    """What a sequence is, how it is answered, and how answers are counted."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def sequences(self, generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs [n, T] and the answers [n, A] to their last A places, both int64."""
+        ...
+
+    def asked(self, step: int) -> int:
+        """How many of the answers, from the first on, step ``step`` of training asks for: the curriculum."""
+        ...
+
+    def accuracy(self, right: np.ndarray) -> dict[str, float]:
+        """Shares of right answers by name, that of all "answers" first. right: [n, A] bool."""
+        ...
+
+
+def make_task(name: str, seq_len: int) -> Task:
+    """The task ``name`` of `TASKS`. Raises ValueError if sequences of ``seq_len`` tokens do not fit it."""
+    return TASKS[name](seq_len)
+
+
+@dataclass(frozen=True)
+class MadeSequences:
+    """inputs, targets: [N, T] int64, -100 where there is no answer."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.inputs[indices], self.targets[indices]
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task as a source of training and validation sequences (`train.source.Source`)."""
+
+    task: Task
+
+    bytes_per_token = None
+    n_tokens = None
+    n_sequences = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.task.vocab_size
+
+    @property
+    def description(self) -> str:
+        return f"{self.task.name}, made on the fly ({self.task.description})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the validation sequences: it changes with how sequences are made, and with the generator."""
+        made = self._validation
+        content = made.inputs.numpy().tobytes() + made.targets.numpy().tobytes()
+        return hashlib.blake2b(f"{self.task.name} ".encode() + content, digest_size=16).hexdigest()
+
+    def batch(self, step: int, *, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        made = self._make(np.random.SeedSequence(seed, spawn_key=(TRAINING, step)), batch_size, self.task.asked(step))
+        return made.inputs, made.targets
+
+    def validation(self, limit: int | None) -> tuple[MadeSequences, np.ndarray]:
+        """``limit``: tokens, of which each sequence has T."""
+        made = self._validation
+        n = len(made.inputs)
+        return made, spread(n, n if limit is None else max(1, limit // made.inputs.shape[1]))
+
+    def write(self, out: Path) -> None:
+        """The validation sequences, as documents; there is no tokenizer."""
+        made = self._validation
+        n, length = made.inputs.shape
+        bounds = np.arange(n + 1) * length
+        write_validation(out, made.inputs.numpy().ravel(), bounds, targets=made.targets.numpy().ravel())
+
+    @cached_property
+    def _validation(self) -> MadeSequences:
+        return self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
+
+    def _make(self, seed: np.random.SeedSequence, n: int, asked: int | None) -> MadeSequences:
+        """``asked``: how many answers are targets, from the first on; None: all."""
+        inputs, answers = self.task.sequences(np.random.default_rng(seed), n)
+        targets = np.full_like(inputs, IGNORE_INDEX)
+        targets[:, inputs.shape[1] - answers.shape[1] :][:, :asked] = answers[:, :asked]
+        return MadeSequences(torch.from_numpy(inputs), torch.from_numpy(targets))
