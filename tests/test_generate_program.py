@@ -61,7 +61,7 @@ def generated(run: Path, options: Options, prompt: str = PROMPT) -> tuple[Genera
         (["--speculate", "1", "--draft-tokens", "3"], Options(draft_loops=1, draft_tokens=3)),
         (["--shared-cache", "--seed", "1"], Options(shared_cache=True, seed=1)),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",  # options have addresses in them
 )
 def test_the_text_is_that_of_generate(
     run: Path, words: list[str], options: Options, capsys: pytest.CaptureFixture[str]
