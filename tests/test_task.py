@@ -18,6 +18,7 @@ from torch import nn
 from looped.diagnose.diagnosis import check_run
 from looped.model import LoopedOutput
 from looped.run_directory import load_run
+from train import gate
 from train.accuracy import with_accuracy
 from train.batches import spread
 from train.paper.plan import SweepConfig, plan
@@ -106,6 +107,20 @@ def test_half_and_resumed_half_are_the_whole(tmp_path, task):
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, halves)]
     accuracies = [[result["accuracy"] for result in summary["evaluation"]] for summary in summaries]
     assert accuracies[0] == accuracies[1]
+
+
+def test_the_second_stage_of_a_gate_goes_on_with_the_curriculum(tmp_path, monkeypatch):
+    run, steps, batch = tmp_path / "run", [], TaskSource.batch
+
+    def recorded(self, step, **options):
+        steps.append(step)
+        return batch(self, step, **options)
+
+    assert main(arguments("p-hop", run)) == 0
+    monkeypatch.setattr(TaskSource, "batch", recorded)
+    assert gate.main([str(run), "--steps", "3", "--device", "cpu"]) == 0
+    assert steps == [6, 7, 8]
+    assert load_run(tmp_path / "run-gate").model.exit_gate is not None
 
 
 def test_what_a_run_leaves(tmp_path, capsys):

@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     before = measure(model, source, config)
     print(f"gate      of {options.run}, {model.config.d_model + 1:,} of {model.parameter_count():,} parameters")
     print(f"before    {_line(before)}")
-    train_gate(model, source, config, options, batch_size)
+    train_gate(model, source, config, options, batch_size, first=saved.step)
     after = measure(model, source, config)
     print(f"after     {_line(after)}\n{_table(after)}")
     record = {
@@ -126,12 +126,15 @@ def _source_of(run: Path, config: TrainConfig) -> Source:
 
 
 def train_gate(
-    model: LoopedLM, source: Source, config: TrainConfig, options: argparse.Namespace, batch_size: int
+    model: LoopedLM, source: Source, config: TrainConfig, options: argparse.Namespace, batch_size: int, *, first: int
 ) -> None:
-    """Take the steps. Raises NotFiniteError if the gate is no number after them."""
+    """Take the steps, on the batches from step ``first`` on, where a task's curriculum goes on.
+
+    Raises NotFiniteError if the gate is no number after them.
+    """
     assert model.exit_gate is not None
     optimizer = torch.optim.AdamW(model.exit_gate.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    for step in tqdm(range(options.steps), desc="training", unit="step", disable=None, leave=False):
+    for step in tqdm(range(first, first + options.steps), desc="training", unit="step", disable=None, leave=False):
         loss, _, _ = _forward(model, *source.batch(step, seed=options.seed, batch_size=batch_size), config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
