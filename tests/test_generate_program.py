@@ -90,7 +90,7 @@ def test_the_end_of_a_document_ends_the_text(run: Path, tmp_path: Path, capsys: 
     n_before = said.index(end)
     ended = tmp_path / "run"
     shutil.copytree(run, ended)
-    write_validation(ended, np.array([3, end, 4, end]), np.array([0, 2, 4]), None)
+    write_validation(ended, np.array([3, end, 4, end]), np.array([0, 2, 4]))
     capsys.readouterr()
     assert main([str(ended), "--prompt", PROMPT, "--seed", "2"]) == 0
     out, err = capsys.readouterr()
