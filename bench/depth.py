@@ -131,7 +131,10 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1. Got {getattr(options, name)}.")
     pairs = [(supervision, depth) for supervision in options.supervision for depth in DEPTHS]
-    runs = [trained(options.runs, *pair, options.steps) for pair in pairs]
+    try:
+        runs = [trained(options.runs, *pair, options.steps) for pair in pairs]
+    except ValueError as error:
+        parser.error(str(error))
     curves = [measure(run, options.tokens) for run in runs]
     where = environment()
     settings: dict[str, Any] = {"preset": "demo", "steps": options.steps, "tokens": options.tokens, "seed": 42}

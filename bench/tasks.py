@@ -37,15 +37,18 @@ Record = dict[str, Any]
 def trained(task: str, condition: str, seed: int, runs: Path, out: Path) -> Record:
     """The record of a run, which is trained if there is none. Raises ValueError if training does not succeed."""
     path = out / f"{condition}-seed-{seed}.json"
+    options = ["--preset", task, "--seed", str(seed), "--eval-loops", "8", *CONDITIONS[condition]]
     if not path.exists():
         run = runs / task / path.stem
-        options = ["--preset", task, "--seed", str(seed), "--eval-loops", "8", *CONDITIONS[condition]]
         before = time.process_time()
         if train([*options, "--device", "cpu", "--out", str(run)]) != 0:
             raise ValueError(f"{run} was not trained to its end. Remove it.")
         used = {"options": options, "seed": seed, "cpu_seconds": time.process_time() - before}
         write_record(path, used | json.loads((run / "summary.json").read_text(encoding="utf-8")))
-    return json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("options") != options:
+        raise ValueError(f"{path} must be the record of {options}. Got {record.get('options')}. Name another --out.")
+    return record
 
 
 def accuracy(record: Record, name: str = "answers") -> tuple[list[int], list[float]]:
@@ -101,10 +104,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     out = options.out / options.task
     out.mkdir(parents=True, exist_ok=True)
-    records = {
-        condition: [trained(options.task, condition, seed, options.runs, out) for seed in options.seeds]
-        for condition in CONDITIONS
-    }
+    try:
+        records = {
+            condition: [trained(options.task, condition, seed, options.runs, out) for seed in options.seeds]
+            for condition in CONDITIONS
+        }
+    except ValueError as error:
+        parser.error(str(error))
     first = records["fixed"][0]
     title = f"{options.task}, {first['steps']} steps, {len(options.seeds)} seeds"
     draw(out / "accuracy.png", records, title)

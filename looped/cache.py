@@ -59,6 +59,8 @@ class KeyValueCache:
                 "capacity must be at most max_seq_len with learned positions. "
                 f"Got capacity={capacity}, max_seq_len={config.max_seq_len}."
             )
+        if starts is not None and starts.shape != (batch_size,):
+            raise ValueError(f"starts must have shape [B] = [{batch_size}]. Got {list(starts.shape)}.")
         self.config = config
         self.batch_size = batch_size
         self.capacity = capacity

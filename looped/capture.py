@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from looped.adapters import find_adapter
 from looped.kernels import LoopedReadout
+from looped.kernels.arguments import check_number
 from looped.kernels.looped_cross_entropy import LoopedCrossEntropy
 from looped.replay import Calls, call_of, check_eager, named_module, tensor_of, uncompiled
 
@@ -171,6 +172,8 @@ class Captured:
         """
         if self.readout is None:
             raise ValueError("head must be named for a loss. Got None.")
+        if not isinstance(penalty, Tensor):
+            check_number("penalty", penalty, 0)
         states = self.states
         self._check_gradients(states)
         if not self.coda:
@@ -186,7 +189,9 @@ class Captured:
             [like if state is None else state for state in read],
             targets, weights=weights, n_targets=n_targets, statistics=statistics,
         )  # fmt: skip
-        return result._replace(loss=result.loss + penalty * mean_square(states))
+        if isinstance(penalty, Tensor) or penalty > 0:
+            result = result._replace(loss=result.loss + penalty * mean_square(states))
+        return result
 
     def _check_gradients(self, states: Sequence[Tensor]) -> None:
         if not (self._with_gradients and torch.is_grad_enabled() and self.model.training):

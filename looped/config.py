@@ -53,7 +53,7 @@ class LoopedShape:
     loop_rank: int = 0
     """Rank r of a learned update U_k V_k H of what enters loop k; 0 for none. Loops beyond n_loops share the last's."""
     exit_gate: bool = False
-    """A gate that says for every loop and token how probable it is to stop there. Gated supervision needs one."""
+    """A gate that says for every loop and token how probable it is to stop there. Gated supervision turns it on."""
 
 
 @dataclass(frozen=True, kw_only=True)

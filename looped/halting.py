@@ -13,9 +13,9 @@ on another slice (Sharma & Vu, arXiv 2606.24898).
     gate              sum_{j <= k} p_j, the gate's exit distribution    Ouro, arXiv 2510.25741
 
 The first three need the logits after every loop, the gate what the coda makes of the state (R_k), if there is a coda,
-and the state's change neither. Every policy is causal: a token's score comes from
-its own state, which depends on no later token. This file reads states that were computed for all tokens at all loops,
-which says when predictions are ready and saves no time; looped/early_exit.py leaves later loops out.
+and the state's change neither. Every policy is causal: a token's score comes from its own state, which depends on no
+later token. This file reads states that were computed for all tokens at all loops, which says when predictions are
+ready and saves no time; looped/early_exit.py leaves later loops out.
 """
 
 import math

@@ -174,7 +174,7 @@ class LoopedLM(Recurrence):
             statistics=statistics,
         )
         loss = result.loss
-        if self.config.n_coda:
+        if self.config.n_coda and (isinstance(penalty, Tensor) or penalty > 0):
             loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
         gate = gated(supervision)
         if gate is None or log_p is None:

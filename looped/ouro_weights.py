@@ -153,8 +153,9 @@ def weights_from_ouro(weights: Mapping[str, Tensor], config: LoopedConfig) -> di
             ours[f"{mine}{here}.weight"] = take(f"{theirs}{name}.weight")
     ours["loop_norm.weight"] = take("model.norm.weight")
     ours["readout_norm.weight"] = ours["loop_norm.weight"].clone()
-    for name in ("weight", "bias"):
-        ours[f"exit_gate.{name}"] = take(f"model.early_exit_gate.{name}")
+    gate = {f"exit_gate.{name}": take(f"model.early_exit_gate.{name}") for name in ("weight", "bias")}
+    if config.exit_gate:
+        ours |= gate
     if config.tied:
         left.pop("lm_head.weight", None)  # the embedding again
     else:

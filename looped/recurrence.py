@@ -12,7 +12,9 @@ are always the H_k, which are fed back; the readout's norm, logits and losses ar
 The loops stop after a number that the caller gives.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +113,12 @@ class Recurrence(nn.Module):
     def embed(self, tokens: Tensor, *, positions: Tensor | None = None, context: Context | None = None) -> Tensor:
         """E [B, T, d] of tokens [B, T]. Raises as `LoopedLM.forward` does. positions: as `context` takes them."""
         self._check_tokens(tokens)
+        context = self.context(tokens, positions=positions) if context is None else context
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + (self.positions.weight[: tokens.shape[1]] if positions is None else self.positions(positions))
         x = dropout(x, self.config.dropout if self.training else 0.0)
-        return self._run(self.prelude, x, "prelude", 0, context) if len(self.prelude) else x
+        return self._recomputed(self._stack, self.prelude, x, "prelude", 0, context) if len(self.prelude) else x
 
     def start(self, embedded: Tensor) -> Tensor:
         """H_0 of E, both [B, T, d]. Noise is N(0, 2/5) in training, as Huginn's, and its mean otherwise."""
@@ -134,24 +137,29 @@ class Recurrence(nn.Module):
         """
         if embedded is None and self.config.injection != "none":
             raise ValueError(f"embedded must be given with injection={self.config.injection}. Got embedded=None.")
-        if loop > 0 and self.loop_norm is not None:
-            state = normalised_stream(state, None, self.loop_norm, self.implementation)
-        state = self.injection(state, embedded, loop)
-        return self._run(self.blocks, state, "loop", loop, context)
+        context = self.context(state) if context is None else context
+        return self._recomputed(self._loop, state, loop, embedded, context)
 
     def read(self, state: Tensor, context: Context | None = None) -> Tensor:
         """R_k of H_k, both [B, T, d]."""
-        return self._run(self.coda, state, "coda", 0, context) if len(self.coda) else state
+        if len(self.coda) == 0:
+            return state
+        context = self.context(state) if context is None else context
+        return self._recomputed(self._stack, self.coda, state, "coda", 0, context)
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, part: Part, loop: int, context: Context | None) -> Tensor:
-        context = self.context(x) if context is None else context
-        if self.checkpoint_loops and torch.is_grad_enabled():
-            # The generator's state is restored for dropout alone: no CUDA graph can capture that.
-            random = self.training and self.config.dropout > 0
-            return checkpoint(
-                self._stack, blocks, x, part, loop, context, use_reentrant=False, preserve_rng_state=random
-            )
-        return self._stack(blocks, x, part, loop, context)
+    def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """The function's result. With checkpoint_loops its arguments alone are kept for the backward pass."""
+        if not (self.checkpoint_loops and torch.is_grad_enabled()):
+            return function(*arguments)
+        # The generator's state is restored for dropout alone: no CUDA graph can capture that.
+        random = self.training and self.config.dropout > 0
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random)
+
+    def _loop(self, state: Tensor, loop: int, embedded: Tensor | None, context: Context) -> Tensor:
+        if loop > 0 and self.loop_norm is not None:
+            state = normalised_stream(state, None, self.loop_norm, self.implementation)
+        state = self.injection(state, embedded, loop)
+        return self._stack(self.blocks, state, "loop", loop, context)
 
     def _stack(self, blocks: nn.ModuleList, x: Tensor, part: Part, loop: int, context: Context) -> Tensor:
         delta: Tensor | None = None

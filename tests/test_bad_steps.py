@@ -75,5 +75,15 @@ def test_what_is_not_in_a_block_is_located():
     assert located(model) == "in the gradient of readout_norm.weight"
 
 
+def test_what_is_beside_the_loops_is_located():
+    for part in ("prelude", "coda"):
+        model = make(n_prelude=1, n_coda=2)
+        getattr(model, part)[-1].mlp.register_forward_hook(Nth(0, lambda y: y * math.inf))
+        assert located(model) == f"in the forward pass at the {part}, layer {len(getattr(model, part))}"
+    model = make(exit_gate=True)
+    model.exit_gate.register_forward_hook(Nth(1, lambda g: g * math.nan))
+    assert located(model, supervision="gated", penalty=0.0) == "in the exit gate"
+
+
 def test_what_does_not_show_again_is_said_so():
     assert located(make()) == "at a place that did not show again: the step, repeated, was finite"

@@ -1,6 +1,7 @@
 """bench/depth.py on a tiny model: the runs, the curves, the files."""
 
 import json
+import re
 
 import pytest
 from tiny_run import arguments
@@ -38,10 +39,11 @@ def test_curves_and_files(tmp_path, monkeypatch, capsys):
     lines = path.with_suffix(".md").read_text().splitlines()[-3:]
     assert [line.split(" | ")[1] for line in lines] == ["`fixed`", "`uniform:1-8`", "`poisson:4`"]
     assert lines[0].split(" | ")[3] == f"{record['curves'][0]['ce'][0]:.3f}"
-    with pytest.raises(
-        ValueError, match=r"terminal-fixed must be a run of terminal, fixed, 4 steps\. Got \(.*Remove it"
-    ):
+    with pytest.raises(SystemExit):
         depth.main([*options, "--steps", "4", "--out", str(tmp_path / "out")])
+    assert re.search(
+        r"terminal-fixed must be a run of terminal, fixed, 4 steps\. Got \(.*Remove it", capsys.readouterr().err
+    )
 
 
 def test_rejects_no_steps(capsys):

@@ -6,10 +6,12 @@ import pytest
 from bench import tasks
 
 
-def record(seed: int, shares: list[float]) -> dict:
+def record(condition: str, seed: int, shares: list[float]) -> dict:
     results = [{"n_loops": k, "accuracy": {"answers": share, "1 hop": 1.0}} for k, share in enumerate(shares, start=1)]
     versions = dict.fromkeys(("python", "torch", "numpy"), "1.0")
     where = {"device": "cpu: a processor", "versions": versions, "commit": "abc", "steps": 1500}
+    options = ["--preset", "p-hop", "--seed", str(seed), "--eval-loops", "8", *tasks.CONDITIONS[condition]]
+    where["options"] = options
     return {"seed": seed, "cpu_seconds": 71.6, "evaluation": results[:2], "evaluation_beyond": results[2:], **where}
 
 
@@ -19,7 +21,7 @@ def recorded(tmp_path):
     (tmp_path / "p-hop").mkdir()
     for number, condition in enumerate(tasks.CONDITIONS):
         for seed in (0, 1):
-            content = record(seed, [0.25 + number / 8 + seed / 32, 0.5, 0.75])
+            content = record(condition, seed, [0.25 + number / 8 + seed / 32, 0.5, 0.75])
             (tmp_path / "p-hop" / f"{condition}-seed-{seed}.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -43,7 +45,7 @@ def test_page_and_figure_of_records(recorded, monkeypatch, capsys):
     plt.close(shown[0])
 
 
-def test_a_missing_record_is_trained_and_kept(recorded, monkeypatch):
+def test_a_missing_record_is_trained_and_kept(recorded, monkeypatch, capsys):
     missing = recorded / "p-hop" / "uniform-4-8-seed-1.json"
     kept = json.loads(missing.read_text())
     missing.unlink()
@@ -65,5 +67,14 @@ def test_a_missing_record_is_trained_and_kept(recorded, monkeypatch):
     assert " ".join(json.loads(missing.read_text())["options"]) == words
     monkeypatch.setattr(tasks, "train", lambda options: 1)
     missing.unlink()
-    with pytest.raises(ValueError, match=r"uniform-4-8-seed-1 was not trained to its end\. Remove it\."):
+    with pytest.raises(SystemExit):
         tasks.main(["p-hop", "--seeds", "0", "1", "--out", str(recorded), "--runs", str(recorded / "runs")])
+    assert "uniform-4-8-seed-1 was not trained to its end. Remove it." in capsys.readouterr().err
+
+
+def test_a_record_of_other_options_is_refused(recorded, capsys):
+    path = recorded / "p-hop" / "one-loop-seed-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"options": ["--steps", "3"]}))
+    with pytest.raises(SystemExit):
+        tasks.main(["p-hop", "--seeds", "0", "1", "--out", str(recorded)])
+    assert "one-loop-seed-0.json must be the record of" in capsys.readouterr().err

@@ -228,3 +228,8 @@ def test_cache_rejects_another_model_or_batch() -> None:
         run(decoder(n_layers=3), cache, tokens(2, 3), 0, 2)
     with pytest.raises(ValueError, match="Got prelude layer 0 at loop 1; the cache has 0 layers and 1 loops"):
         run(decoder(n_prelude=1), cache, tokens(2, 3), 0, 2)
+
+
+def test_cache_rejects_other_starts() -> None:
+    with pytest.raises(ValueError, match=r"starts must have shape \[B\] = \[2\]. Got \[1\]."):
+        KeyValueCache(config(), 2, 5, 2, starts=torch.tensor([3]))

@@ -338,3 +338,10 @@ def test_capture_rejects_dtypes_and_shapes():
     with pytest.raises(TypeError, match="head and states must both be float64 or neither"):
         result.cross_entropy(LABELS)
     assert result.states[0].shape == (*TOKENS.shape, D)
+
+
+@pytest.mark.parametrize("name", ["ouro", "huginn"])
+@pytest.mark.parametrize("penalty", [-1.0, float("nan")])
+def test_capture_rejects_a_penalty(name, penalty):
+    with pytest.raises(ValueError, match="penalty must be"):
+        captured(small(name)).cross_entropy(LABELS, penalty=penalty)

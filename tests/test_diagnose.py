@@ -175,6 +175,15 @@ def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs):
     assert found.measured.weights == pytest.approx((0.4, 0.24, 0.36))  # as a gate starts
 
 
+def test_loops_without_gradient_have_no_weight(runs):
+    run = load_run(runs[1])
+    for supervision, expected in (("per-loop", (0, 0.5, 0.5)), ("terminal", (0, 0, 1))):
+        changed = run.config["train"] | {"supervision": supervision, "backprop_loops": 2}
+        config = {"train": changed, "model": run.config["model"]}
+        found = diagnose_run(dataclasses.replace(run, config=config), n_tokens=256, horizon=6)
+        assert found.measured.weights == expected
+
+
 def test_windows_do_not_overlap_and_are_spread():
     validation = Validation(torch.arange(101), torch.tensor([0, 101]), None)
     parts = validation_batches(validation, seq_len=10, n_tokens=45)

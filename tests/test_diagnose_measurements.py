@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_decoder
 import torch
 import torch.nn.functional as F
 from diagnosed_models import CHANNELS, N_LOOPS, VOCABULARY, Recurrence, batches, rows_of
@@ -13,7 +14,7 @@ from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import PERCENTILES, measure_dynamics
 from looped.diagnose.halting import measure_halting
 from looped.diagnose.interventions import ALPHAS, clamp_radially, scale_response, sweep_alpha
-from looped.diagnose.model import LoopedModel
+from looped.diagnose.model import LoopedModel, from_decoder
 from looped.diagnose.radial import measure_radial
 from looped.halting import calibrate, exit_loops
 
@@ -345,3 +346,15 @@ def test_the_report_does_not_see_the_calibration_slice(model):
 def test_one_window_cannot_be_halved(model):
     with pytest.raises(ValueError, match=r"must hold two windows.* Got 1"):
         measure_halting(model.described(), batches(sizes=(1,)))
+
+
+def test_a_coda_is_read_where_nothing_is_normalised():
+    """As training reads `final-only`: the coda after every loop, the norm after the last."""
+    decoder = tiny_decoder.model(readout="final-only", n_coda=1, embedding_std=0.3).eval()
+    rows = tiny_decoder.tokens(2, 12)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    output = decoder(inputs, targets)
+    described = from_decoder(decoder)
+    for loop, state in enumerate(output.states):
+        loss = described.cross_entropy(state, targets, final=loop == 2).mean()
+        torch.testing.assert_close(loss, output.per_loop[loop])

@@ -324,3 +324,11 @@ def test_the_policy_sees_what_it_may_look_at() -> None:
         for what in seen:
             assert (what.logits is not None) == reads_logits
             assert what.logits is None or what.logits.shape == (3, 1, V)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"exit": "margin:1"}, "exit must be an Exit"), ({"top_k": True}, "top_k")]
+)
+def test_options_reject_other_types(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Options(**options)

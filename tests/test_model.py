@@ -386,3 +386,12 @@ def test_rejects_targets_out_of_range(fused: bool, target: int) -> None:
     for function in (decoder.readout_loss, decoder.evaluation_losses):
         with pytest.raises((ValueError, IndexError), match=rf"{target}"):
             function(states, targets)
+
+
+def test_no_penalty_takes_no_squares() -> None:
+    """Behind a coda too: the states' squares may be infinite."""
+    decoder = model(n_coda=1, embedding_std=1.0)
+    with torch.no_grad():
+        decoder.embedding.weight *= 1e21
+    assert decoder(*batch(), penalty=0.0).loss.isfinite()
+    assert not decoder(*batch(), penalty=0.1).loss.isfinite()

@@ -223,3 +223,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         ) as caught:
             load_ouro(name)
         assert "\n" not in str(caught.value)
+
+
+def test_the_preset_takes_ouros_weights_without_their_gate():
+    theirs = weights_to_ouro(ours(exit_gate=True))
+    model = ours()
+    model.load_state_dict(weights_from_ouro(theirs, model.config))
+    with pytest.raises(ValueError, match=r"must hold model\.early_exit_gate\.bias"):
+        weights_from_ouro({n: w for n, w in theirs.items() if n != "model.early_exit_gate.bias"}, model.config)

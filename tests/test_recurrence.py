@@ -276,9 +276,10 @@ def test_checkpoint_loops_gives_equal_gradients(fused: bool, dropout: float, mon
     assert_same_gradients(results[1][1], results[0][1], tolerance=1e-6)
 
 
-def test_checkpoint_loops_keeps_only_the_states() -> None:
+@pytest.mark.parametrize("changes", [{}, {"injection": "concat", "loop_rank": 2, "inter_loop_norm": True}], ids=str)
+def test_checkpoint_loops_keeps_only_the_states(changes: dict[str, Any]) -> None:
     def saved_elements(checkpoint_loops: bool) -> int:
-        decoder = model()
+        decoder = model(**changes)
         decoder.checkpoint_loops = checkpoint_loops
         parameters = {parameter.data_ptr() for parameter in decoder.parameters()}
         saved: dict[int, int] = {}
@@ -294,6 +295,7 @@ def test_checkpoint_loops_keeps_only_the_states() -> None:
         return sum(saved.values())
 
     assert saved_elements(True) < saved_elements(False) / 10
+    assert saved_elements(True) <= 7 * 2 * 11 * D + 2 * 11  # H_0..H_5, E, and the tokens
 
 
 # Rejections -----------------------------------------------------------------------------------------------------------
@@ -324,3 +326,13 @@ def test_rejects_rank_and_dtype() -> None:
         model()(tokens()[0])
     with pytest.raises(TypeError, match=r"tokens must be int64\. Got torch\.int32"):
         model()(tokens().int())
+
+
+def test_positions_of_a_prelude_need_no_context() -> None:
+    decoder = model(n_prelude=1, positions="rotary").eval()
+    moved = torch.arange(11).flip(0)
+    context = decoder.context(tokens(), positions=moved)
+    assert torch.equal(
+        decoder.embed(tokens(), positions=moved), decoder.embed(tokens(), positions=moved, context=context)
+    )
+    assert not torch.allclose(decoder.embed(tokens(), positions=moved), decoder.embed(tokens()))

@@ -141,6 +141,10 @@ BAD_OPTIONS = {
     "unknown option": (["--learning", "1"], "Unrecognized options.*--learning"),
     "unknown readout": (["--readout", "batchnorm"], "invalid choice 'batchnorm'"),
     "unknown supervision": (["--supervision", "last"], "invalid choice 'last'"),
+    "gated and truncated": (
+        ["--supervision", "gated", "--backprop-loops", "2"],
+        "backprop_loops must be left out with gated supervision.*Got backprop_loops=2",
+    ),
     "negative beta": (
         ["--supervision", "gated", "--gate-beta", "-1"],
         "beta of the gate must be .* at least 0. Got -1",

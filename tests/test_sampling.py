@@ -66,3 +66,13 @@ def test_of_equal_tokens_the_smaller_stay(options):
     """top_p is reached exactly by two of four."""
     assert Sampling(**options).probabilities(torch.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
     assert Sampling(top_k=7).probabilities(torch.zeros(5000)).nonzero().flatten().tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50, 1e-300])
+def test_a_temperature_too_small_for_float32_takes_the_most_probable(temperature: float) -> None:
+    torch.set_flush_denormal(True)
+    try:
+        p = Sampling(temperature=temperature).probabilities(torch.tensor([1.0, 3.0, 2.0, 3.0]))
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(p, torch.tensor([0.0, 0.5, 0.0, 0.5]))

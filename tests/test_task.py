@@ -1,6 +1,7 @@
 """Runs on tasks: what is drawn when, what a run leaves, what is refused, and how answers are counted."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from train.accuracy import with_accuracy
 from train.batches import spread
 from train.paper.plan import SweepConfig, plan
 from train.report import draw, table
-from train.run import main
+from train.run import main, parse
 from train.step import LoopResult
 from train.task import TASKS, TaskSource, make_task
 
@@ -258,3 +259,18 @@ def test_accuracy_stands_beside_the_loss(tmp_path, monkeypatch):
     assert drawn == {"answers": [0.25, 0.5], "1 hop": [0.5, 1.0]}
     assert [list(line.get_xdata()) for line in panel.lines[1:]] == [[1, 2], [1, 2]]
     plt.close(shown[0])
+
+
+def test_a_task_alone_takes_its_own_preset():
+    assert parse(["--data", "p-hop"]).preset == "p-hop"
+    assert parse(["--data=addition"]).n_layers == parse(["--preset", "addition"]).n_layers
+    assert parse(["--data", "sotu"]).preset == "demo"
+    assert parse(["--data", "p-hop", "--preset", "demo", "--seq-len", "24"]).preset == "demo"
+
+
+def test_a_gate_is_trained_on_the_runs_own_kind_of_data(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(arguments("p-hop", run)) == 0
+    capsys.readouterr()
+    assert gate.main([str(run), "--data", "sotu"]) == 2
+    assert re.fullmatch(r"error: data must be of the kind that .* was trained on[^\n]*\n", capsys.readouterr().err)

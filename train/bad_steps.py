@@ -78,6 +78,8 @@ def locate(
         for loop in range(first, last + 1):
             if not _is_finite(result.per_loop[loop]):
                 return f"in the readout of loop {loop + 1}"
+        if result.log_exits is not None and not _is_finite(result.log_exits):
+            return "in the exit gate"
         if not _is_finite(result.loss):
             return "in the norm penalty"
         began = _first_of_backward(result.loss, outputs)
@@ -97,13 +99,19 @@ def _watched(
     blocks = list(model.blocks)
     n_calls = 0
 
-    def note(block: nn.Module, given: Any, output: tuple[Tensor, Tensor]) -> None:
+    def note(block: nn.Module, given: Any, output: tuple[Tensor, Tensor | None]) -> None:
         nonlocal n_calls
         loop, layer = divmod(n_calls, len(blocks))
-        outputs.extend((f"loop {loop + 1}, layer {layer + 1}", tensor) for tensor in output)
+        outputs.extend((f"loop {loop + 1}, layer {layer + 1}", x) for x in output if x is not None)
         n_calls += 1
 
+    def noting(place: str) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor | None]], None]:
+        return lambda block, given, output: outputs.extend((place, x) for x in output if x is not None)
+
     hooks = [block.register_forward_hook(note) for block in blocks]
+    for part, outside in (("the prelude", model.prelude), ("the coda", model.coda)):
+        for layer, block in enumerate(outside, start=1):
+            hooks.append(block.register_forward_hook(noting(f"{part}, layer {layer}")))
     try:
         result = model.forward(inputs, targets, **options)  # not model(...), which may be compiled and call no hooks
     finally:

@@ -115,8 +115,8 @@ class TrainConfig(LoopedShape, _Source):
     eval_tokens: int | None = 131_072
     """Validation tokens to evaluate on, in windows spread evenly over the split. None: all of it."""
     eval_loops: int | None = None
-    """Deepest K of the evaluation, which has K = 1..n_loops, its multiples up to here, and this. None: n_loops if the
-    depth is fixed, else four times that."""
+    """Deepest K of the evaluation, which has K = 1..n_loops, its multiples up to here, and this; of a task every K.
+    None: n_loops if the depth is fixed, else four times that; of a task twice n_loops."""
     save_every: int = 1000
     """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
     out: Path | None = None
@@ -352,6 +352,11 @@ def _check_gate(config: TrainConfig) -> None:
     """The gate's options are those of gated supervision; a continued run may have a gate from train/gate.py."""
     if config.supervision == "gated":
         supervision_of(config)
+        if config.backprop_loops is not None:
+            raise ValueError(
+                "backprop_loops must be left out with gated supervision: the gate would learn the last loops alone. "
+                f"Got backprop_loops={config.backprop_loops}."
+            )
         return
     absent = {"gate_beta": Gated.beta, "gate_prior": Gated.prior} | ({} if config.resume else {"exit_gate": False})
     for name, value in absent.items():

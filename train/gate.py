@@ -33,6 +33,7 @@ from train.metrics import write_json
 from train.prepare import load_source
 from train.source import Source
 from train.step import autocast, to_device
+from train.task import TASKS
 from train.trainer import NotFiniteError
 
 
@@ -78,6 +79,8 @@ def _run(options: argparse.Namespace) -> int:
     saved = load_run(options.run)
     config = dataclasses.replace(read_config(options.run), device=options.device)
     config = dataclasses.replace(config, data=options.data or config.data)
+    if (config.data in TASKS) != (config.tokenizer is None):
+        raise ValueError(f"data must be of the kind that {options.run} was trained on. Got data={config.data!r}.")
     model = gated_copy(saved.model, fused=config.fused).to(device_of(config))
     source = _source_of(options.run, config)
     batch_size = options.batch_size or config.batch_size

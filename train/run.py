@@ -35,6 +35,7 @@ from train.interrupt import Interrupted, Interruptions
 from train.output import lasting_output
 from train.prepare import prepare
 from train.progress import how_to_continue
+from train.task import TASKS
 from train.trainer import NotFiniteError, train
 
 PROGRAM = "train/run.py"
@@ -78,7 +79,9 @@ def parse(argv: list[str]) -> TrainConfig:
     defaults = dataclasses.replace(preset_config("demo"), cuda_graph=False)
     asked = command_line([word for word in argv if word not in ("-h", "--help")], defaults, PROGRAM)
     if asked.resume is None:
-        return _checked_graph(asked, complete(command_line(argv, preset_config(asked.preset), PROGRAM)))
+        names_preset = any(word.partition("=")[0] == "--preset" for word in argv)
+        preset = asked.data if asked.data in TASKS and not names_preset else asked.preset  # a task has one of its own
+        return _checked_graph(asked, complete(command_line(argv, preset_config(preset), PROGRAM)))
     stored = read_config(asked.resume)
     anew: dict[str, Any] = {"steps": None, "epochs": None, "cuda_graph": True}
     config = command_line(argv, dataclasses.replace(stored, **anew), PROGRAM)

@@ -17,6 +17,7 @@ from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 from looped.run_directory import SavedRun, Validation
 from looped.supervision import Supervision, supervision_weights
 
@@ -150,7 +151,8 @@ def diagnose_run(
     decoder = copy.deepcopy(run.model).to(device)
     training = run.config["train"]
     batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
-    weights = _loop_weights(decoder, training["supervision"], batches, device)
+    first = first_with_gradient(decoder.config.n_loops, training.get("backprop_loops"))
+    weights = _loop_weights(decoder, training["supervision"], first, batches, device)
     return diagnose(
         from_decoder(decoder, weights=weights, penalty=training["penalty"]),
         [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
@@ -164,10 +166,15 @@ def diagnose_run(
 
 
 @torch.no_grad()
-def _loop_weights(decoder: LoopedLM, supervision: Supervision, batches: list[Batch], device: str) -> tuple[float, ...]:
-    """[K], of each loop in the training loss; those of gated supervision as means over the tokens."""
+def _loop_weights(
+    decoder: LoopedLM, supervision: Supervision, first: int, batches: list[Batch], device: str
+) -> tuple[float, ...]:
+    """[K], of each loop in the training loss; those of gated supervision as means over the tokens.
+
+    first: the first loop, from 0, that training gives a gradient; those before it are not read.
+    """
     if supervision != "gated":
-        return tuple(supervision_weights(supervision, decoder.config.n_loops))
+        return (0.0,) * first + tuple(supervision_weights(supervision, decoder.config.n_loops - first))
     exits = [decoder.exit_probabilities(decoder(tokens.to(device)).states).flatten(1) for tokens, _ in batches]
     return tuple(torch.cat(exits, 1).mean(1).tolist())
 

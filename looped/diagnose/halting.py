@@ -91,7 +91,8 @@ def measure_halting(
     skipped = {}
     if model.decoder is not None:
         runs = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
-        runs |= {policy.name: with_exits(model.decoder, policy, halts[policy.name].threshold) for policy in policies}
+        for policy in policies:
+            runs[policy.name] = with_exits(model.decoder, policy, halts[policy.name].threshold, model.n_loops)
         skipped = measure_skipping(runs, _from_window(batches, half), rounds, model.n_loops)
     return Halting(
         tolerance=tolerance,

@@ -24,6 +24,7 @@ class LoopedModel:
     head: a normalised state [B, T, d] -> logits [B, T, V].
     norm: the readout's norm, or None. For an nn.RMSNorm or nn.LayerNorm the exact radial gradient is known.
     norm_every_loop: False if training normalises the last loop's state only.
+    unnormed: what else than the state the head sees where nothing is normalised, such as what a coda makes of it.
     between: the norm between loops: what a loop does to H_k, k >= 1, before anything else. None if a loop works on H_k
         itself. It is used only to measure what a loop adds to the scale that it starts from.
     weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
@@ -40,6 +41,7 @@ class LoopedModel:
     head: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor] | None = None
     norm_every_loop: bool = True
+    unnormed: Callable[[Tensor], Tensor] | None = None
     between: Callable[[Tensor], Tensor] | None = None
     weights: tuple[float, ...] | None = None
     penalty: float = 0.0
@@ -81,7 +83,9 @@ class LoopedModel:
 
     def normalised(self, state: Tensor, *, final: bool) -> Tensor:
         """The state as the head sees it. final: read it as the last loop's state is read."""
-        return state if self.norm is None or not (final or self.norm_every_loop) else self.norm(state)
+        if self.norm is not None and (final or self.norm_every_loop):
+            return self.norm(state)
+        return state if self.unnormed is None else self.unnormed(state)
 
     def cross_entropy(self, state: Tensor, targets: Tensor, *, final: bool) -> Tensor:
         """The cross-entropy of a state's predictions, [B, T] in nats, at least fp32."""
@@ -124,6 +128,7 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
         head=lambda state: F.linear(state, decoder.head_weight),
         norm=_readout_norm(decoder),
         norm_every_loop=decoder.config.readout != "final-only",
+        unnormed=decoder.read if decoder.config.n_coda else None,
         between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,

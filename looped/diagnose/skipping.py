@@ -38,9 +38,9 @@ class Skipped:
 Run = Callable[[Tensor], Exits]  # of tokens [B, T]
 
 
-def with_exits(decoder: LoopedLM, policy: Policy, tau: float) -> Run:
-    """Up to K loops, later ones left out."""
-    return lambda tokens: run_with_exits(decoder, tokens, policy, tau)
+def with_exits(decoder: LoopedLM, policy: Policy, tau: float, n_loops: int) -> Run:
+    """Up to K = n_loops loops, later ones left out."""
+    return lambda tokens: run_with_exits(decoder, tokens, policy, tau, n_loops=n_loops)
 
 
 def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:

@@ -12,7 +12,8 @@ A prompt is computed in one pass, and then one token at a time with the keys and
                    in one pass that goes on from the draft's states. What comes out is distributed exactly as without
                    (`looped.generate.speculation.verify`); with temperature 0 it is the same tokens.
 
-A batch is padded on the left and every row is as if alone, its random numbers included. All rows take a step together:
+A batch is padded on the left and every row is as if alone, its random numbers included (with speculation in
+distribution only). All rows take a step together:
 a step ends when its last row leaves, speculation keeps as many tokens as all rows can, and generation ends when all
 rows have stopped. On a GPU a step (with early exit a loop) is captured once as a CUDA graph, and replayed.
 """

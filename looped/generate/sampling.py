@@ -35,7 +35,7 @@ class Sampling:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         # Largest first: the quotients by a tiny temperature must not overflow.
         logits = logits.float()
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        scaled = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is None and self.top_p == 1:
             return scaled.softmax(-1)
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)

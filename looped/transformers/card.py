@@ -8,7 +8,6 @@ def model_card(config: Any) -> str:
     """Markdown of a LoopedPretrainedConfig whose `run` is not empty."""
     run = config.run
     n_prelude, n_coda = config.n_prelude, config.n_coda
-    n_prelude, n_coda = config.n_prelude, config.n_coda
     around = f", with {n_prelude} blocks before and {n_coda} after" if n_prelude + n_coda else ""
     lines = [
         "---",
