@@ -111,18 +111,21 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def draw(path: Path, record: Record) -> None:
-    """Perplexity, divided by that at K, against tokens/s; a curve for each policy."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, points in record["curves"].items():
-        speeds, ratios = [each["tokens_per_second"] for each in points], [each["ratio"] for each in points]
-        style = "o-" if name == "fixed" else ".--"
-        label = f"K = {len(points)}..1 for every token" if name == "fixed" else name
-        axes.plot(speeds, ratios, style, color="0.2" if name == "fixed" else None, label=label)
-    axes.set(title=record["title"], xlabel="tokens/s, to the logits of every token", ylabel="perplexity / that at K")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    """Perplexity, divided by that at K, against tokens/s; a curve for each policy. Beside it the part close to 1."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for axes in panels:
+        for name, points in record["curves"].items():
+            speeds, ratios = [each["tokens_per_second"] for each in points], [each["ratio"] for each in points]
+            style = "o-" if name == "fixed" else ".--"
+            label = f"K = {len(points)}..1 for every token" if name == "fixed" else name
+            axes.plot(speeds, ratios, style, color="0.2" if name == "fixed" else None, label=label)
+        axes.set(xlabel="tokens/s, to the logits of every token", ylabel="perplexity / that at K")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    panels[1].set(ylim=(0.99, 1.15), title="the same, close to 1")
+    figure.suptitle(record["title"])
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
