@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from foreign_modules import HEADS, NORMS, VOCABULARY, D, LlamaNorm, Model, OnePlusWeight, batch
 from numerics import assert_no_worse_than
+from ranks import run_ranks
 from torch import nn
 
 from looped.kernels import LoopedReadout, RMSNorm, looped_cross_entropy, readout_statistics
@@ -320,13 +321,11 @@ def test_a_model_on_meta():
         LoopedReadout(nn.Linear(D, VOCABULARY), OnePlusWeight(D))
 
 
-def _rank_of_two(rank: int, store: str) -> None:
+def _rank_of_two(rank: int) -> None:
     """One of two ranks with half of the batch: DDP's gradients and FSDP2's against the whole batch on one process."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     x, targets = batch()
     targets[targets == -100] = 5  # so that the ranks' means are of equally many tokens
     whole = Model("Llama", penalty=0.1)
@@ -349,9 +348,7 @@ def _rank_of_two(rank: int, store: str) -> None:
         fully_shard(model, mesh=mesh)
         check(model)
         assert model.readout.logits(x).isfinite().all()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_a_model_in_parallel(tmp_path):
-    torch.multiprocessing.spawn(_rank_of_two, args=(f"{tmp_path}/store",), nprocs=2, daemon=True)
+    run_ranks(_rank_of_two, tmp_path)

@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
+from ranks import N_RANKS, run_ranks
 from tiny_decoder import V, assert_same_gradients, model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-N_PROCESSES = 2
 OPTIONS = {"penalty": 0.05, "supervision": "per-loop"}
 
 
 def batch() -> tuple[Tensor, Tensor]:
     """Two rows for each process; the targets that count are not equally many."""
-    tokens = torch.randint(V, (2 * N_PROCESSES, 12), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(V, (2 * N_RANKS, 12), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
     targets[0, 2:] = -100
     return tokens[:, :-1], targets
@@ -24,9 +21,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def save_gradients(rank: int, folder: str, fused: bool) -> None:
     """The gradients of this process's rows, averaged with the other's, into a file."""
-    tokens, targets = (rows.chunk(N_PROCESSES)[rank] for rows in batch())
+    tokens, targets = (rows.chunk(N_RANKS)[rank] for rows in batch())
     # The mean over processes of sums over n / 2 is the sum over n.
-    n_targets = (batch()[1] != -100).sum() / N_PROCESSES
+    n_targets = (batch()[1] != -100).sum() / N_RANKS
     wrapped = DistributedDataParallel(model(fused=fused, tied=False))
     loss = wrapped(tokens, targets, n_targets=n_targets, **OPTIONS).loss
     loss.backward()
@@ -34,28 +31,19 @@ def save_gradients(rank: int, folder: str, fused: bool) -> None:
     torch.save((loss.detach(), gradients), Path(folder, f"{fused}-{rank}.pt"))
 
 
-def process(rank: int, folder: str) -> None:
-    """What one process does.
-
-    The wrapped model must be gone before the process group is. Otherwise it is the group's last owner: it then waits,
-    holding Python's lock, for a thread of the group that may want that lock, for ever.
-    """
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=N_PROCESSES)
+def save_all(rank: int, folder: str) -> None:
     for fused in (True, False):
         save_gradients(rank, folder, fused)
-    dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=N_PROCESSES, daemon=True)
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    run_ranks(save_all, tmp_path, str(tmp_path))
     for fused in (True, False):
         alone = model(fused=fused, tied=False)
         loss = alone(*batch(), **OPTIONS).loss
         loss.backward()
         expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
-        results = [torch.load(tmp_path / f"{fused}-{rank}.pt") for rank in range(N_PROCESSES)]
+        results = [torch.load(tmp_path / f"{fused}-{rank}.pt") for rank in range(N_RANKS)]
         torch.testing.assert_close(torch.stack([part for part, _ in results]).mean(), loss)
         for _, gradients in results:
             assert_same_gradients(gradients, expected)

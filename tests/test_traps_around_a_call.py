@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing
 from numerics import assert_no_worse_than
+from ranks import run_ranks
 from readout_case import Case
 
 from looped.kernels import looped_cross_entropy
@@ -50,12 +50,10 @@ def test_trap_recompiles_for_every_length():
     assert counter.frame_count == 1
 
 
-def _sharded_rank(rank: int, store: str) -> None:
+def _sharded_rank(rank: int) -> None:
     """One of two ranks: half of the tokens, a sharded head and norm, against the whole batch on one process."""
-    import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     case = Case((2, 6, 16, 32))
     expected, _ = case.run(looped_cross_entropy)
     mesh = init_device_mesh("cpu", (2,))
@@ -70,12 +68,11 @@ def _sharded_rank(rank: int, store: str) -> None:
         assert isinstance(parameter.grad, DTensor)
         torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(states.grad / 2, expected["states"][:, mine], rtol=1e-4, atol=1e-6)
-    dist.destroy_process_group()
 
 
 def test_trap_sharded_head(tmp_path):
     """FSDP2's parameters outside their module's forward: gathered, their gradients averaged over the ranks."""
-    torch.multiprocessing.spawn(_sharded_rank, args=(f"{tmp_path}/store",), nprocs=2, daemon=True)
+    run_ranks(_sharded_rank, tmp_path)
 
 
 def peak_bytes(n_loops: int, n_tokens: int = 512, d: int = 16, vocabulary: int = 4000) -> int:
