@@ -5,8 +5,9 @@
 RUN is a directory that training wrote. Every policy is calibrated on half of the validation windows, once for each
 allowed rise of the perplexity (`TOLERANCES`), and measured on the other half with later loops really left out: a curve
 for each policy, beside one of K loops for every token. Then each generates after prompts from those windows, one at a
-time and greedily, with the threshold of the tolerance 1.01. All take turns; a speed is the median of the quotients
-with the same round's K = n_loops. Writes `<date>-<device>-exits.json`, `.png` and `.md`.
+time and greedily, with the threshold of the tolerance 1.01. The policies of one tolerance take turns with K = n_loops,
+and so do the numbers of loops, and the ways to generate. A speed is the median of the quotients with the same round's
+K = n_loops; tokens/s of different turns do not compare. Writes `<date>-<device>-exits.json`, `.png` and `.md`.
 """
 
 import argparse
@@ -111,15 +112,15 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def draw(path: Path, record: Record) -> None:
-    """Perplexity, divided by that at K, against tokens/s; a curve for each policy. Beside it the part close to 1."""
+    """Perplexity against speed, both divided by those at K; a curve for each policy. Beside it the part close to 1."""
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for axes in panels:
         for name, points in record["curves"].items():
-            speeds, ratios = [each["tokens_per_second"] for each in points], [each["ratio"] for each in points]
+            speeds, ratios = [each["speed"] for each in points], [each["ratio"] for each in points]
             style = "o-" if name == "fixed" else ".--"
             label = f"K = {len(points)}..1 for every token" if name == "fixed" else name
             axes.plot(speeds, ratios, style, color="0.2" if name == "fixed" else None, label=label)
-        axes.set(xlabel="tokens/s, to the logits of every token", ylabel="perplexity / that at K")
+        axes.set(xlabel="speed / that at K, to the logits of every token", ylabel="perplexity / that at K")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)

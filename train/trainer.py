@@ -228,26 +228,14 @@ def _evaluate(run: Run) -> list[LoopResult]:
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
     depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
+    how: dict[str, Any] = {"batch_size": config.batch_size, "device": run.device, "dtype": run.dtype}
     results = evaluate(
         run.model,
         sequences,
         indices,
-        batch_size=config.batch_size,
-        device=run.device,
-        dtype=run.dtype,
         bytes_per_token=run.source.bytes_per_token,
         depths=depths,
         launch=run.launch,
+        **how,
     )
-    if task is None:
-        return results
-    return with_accuracy(
-        results,
-        task,
-        run.model,
-        sequences,
-        indices,
-        batch_size=config.batch_size,
-        device=run.device,
-        dtype=run.dtype,
-    )
+    return results if task is None else with_accuracy(results, task, run.model, sequences, indices, **how)
