@@ -16,8 +16,9 @@ from test_run import assert_rejected
 from test_trainer import assert_same_run
 from torch import nn
 
+from looped.config import LoopedConfig
 from looped.diagnose.diagnosis import check_run
-from looped.model import LoopedOutput
+from looped.model import LoopedLM, LoopedOutput
 from looped.run_directory import load_run
 from train import gate
 from train.accuracy import with_accuracy
@@ -241,6 +242,23 @@ def test_accuracy_is_that_of_each_depth():
     fixed = float((made.inputs[indices][:, :8] == torch.arange(8)).float().mean())
     assert one == {"answers": pytest.approx(0.5 + fixed / 2), "1 hop": 1.0, "2 hops": pytest.approx(fixed)}
     assert 0.05 < fixed < 0.2
+
+
+def test_a_coda_reads_whole_sequences():
+    made, indices = source("p-hop").validation(24 * 50)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "max_seq_len": 24, "n_coda": 2}
+    model = LoopedLM(LoopedConfig(**shape, positions="rotary", tied=False)).eval()
+    for parameter in model.coda.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    options = {"batch_size": 8, "device": torch.device("cpu"), "dtype": torch.float32}
+    (scored,) = with_accuracy(
+        [LoopResult(2, 1.0, 2.0, None, 3.0, 4.0)], source("p-hop").task, model, made, indices, **options
+    )
+    inputs, targets = made.gather(indices)
+    asked = targets != -100
+    right = model(inputs, n_loops=2, logits=True).logits.argmax(-1)[asked] == targets[asked]
+    assert scored.accuracy["answers"] == pytest.approx(right.float().mean().item(), abs=1e-6)
 
 
 def test_accuracy_stands_beside_the_loss(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def with_accuracy(
         n_answers = int((targets[0] != IGNORE_INDEX).sum())
         with autocast(device, dtype):
             states = model(to_device(inputs, device), n_loops=max(depths)).states
-            logits = [model.readout_logits(states[n_loops - 1][:, -n_answers:]) for n_loops in depths]
+            logits = [model.readout_logits(states[n_loops - 1])[:, -n_answers:] for n_loops in depths]
         answers = torch.stack([each.argmax(-1) for each in logits])
         right.append(answers.cpu() == targets[:, -n_answers:])
     shares = [task.accuracy(each) for each in torch.cat(right, dim=1).numpy()]
