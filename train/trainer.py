@@ -27,6 +27,7 @@ from train.progress import (
     resume_command,
     show,
 )
+from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
@@ -88,7 +89,7 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
-    bar, clock = progress_bar(run), Clock(run)
+    bar, clock, state_norms = progress_bar(run), Clock(run), StateNorms(run.config.penalty)
     with closing(log), closing(bar):
         while run.step < run.steps and interruptions.pending is None:
             measure = _is_logged(run.step + 1, run)
@@ -99,6 +100,8 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
                 row = _row(run, result, rate, clock, bad_steps.total)
                 log.append(row)
                 show(bar, row, clock.left(run))
+                if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
+                    bar.write(warning)
             if stop:
                 raise NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row()))
             bar.update(1)
