@@ -231,7 +231,8 @@ def _evaluate(run: Run) -> list[LoopResult]:
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
     depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
-    how: dict[str, Any] = {"batch_size": config.batch_size, "device": run.device, "dtype": run.dtype}
+    at_once = config.batch_size // config.grad_accumulation  # what training has memory for
+    how: dict[str, Any] = {"batch_size": at_once, "device": run.device, "dtype": run.dtype}
     results = evaluate(
         run.model,
         sequences,
