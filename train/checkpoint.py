@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from looped.checkpoint import WEIGHTS, CheckpointError, Progress, check_whole, find, found, read_weights, seal, sync
+from train import processes
 
 FILES = (WEIGHTS, "optimizer.safetensors", "rng.safetensors")
 
@@ -25,9 +26,13 @@ FILES = (WEIGHTS, "optimizer.safetensors", "rng.safetensors")
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Replace the checkpoint of the run in directory ``run`` by the present state, random generators included.
 
-    Raises OSError if it cannot be written, and CheckpointError if safetensors says so; the one before is in its place
-    then, and nothing else is left.
+    Of several processes all call this, and the first one writes. Raises OSError if it cannot be written, and
+    CheckpointError if safetensors says so; the one before is in its place then, and nothing else is left.
     """
+    processes.from_first(lambda: _replace(run, model, optimizer, progress))
+
+
+def _replace(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     new, current, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
     shutil.rmtree(new, ignore_errors=True)
     try:
