@@ -25,6 +25,28 @@ def replicate(model: LoopedLM, group: "ProcessGroup", *, find_unused: bool) -> D
     )
 
 
+def share_out(model: LoopedLM, group: "ProcessGroup", dtype: torch.dtype, *, keep: bool = True) -> None:
+    """Leave each process its share of every weight, in place: FSDP2 (arXiv 2304.11277 describes its predecessor).
+
+    The products' weights, of attention and MLP, are gathered block by block, in ``dtype``: what autocast makes of them.
+    Everything else is gathered as it is, before the first loop, for it is used by all: embedding and head, tied or not,
+    norms, injection, gate. So the residual stream keeps its dtype. Gradients are averaged in float32.
+
+    keep: gather a block of the shared stack once in a step and keep it through all loops, forward and backward. Its
+    gradient is whole through all loops anyway: it is summed over them.
+    """
+    from torch.distributed.device_mesh import DeviceMesh  # slow to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type)
+    products = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in (*model.prelude, *model.blocks, *model.coda):
+        fully_shard([block.attention, block.mlp], mesh=mesh, mp_policy=products, reshard_after_forward=not keep)
+    fully_shard(model, mesh=mesh)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """The elements of a weight that this process holds: all, unless it is shared out."""
     if type(tensor) in (Tensor, torch.nn.Parameter):

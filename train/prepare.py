@@ -17,6 +17,7 @@ from looped.flash_attention import attention_implementation
 from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
 from looped.run_directory import hold, remove_beginnings, write_config
+from looped.sharding import replicate, share_out
 from train import checkpoint, processes
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
@@ -87,6 +88,7 @@ def prepare(config: TrainConfig) -> Run:
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
+    trained = _trained(model, config)
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
@@ -98,7 +100,7 @@ def prepare(config: TrainConfig) -> Run:
         out=config.out,
         source=source,
         model=model,
-        trained=_trained(model, config),
+        trained=trained,
         optimizer=_optimizer(model, config, device, capturable=graphs),
         device=device,
         dtype=dtype,
@@ -159,8 +161,9 @@ def _trained(model: LoopedLM, config: TrainConfig) -> nn.Module:
     """What a training step calls."""
     if processes.world_size() == 1:
         return model
-    from looped.sharding import replicate  # slow to import
-
+    if config.shard == "fsdp2":
+        share_out(model, processes.group(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        return model
     # A step of one loop has no use for what stands between loops; truncated, it may reach no embedding.
     varies = config.depth != "fixed" or config.backprop_loops is not None or config.n_loops == 1
     idle_gate = config.exit_gate and config.supervision != "gated"
