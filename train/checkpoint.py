@@ -9,12 +9,14 @@ place and removes the old: at every moment one of ``checkpoint/`` and ``checkpoi
 does so when all have written.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,19 @@ from looped.checkpoint import (
 )
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    group: dist.ProcessGroup | None = None,
+    in_background: bool = False,
+) -> "Saving":
     """Replace the checkpoint of the run in directory ``run`` by the present state, random generators included.
 
-    Every process of a group calls it. Raises OSError if it cannot be written, and CheckpointError if safetensors says
-    so, in every process; the one before is in its place then, and nothing else is left.
+    Every process of a group calls it. in_background: only copy the state; a thread writes it, on a group of its own on
+    the CPU, and whoever calls has to ``wait`` before the next. Raises as `Saving.wait`, unless it is in background.
     """
     state = {
         "model": dict(model.state_dict()),
@@ -59,16 +69,45 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress
     }
     kinds = {name: kind for kind, tensors in state.items() for name in tensors}
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
-    writer = _Writer(run, kinds, progress)
-    try:
-        distributed_checkpoint.save(state["model"] | state["optimizer"] | state["rng"], storage_writer=writer)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, Exception) and _rank() == 0:
-            writer.give_up()
-        if isinstance(cause, SafetensorError):
-            raise CheckpointError(f"{writer.new} could not be written ({cause})") from error
-        raise cause from error
+    saving = Saving(_Writer(run, kinds, progress))
+    saving.begin(state["model"] | state["optimizer"] | state["rng"], group, in_background)
+    return saving
+
+
+class Saving:
+    """A checkpoint that is being written."""
+
+    def __init__(self, writer: "_Writer") -> None:
+        self._writer = writer
+        self._written: concurrent.futures.Future[Metadata] | None = None
+
+    def begin(self, tensors: dict[str, Tensor], group: dist.ProcessGroup | None, in_background: bool) -> None:
+        how: dict[str, Any] = {"storage_writer": self._writer, "process_group": group}
+        with self._errors_of_one_process():
+            if in_background:
+                self._written = distributed_checkpoint.async_save(dict(tensors), **how)
+            else:
+                distributed_checkpoint.save(dict(tensors), **how)
+
+    def wait(self) -> None:
+        """Until it is in its place. Raises OSError if it cannot be written, and CheckpointError if safetensors says so,
+        in every process; the one before is in its place then, and nothing else is left."""
+        if self._written is not None:
+            with self._errors_of_one_process():
+                self._written.result()
+
+    @contextlib.contextmanager
+    def _errors_of_one_process(self) -> Iterator[None]:
+        """Raise what the first process that failed raised, in all of them."""
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, Exception) and _rank() == 0:
+                self._writer.give_up()
+            if isinstance(cause, SafetensorError):
+                raise CheckpointError(f"{self._writer.new} could not be written ({cause})") from error
+            raise cause from error
 
 
 class _Writer(StorageWriter):
