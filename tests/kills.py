@@ -167,7 +167,7 @@ class Campaign:
         if step is None:
             assert find(run) is None, f"{run}: the checkpoint is torn"
             assert done <= SAVE_EVERY, f"{run}: no checkpoint after {done} steps"
-            return found | {"before the first checkpoint": 1}
+            return found | {"before the first checkpoint": 1, "steps lost": done}
         assert done - step <= SAVE_EVERY, f"{run}: the checkpoint is of step {step}, and {done} were done"
         if not (run / "summary.json").exists():
             finish(start(["--resume", str(run)], self.processes, log), log)
@@ -186,14 +186,22 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options, rest = parser.parse_known_args()
-    started, draw, total = time.monotonic(), random.Random(options.seed), Counter()
+    started, draw = time.monotonic(), random.Random(options.seed)
+    total: Counter[str] = Counter()
+    most_lost = 0
     with tempfile.TemporaryDirectory() as directory:
         campaign = Campaign(Path(directory), options.processes, rest)
         for number in range(options.kills):
-            total += Counter(
-                {key: int(value) for key, value in campaign.killed(f"{number}", draw, options.within_saving).items()}
-            )
-    print(json.dumps({"kills": options.kills, **total, "seconds": round(time.monotonic() - started)}))
+            found = campaign.killed(f"{number}", draw, options.within_saving)
+            most_lost = max(most_lost, found.pop("steps lost"))
+            total.update({name: int(value) for name, value in found.items()})
+    figures = {
+        "kills": options.kills,
+        **total,
+        "steps between two checkpoints": SAVE_EVERY,
+        "most steps lost": most_lost,
+    }
+    print(json.dumps(figures | {"seconds": round(time.monotonic() - started)}))
     return 0
 
 
