@@ -354,6 +354,8 @@ def validate(config: TrainConfig) -> None:
             f"batch_size must be divisible by {times}grad_accumulation. "
             f"Got {given}batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
         )
+    if config.shard != "none" and config.compile:
+        raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
     if config.shard != "none" and n_processes == 1:
         raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
     _check_gate(config)

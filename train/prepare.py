@@ -88,7 +88,7 @@ def prepare(config: TrainConfig) -> Run:
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
-    trained = _trained(model, config)
+    trained = _trained(model, config, depth)
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
@@ -153,21 +153,25 @@ def _compile(model: LoopedLM, n_depths: int) -> None:
 
 
 def launcher(config: TrainConfig, device: torch.device) -> Launch:
-    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted."""
-    return CudaGraphs(device) if device.type == "cuda" and config.cuda_graph else eagerly
+    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted.
+
+    Weights that are shared out are gathered in the middle of a function, which is not captured.
+    """
+    graphs = device.type == "cuda" and config.cuda_graph and config.shard == "none"
+    return CudaGraphs(device) if graphs else eagerly
 
 
-def _trained(model: LoopedLM, config: TrainConfig) -> nn.Module:
+def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
     """What a training step calls."""
     if processes.world_size() == 1:
         return model
     if config.shard == "fsdp2":
         share_out(model, processes.group(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
         return model
-    # A step of one loop has no use for what stands between loops; truncated, it may reach no embedding.
-    varies = config.depth != "fixed" or config.backprop_loops is not None or config.n_loops == 1
+    idle_norm = config.inter_loop_norm and 1 in depth.values  # it stands between loops
     idle_gate = config.exit_gate and config.supervision != "gated"
-    return replicate(model, processes.group(), find_unused=varies or idle_gate)
+    truncated = config.backprop_loops is not None  # a step may not reach the embedding
+    return replicate(model, processes.group(), find_unused=idle_norm or idle_gate or truncated)
 
 
 def _capture_refusal(config: TrainConfig) -> str | None:

@@ -18,6 +18,7 @@ from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.graph import WARM_UP, Launch, eagerly
 from looped.kernels.arguments import gathered
 from looped.model import LoopedLM
+from looped.sharding import reshard
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from train import processes
 from train.config import Schedule
@@ -132,6 +133,7 @@ def training_step(
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
             if output.log_exits is not None:
                 parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
+    reshard(model)
     sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
     loss, per_loop, *measured = _mean_over_processes(sums)
     grad_norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from looped.graph import eagerly
-from looped.sharding import own_part
+from looped.sharding import own_part, whole
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
@@ -154,17 +154,18 @@ def _bad_steps_line(run: Run, n: int) -> str:
 def _place(run: Run, first: int) -> str:
     config = run.config
     inputs, targets = _batch(run, first - 1)
-    return locate(
-        run.model,
-        inputs,
-        targets,
-        supervision=supervision_of(config),
-        penalty=config.penalty,
-        dtype=run.dtype,
-        n_loops=run.depth.at(config.seed, first - 1),
-        backprop_loops=config.backprop_loops,
-        grad_accumulation=config.grad_accumulation,
-    )
+    with whole(run.model):
+        return locate(
+            run.model,
+            inputs,
+            targets,
+            supervision=supervision_of(config),
+            penalty=config.penalty,
+            dtype=run.dtype,
+            n_loops=run.depth.at(config.seed, first - 1),
+            backprop_loops=config.backprop_loops,
+            grad_accumulation=config.grad_accumulation,
+        )
 
 
 def save(run: Run) -> Saving:
