@@ -6,8 +6,8 @@ part, model-00002-of-00004.safetensors; a tensor may then be in pieces, and the 
 begins, as torch.distributed.checkpoint has it. A tensor that is not in pieces is the same in both.
 
 checkpoint.json has the step, a fingerprint of the data, and size and BLAKE2b of the other files, by which a torn
-checkpoint is told; and a BLAKE2b of all that. While a new one is put in its place, ``checkpoint.old/`` is the whole one. `train.checkpoint` says
-how it is written. Nothing in it is executable.
+checkpoint is told, and a BLAKE2b of all that. While a new one is put in its place, ``checkpoint.old/`` is the whole
+one. `train.checkpoint` says how it is written. Nothing in it is executable.
 """
 
 import hashlib
