@@ -195,15 +195,16 @@ def _in_chunks(
     return results
 
 
-def _forward(states: list[Tensor], head: Tensor, *others: Any) -> ReadoutResults:
-    *tensors, call = others
-    call = within_memory(call, head.device)
+def _forward(*arguments: Any) -> ReadoutResults:
+    (states, head, *_), call = arguments[:-1], arguments[-1]
+    given = (*arguments[:-1], within_memory(call, head.device))
     try:
-        return _in_chunks(states, head, *tensors, call)
+        return _in_chunks(*given)
     except RuntimeError as error:
         halve(error, call, head.device, n_rows=len(call.active) * states[0].shape[-2])
     # Not in the handler, where the error would keep what the first attempt has allocated.
-    return _in_chunks(states, head, *tensors, within_memory(call, head.device))
+    given = (*arguments[:-1], within_memory(call, head.device))
+    return _in_chunks(*given)
 
 
 def _forward_fake(states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, call):

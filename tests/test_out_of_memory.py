@@ -126,7 +126,7 @@ def test_a_run_says_what_helps(options, advice, command, tmp_path, monkeypatch, 
     assert main(arguments(tmp_path, "--out", str(run), "--save-every", "2", *options)) == 1
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: step 5 of 8: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 "
+        "error: step 4 of 8: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 "
     )
     assert error.count("\n") == 1
     assert advice in error

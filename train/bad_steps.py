@@ -12,6 +12,8 @@ from looped.recurrence import first_with_gradient
 from looped.supervision import Gated, Supervision
 from train.step import autocast
 
+NOWHERE = "at a place that did not show again: the step, repeated, was finite"
+
 
 class BadSteps:
     """Counts bad steps on the device. The host sees the count a step or two late, and never waits for it.
@@ -91,7 +93,7 @@ def locate(
                 return f"in the gradient of {name}"
     if not _is_finite(get_total_norm([w.grad for w in model.parameters() if w.grad is not None])):
         return "in the norm of the gradient, whose elements are finite"
-    return "at a place that did not show again: the step, repeated, was finite"
+    return NOWHERE
 
 
 def _watched(
