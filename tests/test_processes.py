@@ -163,7 +163,7 @@ def test_processes_have_the_losses_of_one(runs: Path, name: str, n_processes: in
     assert len({summary["parameters"] for summary in summaries}) == 1
     for expected, result in zip(*(summary["evaluation"] for summary in summaries), strict=True):
         for key in ("n_loops", "ce", "bits_per_byte", "state_norm"):
-            assert result[key] == pytest.approx(expected[key], rel=RELATIVE)
+            assert numbers(result[key]) == pytest.approx(numbers(expected[key]), rel=RELATIVE, nan_ok=True)
         assert result["accuracy"] == expected["accuracy"]
         if result["n_loops"] <= 3:
             assert result["tokens_per_second"] > 0
