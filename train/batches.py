@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from looped.supervision import IGNORE_INDEX
+from train.shards import Shards
 
 HELD_IN_MEMORY = 1 << 24  # windows whose order is held as an array, of 128 MiB; it decides the order, so it stays
 ROUNDS = 6  # of the Feistel network
@@ -19,7 +20,7 @@ class Windows:
     Its length counts those that have all their tokens.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Shards
     seq_len: int
     stride: int
 
@@ -93,7 +94,7 @@ def _permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 
-def evaluation_windows(tokens: np.ndarray, seq_len: int, limit: int | None) -> tuple[Windows, np.ndarray]:
+def evaluation_windows(tokens: np.ndarray | Shards, seq_len: int, limit: int | None) -> tuple[Windows, np.ndarray]:
     """Windows that share no target, and which of them to evaluate on: int64, in order.
 
     Without ``limit``, or with at least as many, every token but the first is a target once; the last window may be

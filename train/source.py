@@ -116,4 +116,5 @@ class Text:
     def write(self, out: Path) -> None:
         write_tokenizer(out, self.data.tokenizer.model.to_str(pretty=True))
         validation = self.data.validation
-        write_validation(out, validation.tokens, validation.bounds, bytes_per_token=self.bytes_per_token)
+        tokens, bounds = np.asarray(validation.tokens), np.asarray(validation.bounds)
+        write_validation(out, tokens, bounds, bytes_per_token=self.bytes_per_token)
