@@ -139,9 +139,7 @@ def _texts_of_jsonl(path: Path) -> Iterator[object]:
     with _opened(path) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
             if len(line) > LONGEST_ROW:
-                raise ValueError(
-                    f"data file {path}: row {number} must have at most {LONGEST_ROW:,} bytes. It has more."
-                )
+                raise ValueError(f"data file {path}: row {number} must have at most {LONGEST_ROW:,} bytes. Got more.")
             text = line.decode("utf-8-sig")  # files that begin with a byte-order mark may have been joined
             row = json.loads(text) if text.strip() else {"text": ""}
             if not isinstance(row, dict):
