@@ -181,9 +181,9 @@ def save(run: Run) -> Saving:
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """This process's inputs and targets [B, T] of step ``step``, from 0, on the device."""
     config = run.config
-    rows = run.source.batch(step, seed=config.seed, batch_size=config.batch_size)
-    inputs, targets = (to_device(processes.own_rows(tensor), run.device) for tensor in rows)
-    return inputs, targets
+    share = {"rank": processes.rank(), "world": processes.world_size()}
+    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size, **share)
+    return to_device(inputs, run.device), to_device(targets, run.device)
 
 
 def _step(run: Run, measure: bool) -> tuple[float, StepResult]:
