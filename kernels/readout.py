@@ -25,7 +25,7 @@ Chunked readouts: Liger-Kernel (arXiv 2410.10989), cut-cross-entropy (arXiv 2411
 per-loop supervision: arXiv 2606.24898.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch import Tensor
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults, cross_entropy_
 from .device import accumulator, product_dtype, uses_triton
+from .out_of_memory import halve, within_memory
 from .products import accumulate_bias, accumulate_head, form_logits, head_accumulator
 from .readout_call import ReadoutCall
 from .registration import register
@@ -157,7 +158,7 @@ def _measure_states(
             )  # fmt: skip
 
 
-def _forward(
+def _in_chunks(
     states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, bias: Tensor | None, penalty: Tensor | None, z_loss: Tensor | None,
     n_targets: Tensor | None, call: ReadoutCall,
@@ -192,6 +193,18 @@ def _forward(
         _measure_states(loops, mean_square, norm_weight, scales, results, call)
     loss_sums(results.ce, scales, None if penalty is None else mean_square, results.total, results.per_loop)
     return results
+
+
+def _forward(*arguments: Any) -> ReadoutResults:
+    (states, head, *_), call = arguments[:-1], arguments[-1]
+    given = (*arguments[:-1], within_memory(call, head.device))
+    try:
+        return _in_chunks(*given)
+    except RuntimeError as error:
+        halve(error, call, head.device, n_rows=len(call.active) * states[0].shape[-2])
+    # Not in the handler, where the error would keep what the first attempt has allocated.
+    given = (*arguments[:-1], within_memory(call, head.device))
+    return _in_chunks(*given)
 
 
 def _forward_fake(states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, call):

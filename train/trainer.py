@@ -30,6 +30,7 @@ from train.progress import (
     show,
 )
 from train.saves import Saves
+from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
@@ -100,7 +101,7 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
-    bar, clock = progress_bar(run), Clock(run)
+    bar, clock, state_norms = progress_bar(run), Clock(run), StateNorms(run.config.penalty)
     with closing(bar):
         while run.step < run.steps and not _stopping(interruptions):
             measure = _is_logged(run.step + 1, run)
@@ -112,6 +113,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
                 with saves.attempt():
                     log.append(row)
                 show(bar, row, clock.left(run))
+                if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
+                    bar.write(warning)
             if stop:
                 raise processes.agreed(NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row())))
             bar.update(1)
@@ -262,7 +265,8 @@ def _evaluate(run: Run) -> list[LoopResult]:
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
     depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
-    how: dict[str, Any] = {"batch_size": config.batch_size, "device": run.device, "dtype": run.dtype}
+    at_once = config.batch_size // config.grad_accumulation  # what training has memory for
+    how: dict[str, Any] = {"batch_size": at_once, "device": run.device, "dtype": run.dtype}
     results = evaluate(
         run.model,
         sequences,
