@@ -1,6 +1,6 @@
-"""The loss of a row of logits whose columns are shared out over the ranks of a group: what they tell each other, and how
-it becomes loss, statistics and gradient.  The loss is that of kernels/cross_entropy.py; kernels/vocabulary_shard.py says
-who has which columns.
+"""The loss of a row of logits whose columns are shared out over the ranks of a group, its gradient and statistics.
+
+The loss is that of kernels/cross_entropy.py.  kernels/vocabulary_shard.py says who has which columns.
 
 Rank p has the logits z_j of a row in its V_p columns j.  It sends, the sums over its columns alone:
 
@@ -42,7 +42,10 @@ def n_parts(*, statistics: bool) -> int:
 def form_parts(
     logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, shard: VocabularyShard, parts: Tensor
 ) -> None:
-    """Write what this rank sends of rows of its logits [R, V_p], parts [4 or 7, R]. A row is stride(0) long in memory."""
+    """Write what this rank sends of rows of its logits [R, V_p], parts [4 or 7, R].
+
+    A row is stride(0) elements long in memory, as for `cross_entropy_`.
+    """
     if uses_triton(logits):
         implementation("sharded_cross_entropy_triton").form_parts(logits, targets, bias, options, shard, parts)
         return

@@ -10,7 +10,7 @@ are the same and memory then holds the rows of all ranks for one chunk alone.  A
 alone with its tokens, and dW_p is the mean over ranks: what data-parallel training makes of a head that is whole.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults
 from .device import uses_triton
 from .products import accumulate_bias, accumulate_head, form_logits
+from .readout_call import ReadoutCall
 from .row_weights import LossScales, row_weights
 from .sharded_cross_entropy import finish_rows, form_parts, n_parts
 
@@ -34,12 +35,14 @@ class RowsOfAll(NamedTuple):
 
 
 def weigh_all(
-    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, results, call
-) -> tuple[LossScales, RowsOfAll]:
+    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, results: Any,
+    call: ReadoutCall,
+) -> tuple[LossScales, RowsOfAll]:  # fmt: skip
     """Fill this rank's row weights and the factors that all ranks have in common; and what all need of all rows.
 
     n, where it is not given, is the mean over the ranks of the number of their targets that are not ignored.
     """
+    assert call.shard is not None
     shard, n_loops, n_tokens = call.shard, len(call.active), len(targets)
     all_targets = shard.blocks(targets)  # [B, N]
     if n_targets is None:
@@ -64,9 +67,11 @@ def weigh_all(
 
 
 def read_out_shard(
-    y: Tensor, head: Tensor, of_all: RowsOfAll, bias: Tensor | None, options: LossOptions, rows: RowResults, results, call
+    y: Tensor, head: Tensor, of_all: RowsOfAll, bias: Tensor | None, options: LossOptions, rows: RowResults,
+    results: Any, call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of this rank's y [R, d], and, where needed, dhead and dbias of its rows and dy, written over y."""
+    assert call.shard is not None
     shard, (n_rows, d), n_columns = call.shard, y.shape, len(head)
     size = min(max(1, call.chunk_rows // shard.n_blocks), n_rows)  # of a rank's rows in a chunk
     row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
@@ -92,9 +97,10 @@ def read_out_shard(
 
 def _losses(
     logits: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    rows: RowResults, chunk: slice, call,
+    rows: RowResults, chunk: slice, call: ReadoutCall,
 ) -> None:  # fmt: skip
     """The results of a chunk's rows, of which this rank's are kept in `rows`; the logits become their gradient."""
+    assert call.shard is not None
     shard, n_rows, wide = call.shard, len(logits), rows.loss.dtype
     parts = logits.new_empty((n_parts(statistics=rows.statistics is not None), n_rows), dtype=wide)
     form_parts(logits, targets, bias, options, shard, parts)

@@ -1,12 +1,12 @@
 """`VocabularyShard`: which rows of a head this process holds, and what its process group tells each other.
 
 The P processes (ranks) of a group hold the rows of a head W [V, d] and of its bias in turn, ceil(V / P) each and the
-last one what remains, as DTensor's `Shard(0)` has it.  Each forms its columns of all logits.  What a row needs of all columns
-is exchanged once for each chunk of rows (kernels/sharded_cross_entropy.py); W, dW and the logits never are.
+last one what remains, as DTensor's `Shard(0)` has it.  Each forms its columns of all logits.  What a row needs of all
+columns is exchanged once for each chunk of rows (kernels/sharded_cross_entropy.py); W, dW and the logits never are.
 
-Each rank has its own tokens, as in data-parallel training.  Then the normed rows of a chunk are gathered from all ranks,
-and the parts of their gradient are summed and go back to the rank whose rows they are.  With `same_states` all ranks
-have the same tokens and states, as in tensor-parallel models; then nothing is gathered and the sum goes to all.
+Each rank has its own tokens, as in data-parallel training.  Then the normed rows of a chunk are gathered from all
+ranks, and the parts of their gradient are summed and go back to the rank whose rows they are.  With `same_states` all
+ranks have the same tokens and states, as in tensor-parallel models; then nothing is gathered and the sum goes to all.
 
 Splitting the vocabulary of the loss: Megatron-LM, arXiv 1909.08053, section 3.
 """
@@ -129,6 +129,12 @@ class VocabularyShard(NamedTuple):
         else:
             reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             reduce_scatter(out.view(-1), parts.view(-1), group=self._group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        result = tensor.detach().clone()
+        dist.all_reduce(result, group=self._group)
+        return result
 
     @torch.no_grad()
     def whole(self, rows: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ KERNELS = {
     "swiglu_backward_kernel",
     "row_weights_kernel",
     "cross_entropy_kernel",
+    "parts_kernel",
+    "finish_kernel",
     "loss_sums_kernel",
     "scaled_kernel",
 }
