@@ -39,7 +39,7 @@ class _Lookup(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         column, here = ctx.saved_tensors
         of_all = ctx.shard.blocks(gradient)[here]  # [found, d]
         total = gradient.new_zeros((ctx.n_rows, gradient.shape[-1]))
@@ -55,7 +55,7 @@ class SharedEmbedding(nn.Embedding):
         """[..., d] of tokens [...], in the table's dtype."""
         if self.shard is None:
             return super().forward(tokens)
-        return _Lookup.apply(self.weight, tokens, self.shard)  # type: ignore[no-any-return]
+        return _Lookup.apply(self.weight, tokens, self.shard)
 
 
 def table_name(model: LoopedLM) -> str:
@@ -71,8 +71,9 @@ def share_vocabulary(model: LoopedLM, group: dist.ProcessGroup | None = None) ->
     shard = VocabularyShard.of(model.config.vocab_size, group)
     if model.head is None:
         table = model.embedding.weight
-        model.embedding = SharedEmbedding(*table.shape, _weight=table)
-    _cut(model, shard, [])
+        model.embedding = SharedEmbedding(model.config.vocab_size, model.config.d_model, _weight=table)
+        model.embedding.weight = table  # itself: an optimiser may have it already
+    _cut(model, shard, {})
 
 
 @contextmanager
