@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,16 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoLog:
+    """The log of a process that writes none: the first of several does."""
+
+    kept: Sequence[dict[str, Any]] = ()
+
+    def append(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _line(row: dict[str, Any]) -> bytes:
