@@ -9,6 +9,7 @@ from torch import Tensor
 
 from looped.graph import eagerly
 from looped.sharding import own_part, whole
+from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
@@ -168,7 +169,8 @@ def save(run: Run) -> None:
     if processes.any_of(not finite):
         line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
         raise processes.agreed(NotFiniteError(line))
-    checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.source.fingerprint))
+    with whole_vocabulary(run.model, run.optimizer):
+        checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.source.fingerprint))
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -251,6 +253,11 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        return _results(run)
+
+
+def _results(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
