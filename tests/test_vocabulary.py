@@ -1,6 +1,9 @@
-"""A model whose vocabulary two processes share trains, is saved and is evaluated as one that is whole in one process."""
+"""A model whose vocabulary two processes share trains, is saved and is evaluated as a whole one in one process."""
 
+import contextlib
 import copy
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,14 @@ import torch
 import torch.distributed as dist
 from ranks import N_RANKS, run_ranks
 from tiny_decoder import V, model, tokens
+from tiny_run import arguments
 from torch.nn.parallel import DistributedDataParallel
 
 from looped.model import LoopedLM
 from looped.vocabulary import clip_grad_norm_, share_vocabulary, table_name, whole_vocabulary
+from train import report
+from train.metrics import read_metrics
+from train.run import main
 
 KINDS = {"tied": {"tied": True}, "untied": {"tied": False, "readout": "layernorm", "exit_gate": True}}
 CLIP = 0.05  # of gradients: less than their norm, so that all are scaled by it
@@ -31,17 +38,16 @@ def optimizer_of(decoder: LoopedLM) -> torch.optim.Optimizer:
 
 
 def train(
-    decoder: LoopedLM, wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, n_ranks: int
-) -> Any:
-    """Losses of this process and gradient norms, of three steps."""
+    decoder: LoopedLM, wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0, n_ranks: int = 1
+) -> torch.Tensor:
+    """Losses of this process and gradient norms, [3, 2] of three steps."""
     rows = []
     for step in range(3):
-        inputs, targets = batch(step)
-        n_targets = (targets != -100).sum() / n_ranks
+        whole = batch(step)
+        n_targets = (whole[1] != -100).sum() / n_ranks
+        inputs, targets = (part.chunk(n_ranks)[rank] for part in whole)
         optimizer.zero_grad()
-        loss = wrapped(
-            inputs.chunk(n_ranks)[rank], targets.chunk(n_ranks)[rank], penalty=0.05, n_targets=n_targets
-        ).loss
+        loss = wrapped(inputs, targets, penalty=0.05, n_targets=n_targets).loss
         loss.backward()
         rows.append((loss.item(), clip_grad_norm_(decoder, CLIP).item()))
         optimizer.step()
@@ -96,15 +102,47 @@ def plain(decoder: LoopedLM) -> LoopedLM:
     return decoder
 
 
+def run(directory: Path, out: str, *options: str) -> None:
+    """A whole run of the trainer, with gradients in two parts; without its picture, which takes the longest."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(report, "draw", lambda *_: None)
+        parts = ["--dropout", "0", "--grad-accumulation", "2", "--steps", "6", "--save-every", "3"]
+        assert main(arguments(directory, *parts, *options, "--out", str(directory / out))) == 0
+
+
+def continued(directory: Path, *options: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["--resume", str(directory / "shared"), *options]) == 0
+
+
+def refused_option(directory: Path, *options: str) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(arguments(directory, "--shard-head", *options, "--out", str(directory / "refused"))) == 2
+    assert not (directory / "refused").exists()
+    return said.getvalue().splitlines()[0] if said.getvalue() else ""
+
+
 def save_all(rank: int, folder: str) -> None:
-    results = {kind: train_shared(kind, rank) for kind in KINDS}
+    os.environ["RANK"] = str(rank)
+    report.draw = lambda *_: None
+    run(Path(folder), "shared", "--shard-head")
+    continued(Path(folder), "--steps", "8")
+    refusals = [refused_option(Path(folder), *options) for options in (["--no-fused"], ["--shard", "fsdp2"])]
+    results: dict[str, Any] = {"refused": refusals}
+    results |= {kind: train_shared(kind, rank) for kind in KINDS}
     dist.barrier()
     torch.save(results, Path(folder, f"{rank}.pt"))
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
+    arguments(folder)  # writes the text
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(folder) -> list[dict[str, Any]]:
     run_ranks(save_all, folder, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(N_RANKS)]
 
@@ -119,7 +157,7 @@ def alone(kind) -> tuple[LoopedLM, torch.optim.Optimizer, torch.Tensor]:
     """The same model, optimiser and training in this process alone."""
     decoder = model(fused=True, **KINDS[kind])
     optimizer = optimizer_of(decoder)
-    return decoder, optimizer, train(decoder, decoder, optimizer, 0, 1)
+    return decoder, optimizer, train(decoder, decoder, optimizer)
 
 
 def test_losses_and_gradient_norms_are_those_of_one_process(shared, kind, alone):
@@ -165,3 +203,24 @@ def test_what_needs_the_whole_vocabulary_is_refused(shared, kind):
     logits, not_fused = shared[1][kind]["refused"]
     assert logits == "logits need all of a shared vocabulary: call inside whole_vocabulary(model). Got a part."
     assert not_fused == "fused must be True for a shared vocabulary: the plain readout has the whole head. Got False."
+
+
+def test_a_run_of_the_trainer_is_that_of_one_process_and_goes_on_in_one(shared, folder):
+    run(folder, "alone")
+    shared_rows, rows = (read_metrics(folder / out / "metrics.jsonl") for out in ("shared", "alone"))
+    assert len(shared_rows) == 8
+    for shared_row, row in zip(shared_rows, rows, strict=False):
+        for name in ("loss", "ce", "grad_norm", "state_norm"):
+            assert shared_row[name] == pytest.approx(row[name], rel=1e-4), name
+    assert "evaluation" in (folder / "shared" / "summary.json").read_text()
+    continued(folder, "--steps", "10", "--no-shard-head")
+    assert len(read_metrics(folder / "shared" / "metrics.jsonl")) == 10
+
+
+def test_what_does_not_go_with_a_shared_head_is_said_by_the_first_process(shared, folder):
+    assert shared[1]["refused"] == ["", ""]
+    not_fused, fsdp2 = shared[0]["refused"]
+    assert not_fused.startswith("error: shard_head needs fused, as the plain readout forms all logits. Got shard_head=")
+    assert fsdp2.startswith("error: shard_head needs shard=none, as fsdp2 gathers all weights. Got shard_head=True and")
+    alone = refused_option(folder)
+    assert alone.startswith("error: shard_head needs several processes, which torchrun starts. Got shard_head=True and")
