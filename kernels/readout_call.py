@@ -90,4 +90,4 @@ class ReadoutCall(NamedTuple):
 @functools.cache
 def _read(rest: str) -> ReadoutCall:
     *fields, shard = ast.literal_eval(rest)
-    return ReadoutCall(*fields, shard=None if shard is None else VocabularyShard(*shard))
+    return ReadoutCall._make((*fields, None if shard is None else VocabularyShard(*shard)))

@@ -110,8 +110,10 @@ def _losses(
     finish_rows(
         logits, targets, weight, bias, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits
     )
-    own = slice(shard.block * (chunk.stop - chunk.start), (shard.block + 1) * (chunk.stop - chunk.start))
+    size = chunk.stop - chunk.start
+    own = slice(shard.block * size, (shard.block + 1) * size)
     rows.loss[chunk] = of_chunk.loss[own]
-    if rows.statistics is not None and rows.top1 is not None and of_chunk.statistics is not None:
+    if rows.statistics is not None and of_chunk.statistics is not None:
         rows.statistics[:3, chunk] = of_chunk.statistics[:, own]
+    if rows.top1 is not None and of_chunk.top1 is not None:
         rows.top1[chunk] = of_chunk.top1[own]

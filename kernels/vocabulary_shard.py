@@ -106,7 +106,7 @@ class VocabularyShard(NamedTuple):
 
     @property
     def _group(self) -> "dist.ProcessGroup":
-        return dist.distributed_c10d._resolve_process_group(self.group)
+        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]  # a str by a name
 
     def gathered(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """[P, ...] of each rank's [...], in the order of the ranks."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def training_step(
     reshard(model)
     sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
     loss, per_loop, *measured = _mean_over_processes(sums)
-    decoder = model.module if isinstance(model, DistributedDataParallel) else model
+    decoder: Any = model.module if isinstance(model, DistributedDataParallel) else model
     grad_norm = gathered(clip_grad_norm_(decoder, grad_clip))
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
