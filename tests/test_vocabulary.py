@@ -79,6 +79,10 @@ def train_shared(kind: str, rank: int) -> dict[str, Any]:
     with whole_vocabulary(decoder, optimizer):
         results["whole"] = contents(decoder, optimizer)
         if rank == 0:  # alone, as nothing is exchanged inside
+            decoder.zero_grad()
+            decoder(inputs, targets).loss.backward()
+            results["gradient"] = decoder.head_weight.grad
+            decoder.zero_grad()
             decoder.eval()
             results["logits"] = decoder(inputs, logits=True).logits.detach()
             results["generated"] = decoder.generate([[1, 2, 3]], max_new_tokens=3, temperature=0.0).tokens
@@ -190,6 +194,9 @@ def test_evaluation_is_that_of_one_process(shared, kind, alone):
 def test_one_process_alone_reads_and_generates_with_the_whole_vocabulary(shared, kind, alone):
     inputs = batch(7)[0].chunk(N_RANKS)[0]
     torch.testing.assert_close(shared[0][kind]["logits"], alone[0](inputs, logits=True).logits, atol=1e-3, rtol=1e-3)
+    alone[0].zero_grad()
+    alone[0](inputs, batch(7)[1].chunk(N_RANKS)[0]).loss.backward()
+    torch.testing.assert_close(shared[0][kind]["gradient"], alone[0].head_weight.grad, atol=1e-3, rtol=1e-2)
     expected = alone[0].eval().generate([[1, 2, 3]], max_new_tokens=3, temperature=0.0).tokens
     assert shared[0][kind]["generated"] == expected
 

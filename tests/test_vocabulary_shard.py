@@ -16,8 +16,10 @@ from numerics import assert_no_worse_than
 from ranks import run_ranks
 from readout_case import Case
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from looped.kernels import VocabularyShard, looped_cross_entropy, readout_statistics
+from looped.kernels import LoopedReadout, VocabularyShard, looped_cross_entropy, readout_statistics
 from looped.kernels.cross_entropy import LossOptions, RowResults
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 from looped.kernels.sharded_cross_entropy import finish_rows, form_parts, n_parts
@@ -120,6 +122,25 @@ def statistics_of_rank(name: str) -> dict[str, Tensor]:
     return readout_statistics(states, head, targets, softcap=softcap, shard=shard, **tensors)._asdict()
 
 
+def of_modules() -> tuple[Tensor, Tensor, Tensor, str]:
+    """The loss of a LoopedReadout whose head is a DTensor, its gradient, a statistic; what is said of its logits."""
+    shard, case = VocabularyShard.of(SHAPE[-1]), case_of("plain")
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(32, 37, bias=False), "norm": torch.nn.RMSNorm(32, eps=1e-6)})
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+    rows = DTensor.from_local(case.tensors["head"][shard.rows], mesh, [Shard(0)], shape=(37, 32), stride=(32, 1))
+    model["head"].weight = torch.nn.Parameter(rows)
+    readout = LoopedReadout(model["head"], model["norm"], shard=shard)
+    states, targets = case.tensors["states"].chunk(4, 1)[shard.rank], case.targets.chunk(4)[shard.rank]
+    loss = readout(states, targets).loss
+    loss.backward()
+    gradient = model["head"].weight.grad
+    assert isinstance(gradient, DTensor)
+    with pytest.raises(ValueError) as error:
+        readout.logits(states[0])
+    lse = readout.statistics(states, targets).lse
+    return loss.detach(), gradient.full_tensor(), lse, str(error.value)
+
+
 def refused() -> list[str]:
     """What is said of calls that break a rule: to every rank, so that none waits for another."""
     shard, case = VocabularyShard.of(SHAPE[-1]), case_of("plain")
@@ -150,6 +171,7 @@ def save_results(rank: int, folder: str) -> None:
     shard = VocabularyShard.of(SHAPE[-1])
     results["whole"] = shard.whole(torch.arange(SHAPE[-1])[shard.rows])
     results["refused"] = refused()
+    results["modules"] = of_modules()
     results["again"] = of_rank("everything", everyone)
     if rank < 2:
         results |= {("ranks 2", name): of_rank(name, pairs[0]) for name in CASES}
@@ -228,6 +250,19 @@ def test_readout_statistics(ranks, name):
     for field, value in truth._asdict().items():
         of_all = torch.cat([of[field] for of in results], 1)
         check_statistic(field, of_all, getattr(plain, field), value, dtype)
+
+
+def test_a_module_reads_out_with_a_head_that_is_a_sharded_dtensor(ranks):
+    case = case_of("plain")
+    states, head = (case.tensors[name].clone().requires_grad_() for name in ("states", "head"))
+    loss = looped_cross_entropy(states, head, case.targets).loss
+    loss.backward()
+    losses, gradients, lse, said = zip(*(rank["modules"] for rank in ranks), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss.detach())
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, head.grad)
+    torch.testing.assert_close(torch.cat(lse, 1), readout_statistics(states, head).lse)
+    assert set(said) == {"logits need the whole head. Got a readout of a shard."}
 
 
 def test_repeated_calls_give_the_same_bits(ranks):
