@@ -1,7 +1,7 @@
 """Checkpoints that survive being killed at any moment.
 
-``checkpoint/`` holds the weights, the optimizer's state (``<parameter>.<state>``) and the random generators' states of
-every process, in the files and under the seal of `looped.checkpoint`. Each process writes its share, by
+``checkpoint/`` holds the weights, the optimizer's state (``<parameter>.<state>``) and the random generators' states,
+in the files and under the seal of `looped.checkpoint`. Each process writes its share, by
 torch.distributed.checkpoint: its pieces of what is sharded, and some of what every process has.
 
 ``save`` writes ``checkpoint.new/``, syncs it, moves ``checkpoint/`` to ``checkpoint.old/``, renames the new one into
@@ -9,18 +9,19 @@ place and removes the old: at every moment one of ``checkpoint/`` and ``checkpoi
 does so when all have written.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed_checkpoint
@@ -44,13 +45,21 @@ from looped.checkpoint import (
     seal,
     sync,
 )
+from train import processes
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    in_background: bool = False,
+) -> "Saving":
     """Replace the checkpoint of the run in directory ``run`` by the present state, random generators included.
 
-    Every process of a group calls it. Raises OSError if it cannot be written, and CheckpointError if safetensors says
-    so, in every process; the one before is in its place then, and nothing else is left.
+    Every process calls it. Raises as `Saving.wait`. in_background: only copy the state, which a thread then writes;
+    what is returned has to be waited for before the next. The processes' default group is the thread's until then.
     """
     state = {
         "model": dict(model.state_dict()),
@@ -59,16 +68,51 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress
     }
     kinds = {name: kind for kind, tensors in state.items() for name in tensors}
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
-    writer = _Writer(run, kinds, progress)
-    try:
-        distributed_checkpoint.save(state["model"] | state["optimizer"] | state["rng"], storage_writer=writer)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, Exception) and _rank() == 0:
-            writer.give_up()
-        if isinstance(cause, SafetensorError):
-            raise CheckpointError(f"{writer.new} could not be written ({cause})") from error
-        raise cause from error
+    saving = Saving(_Writer(run, kinds, progress))
+    saving.begin(state["model"] | state["optimizer"] | state["rng"], in_background)
+    return saving
+
+
+class Saving:
+    """A checkpoint that is being written."""
+
+    def __init__(self, writer: "_Writer") -> None:
+        self._writer = writer
+        self._written: concurrent.futures.Future[Metadata] | None = None
+
+    def begin(self, tensors: dict[str, Any], in_background: bool) -> None:
+        with self._errors_of_one_process():
+            if in_background:
+                written = distributed_checkpoint.async_save(tensors, storage_writer=self._writer)
+                assert isinstance(written, concurrent.futures.Future)
+                self._written = written
+            else:
+                distributed_checkpoint.save(tensors, storage_writer=self._writer)
+
+    def wait(self) -> None:
+        """Until it is in its place. Raises OSError if it cannot be written, and CheckpointError if safetensors says so,
+        in every process; the one before is in its place then, and nothing else is left."""
+        if self._written is not None:
+            with self._errors_of_one_process():
+                self._written.result()
+
+    def settle(self, seconds: float) -> None:
+        """Until it is written or has failed, which is not said, but at most so long."""
+        if self._written is not None:
+            concurrent.futures.wait([self._written], seconds)
+
+    @contextlib.contextmanager
+    def _errors_of_one_process(self) -> Iterator[None]:
+        """Raise what the first process that failed raised, in all of them."""
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, Exception) and processes.is_first():
+                self._writer.give_up()
+            if isinstance(cause, SafetensorError):
+                cause = CheckpointError(f"{self._writer.new} could not be written ({cause})")
+            raise processes.agreed(cause) from error
 
 
 class _Writer(StorageWriter):
@@ -102,22 +146,31 @@ class _Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """In every process: what the plan gives it to write."""
-        for kind in KINDS:
-            items = [item for item in plan.items if self.kinds[item.index.fqn] == kind]
-            if items:
-                path = self.new / file_name(kind, *plan.storage_data)
-                begins = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
-                tensors = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in items}
-                path.touch()
-                mode = path.stat().st_mode  # what the umask makes of a new file; safetensors would have it be 0600
-                safetensors.torch.save_file(
-                    tensors, path, {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
-                )
-                path.chmod(mode)
-                sync(path)
         written: Future[list[WriteResult]] = Future()
-        written.set_result([WriteResult(item.index, item.tensor_storage_size(), None) for item in plan.items])
+        results = []
+        for kind in KINDS:
+            tensors, begins = {}, {}
+            for item in plan.items:
+                name = item.index.fqn
+                if self.kinds[name] == kind:
+                    tensor = planner.resolve_data(item)
+                    assert isinstance(tensor, Tensor)
+                    assert item.tensor_data is not None
+                    tensors[name] = tensor.detach().cpu().contiguous()
+                    begins[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+                    results.append(WriteResult(item.index, tensors[name].nbytes, None))
+            if tensors:
+                self._write_file(self.new / file_name(kind, *plan.storage_data), tensors, begins)
+        written.set_result(results)
         return written
+
+    def _write_file(self, path: Path, tensors: dict[str, Tensor], begins: dict[str, dict[str, list[int]]]) -> None:
+        path.touch()
+        mode = path.stat().st_mode  # what the umask makes of a new file; safetensors would have it be 0600
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
+        safetensors.torch.save_file(tensors, path, metadata)
+        path.chmod(mode)
+        sync(path)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """In the first process, when all have written."""
@@ -152,8 +205,7 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     """Restore weights, and with ``optimizer`` also its state and the random generators, from the run in ``run``.
 
     Nothing is changed unless everything fits. Raises CheckpointError, in one line, if there is no checkpoint, it is
-    torn, or its parameters are not the model's, naming the first that differs. A process that was not among those that
-    wrote it keeps its random generators.
+    torn, or its parameters are not the model's, naming the first that differs.
     """
     directory = found(run)
     progress = check_whole(directory, KINDS)
@@ -222,20 +274,17 @@ def _empty_moments(model: nn.Module, optimizer: torch.optim.Optimizer, stored: d
     return moments
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _rng_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The generators' states of this process: "cpu" and "cuda.0" of the first or only one, "cpu.2" of the third."""
-    rank, device = _rank(), next(model.parameters()).device
-    cpu = {f"cpu.{rank}" if rank else "cpu": torch.get_rng_state()}
-    return cpu | ({f"cuda.{rank}": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    """The generators' states. Of several processes, one's: each sets its own anew for every step."""
+    device = next(model.parameters()).device
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda.0": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
 
 
 def _restore_rng(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, state in tensors.items():
-        if name.startswith("cpu"):
+        if name == "cpu":
             torch.set_rng_state(state)
         else:
             torch.cuda.set_rng_state(state, next(model.parameters()).device)

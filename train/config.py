@@ -29,6 +29,7 @@ from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]
+OnSaveError = Literal["stop", "continue"]
 Shard = Literal["none", "fsdp2"]
 
 
@@ -130,6 +131,12 @@ class TrainConfig(LoopedShape, _Source):
     None: n_loops if the depth is fixed, else four times that; of a task twice n_loops."""
     save_every: int = 1000
     """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
+    async_save: bool = False
+    """Only copy what a checkpoint is of, and train on while it is written; one at a time. A kill then loses not only
+    the steps since the last checkpoint, but also those taken while the next was being written."""
+    on_save_error: OnSaveError = "stop"
+    """What a checkpoint or a line of metrics.jsonl does that cannot be written: stop the run, or have it continue, say
+    so, and try again when the next is due. What cannot be written at the end is an error in any case."""
     out: Path | None = None
     """Directory the run is left in. None: runs/<preset>-<time>. torchrun --max-restarts needs it: the processes that
     are started again go on from the checkpoint there."""
@@ -146,7 +153,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
     "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
-    "shard", "shard_head", "collective_timeout",
+    "shard", "shard_head", "collective_timeout", "async_save", "on_save_error",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.

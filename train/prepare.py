@@ -156,9 +156,9 @@ def _compile(model: LoopedLM, n_depths: int) -> None:
 def launcher(config: TrainConfig, device: torch.device) -> Launch:
     """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted.
 
-    Weights that are shared out are gathered in the middle of a function, which is not captured.
+    What several processes exchange is not captured.
     """
-    graphs = device.type == "cuda" and config.cuda_graph and config.shard == "none"
+    graphs = device.type == "cuda" and config.cuda_graph and processes.world_size() == 1
     return CudaGraphs(device) if graphs else eagerly
 
 
@@ -178,8 +178,6 @@ def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
 
 
 def _capture_refusal(config: TrainConfig) -> str | None:
-    if processes.world_size() > 1:
-        return "a step of several processes is not captured"
     if config.checkpoint_loops and config.dropout > 0:
         return "recomputing a loop with its dropout sets the random generator back, which no capture allows"
     return None

@@ -110,7 +110,8 @@ def print_start(run: Run) -> None:
 
 def launch_line(run: Run) -> str:
     if run.launch is eagerly:
-        return "kernel by kernel"
+        several = processes.world_size() > 1 and run.config.cuda_graph
+        return "kernel by kernel" + (" (several processes capture no CUDA graphs)" if several else "")
     if run.capture_refusal is not None:
         return f"kernel by kernel ({run.capture_refusal}); evaluation as CUDA graphs"
     return "as CUDA graphs"
@@ -180,6 +181,8 @@ def _shorter(path: str) -> str:
 def how_to_continue(out: Path, *options: str) -> str:
     """The last good checkpoint of a run that has stopped, and the command that goes on from it; in one line."""
     step = checkpoint.step_of(out)
+    if not out.is_dir():
+        return f"{out} is not there. Once it is: {resume_command(out, *options)}"
     if step is None:
         return f"That was before the first checkpoint: {out} cannot be continued."
     return f"The checkpoint of step {step} is whole. To continue from it: {resume_command(out, *options)}"

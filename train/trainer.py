@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
-from train.checkpoint import Progress
+from train.checkpoint import Progress, Saving
 from train.config import supervision_of
 from train.depth import evaluated_depths
 from train.interrupt import Interruptions
@@ -29,6 +30,7 @@ from train.progress import (
     resume_command,
     show,
 )
+from train.saves import Saves
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
@@ -47,9 +49,8 @@ def train(run: Run, interruptions: Interruptions) -> int:
     started = time.perf_counter()
     first = run.step
     print_start(run)
-    with interruptions.deferred():
-        _optimise(run, interruptions)
-        save(run)
+    with interruptions.deferred(), Saves(run.config.on_save_error) as saves:
+        _optimise(run, interruptions, saves)
     if interruptions.pending is not None and run.step < run.steps:
         processes.forget_launch(run.out)
         print(f"\nstopped at step {run.step} of {run.steps}. To continue:\n  {resume_command(run.out)}")
@@ -58,6 +59,8 @@ def train(run: Run, interruptions: Interruptions) -> int:
     results = _evaluate(run)
     took = f"{run.steps - first} steps in {train_seconds:.0f} s"
     processes.from_first(lambda: _report(run, results, took, train_seconds, time.perf_counter() - started))
+    if saves.failed:
+        print(f"not saved {saves.failed} times on the way; at the end everything was")
     return 0
 
 
@@ -92,14 +95,14 @@ def _is_saved(step: int, run: Run) -> bool:
     return every > 0 and (step % every == 0 or step == min(FIRST_SAVE, every)) and step < run.steps
 
 
-def _optimise(run: Run, interruptions: Interruptions) -> None:
-    """Take the steps that remain, until a signal is pending."""
+def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
+    """Take the steps that remain, until a signal is pending, and save what was reached."""
     log = _open_log(run) if processes.is_first() else NoLog()
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
     bar, clock = progress_bar(run), Clock(run)
-    with closing(log), closing(bar):
+    with closing(bar):
         while run.step < run.steps and not _stopping(interruptions):
             measure = _is_logged(run.step + 1, run)
             rate, result = _step(run, measure)
@@ -107,14 +110,17 @@ def _optimise(run: Run, interruptions: Interruptions) -> None:
             stop = processes.any_of(bad_steps.too_many())
             if measure or stop:
                 row = _row(run, result, rate, clock, bad_steps.total)
-                log.append(row)
+                with saves.attempt():
+                    log.append(row)
                 show(bar, row, clock.left(run))
             if stop:
                 raise processes.agreed(NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row())))
             bar.update(1)
             if _is_saved(run.step, run):
                 with clock.paused():
-                    save(run)
+                    saves.take(partial(save, run))
+        saves.take_last(partial(save, run))
+        processes.from_first(log.flush)
 
 
 def _stopping(interruptions: Interruptions) -> bool:
@@ -163,14 +169,15 @@ def _place(run: Run, first: int) -> str:
         )
 
 
-def save(run: Run) -> None:
+def save(run: Run) -> Saving:
     """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
     finite = torch.stack([own_part(weight.detach()).isfinite().all() for weight in run.model.parameters()]).all()
     if processes.any_of(not finite):
         line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
         raise processes.agreed(NotFiniteError(line))
+    progress = Progress(run.step, run.source.fingerprint)
     with whole_vocabulary(run.model, run.optimizer):
-        checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.source.fingerprint))
+        return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
