@@ -27,7 +27,7 @@ from .radial import radial_gradient_reference
 from .readout import read_out
 from .readout_call import ReadoutCall
 from .row_weights import loop_weights
-from .vocabulary_shard import VocabularyShard
+from .vocabulary_shard import VocabularyShard, rows_here
 
 
 class LoopedStatistics(NamedTuple):
@@ -288,10 +288,7 @@ def looped_cross_entropy(
         TypeError, ValueError: an argument of another kind, dtype, shape, device or range than stated; a target
             outside [0, V) (on a GPU an assertion on the device, which does not wait).
     """
-    if shard is None:
-        head, bias = gathered(head), gathered(bias)
-    else:
-        head, bias = shard.local("head", head), shard.local("bias", bias)
+    head, bias = rows_here("head", head, shard), rows_here("bias", bias, shard)
     norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]

@@ -14,7 +14,7 @@ from .device import accumulator, autocast_dtype, autocasts
 from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy
 from .rms_norm import RMSNormPenalty, rms_norm_penalty
 from .statistics import ReadoutStatistics, readout_statistics
-from .vocabulary_shard import VocabularyShard
+from .vocabulary_shard import VocabularyShard, rows_here
 
 Head = nn.Linear | nn.Embedding
 PARAMETERS = ("weight", "bias")  # of a head and of a norm: all that a readout uses
@@ -105,7 +105,7 @@ class LoopedReadout(nn.Module):
         super().__init__()
         _check_head(head)
         if shard is not None:
-            shard.local("head", head.weight)
+            rows_here("head", head.weight, shard)
         self.readout: Readout = "raw" if norm is None else _formula(norm, head.weight)
         if final_only:
             if self.readout != "rmsnorm":

@@ -44,12 +44,8 @@ class ReadoutCall(NamedTuple):
         """The call as arguments of an op: its numbers, which torch.compile may trace, and the rest as a string."""
         rest = self._replace(eps=0.0, weight=0.0, label_smoothing=0.0, softcap=None if self.softcap is None else 0.0)
         *fields, shard = rest
-        return repr((*fields, None if shard is None else tuple(shard))), [
-            self.eps,
-            self.weight,
-            self.label_smoothing,
-            self.softcap or 0.0,
-        ]
+        text = repr((*fields, None if shard is None else tuple(shard)))
+        return text, [self.eps, self.weight, self.label_smoothing, self.softcap or 0.0]
 
     @staticmethod
     def of(rest: str, numbers: list[float]) -> "ReadoutCall":

@@ -29,7 +29,7 @@ from .looped_cross_entropy import logits_reference
 from .products import default_chunk_rows
 from .readout import read_out
 from .readout_call import ReadoutCall
-from .vocabulary_shard import VocabularyShard
+from .vocabulary_shard import VocabularyShard, rows_here
 
 
 class ReadoutStatistics(NamedTuple):
@@ -105,10 +105,7 @@ def readout_statistics(
     Raises:
         TypeError, ValueError: as `looped_cross_entropy`.
     """
-    if shard is None:
-        head, bias = gathered(head), gathered(bias)
-    else:
-        head, bias = shard.local("head", head), shard.local("bias", bias)
+    head, bias = rows_here("head", head, shard), rows_here("bias", bias, shard)
     norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]

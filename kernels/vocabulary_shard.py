@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arguments import gathered
+
 MAX_ROWS = 1 << 24  # of a rank: a column's number is exchanged as a float32
 Rows = TypeVar("Rows", Tensor, Tensor | None)
 
@@ -147,3 +149,12 @@ class VocabularyShard(NamedTuple):
     def share(self) -> float:
         """The share of a rank in the gradient of the head: the mean over ranks, each with the loss of its tokens."""
         return 1.0 / self.n_blocks
+
+
+def rows_here(name: str, tensor: Rows, shard: VocabularyShard | None) -> Rows:
+    """This rank's rows of a head or its bias; without a shard the whole, gathered where it is a sharded parameter."""
+    if shard is None:
+        return gathered(tensor)
+    if not isinstance(shard, VocabularyShard):
+        raise TypeError(f"shard must be a VocabularyShard or None. Got {type(shard).__name__}.")
+    return shard.local(name, tensor)

@@ -286,6 +286,12 @@ def test_every_rank_refuses_what_one_may_not_do(ranks):
         assert target == "targets must be in [0, 37) or ignore_index=-100. Got 37."
 
 
+def test_a_shard_of_another_kind_is_refused():
+    states, head, targets = torch.zeros(1, 2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"shard must be a VocabularyShard or None\. Got int\."):
+        looped_cross_entropy(states, head, targets, shard=2)
+
+
 def test_without_a_group_there_is_no_shard():
     with pytest.raises(ValueError, match="must be initialised first"):
         VocabularyShard.of(37)
