@@ -12,7 +12,7 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
-from looped.kernels import LoopedStatistics
+from looped.kernels import LoopedStatistics, VocabularyShard
 from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
@@ -57,9 +57,13 @@ class LoopedLM(Recurrence):
     checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
     Both are attributes that may change at any time; neither touches parameters or checkpoints.
 
+    shard: which rows of the head are here; None while all are (looped/vocabulary.py).
+
     Weights start as PyTorch's nn.Linear starts them, embedding and learned positions as
     N(0, `config.embedding_std`^2), norms at 1.
     """
+
+    shard: VocabularyShard | None = None
 
     def __init__(self, config: LoopedConfig, *, fused: bool = True, checkpoint_loops: bool = False) -> None:
         super().__init__(config, fused=fused, checkpoint_loops=checkpoint_loops)
@@ -172,6 +176,7 @@ class LoopedLM(Recurrence):
             ignore_index=IGNORE_INDEX,
             n_targets=n_targets,
             statistics=statistics,
+            **self._shard_option(),
         )
         loss = result.loss
         if self.config.n_coda and (isinstance(penalty, Tensor) or penalty > 0):
@@ -227,6 +232,8 @@ class LoopedLM(Recurrence):
 
     def head_logits(self, read: Tensor, *, final: bool = True) -> Tensor:
         """Logits [B, T, V] of one R_k [B, T, d], what the coda has made of a state. final: as in `readout_logits`."""
+        if self.shard is not None:
+            raise ValueError("logits need all of a shared vocabulary: call inside whole_vocabulary(model). Got a part.")
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
             read = self.readout_norm(read)
         with self.implementation.product_context(read):
@@ -246,6 +253,7 @@ class LoopedLM(Recurrence):
             targets,
             readout="rmsnorm" if self.config.readout == "final-only" else self.config.readout,
             **self._readout_norm_options(),
+            **self._shard_option(),
             ignore_index=IGNORE_INDEX,
         )
         assert result.loss is not None  # targets were given
@@ -276,9 +284,22 @@ class LoopedLM(Recurrence):
             "eps": self.config.norm_eps,
         }
 
+    def _shard_option(self) -> dict[str, Any]:
+        """Which rows of the head are here, as the functions of `kernels` take it."""
+        if self.shard is None:
+            return {}
+        if not self.fused:
+            raise ValueError(
+                "fused must be True for a shared vocabulary: the plain readout has the whole head. Got False."
+            )
+        return {"shard": self.shard}
+
     def parameter_count(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, wherever they are; a tied head counts once."""
+        here = sum(parameter.numel() for parameter in self.parameters())
+        if self.shard is None:
+            return here
+        return here + (self.shard.n_words - len(self.head_weight)) * self.config.d_model
 
     def flops_per_token(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from looped.graph import eagerly
 from looped.sharding import own_part, whole
+from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
@@ -178,7 +179,8 @@ def save(run: Run) -> Saving:
         line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
         raise processes.agreed(NotFiniteError(line))
     progress = Progress(run.step, run.source.fingerprint)
-    return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
+    with whole_vocabulary(run.model, run.optimizer):
+        return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -261,6 +263,11 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        return _results(run)
+
+
+def _results(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
