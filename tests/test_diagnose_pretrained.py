@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from foreign_models import VOCABULARY, albert, hrm_text, small
+from foreign_models import VOCABULARY, small
 from safetensors.torch import save_file
 
+from bench.competitors.recurrent_models import albert, hrm_text
 from looped.diagnose import from_model
 from looped.diagnose.__main__ import main
 from looped.diagnose.interventions import ALPHAS
@@ -96,7 +97,7 @@ def test_load_pretrained_takes_tokens(saved, tokens, tmp_path):
 
 
 REMOTE_CODE = """
-import foreign_models
+from bench.competitors.recurrent_models import Ouro, Size
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -112,12 +113,12 @@ class OuroForCausalLM(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        whole = foreign_models.Ouro(config.total_ut_steps)
+        whole = Ouro(Size(n_loops=config.total_ut_steps))
         self.model, self.lm_head = whole.model, whole.lm_head
         self.post_init()
 
     def forward(self, input_ids, labels=None, use_cache=None):
-        return foreign_models.Ouro.forward(self, input_ids, labels, use_cache)
+        return Ouro.forward(self, input_ids, labels, use_cache)
 """
 
 
@@ -240,7 +241,7 @@ def test_command_rejects_data(saved, tokens, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--seq-len", 65), "seq_len must be in [1, 64], the model's longest. Got 65"),
+        (("--seq-len", 513), "seq_len must be in [1, 512], the model's longest. Got 513"),
         (("--loops", 3), "horizon must be above the n_loops=3 that were trained. Got horizon=3"),
         (("--scale-loops", -1), "scale_loops must be at least 0. Got -1"),
     ],
