@@ -219,11 +219,11 @@ STEPS: dict[str, Case[DecoderShape]] = named(
 )
 
 # Other people's models, narrow and shallow with vocabularies of the originals' order; ALBERT is ALBERT-base.
-_ROWS_OF_MODELS = {"cpu": (2, 128), "cpu-fp32": (1, 128), "cuda": (16, 512)}[MACHINE]
+_ROWS_OF_MODELS = {"cpu": (4, 256), "cpu-fp32": (2, 256), "cuda": (16, 512)}[MACHINE]
 RECURRENT_MODELS: dict[str, Case[RecurrentShape]] = named(
     [
         *(
-            Case(RecurrentShape(model, *_ROWS_OF_MODELS, n_loops, d, vocabulary), MAIN_DTYPE)
+            Case(RecurrentShape(model, *_ROWS_OF_MODELS, n_loops, d, vocabulary), MAIN_DTYPE, long=MACHINE != "cuda")
             for model, n_loops, d, vocabulary in (
                 ("hrm_text", 2, 512, 49_152),
                 ("albert", 12, 768, 30_000),
