@@ -1,10 +1,12 @@
 """Models that save_pretrained wrote, diagnosed from their directories. No network."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
+import tiny_run
 import torch
 from foreign_models import VOCABULARY, small
 from safetensors.torch import save_file
@@ -12,8 +14,12 @@ from safetensors.torch import save_file
 from bench.competitors.recurrent_models import albert, hrm_text
 from looped.diagnose import from_model
 from looped.diagnose.__main__ import main
+from looped.diagnose.diagnosis import diagnose_run
 from looped.diagnose.interventions import ALPHAS
 from looped.diagnose.pretrained import load_pretrained, mask_tokens, scale_checks, scale_table
+from looped.export import main as export
+from looped.run_directory import load_run
+from train.run import main as train
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -194,6 +200,44 @@ def test_command(saved, words, tmp_path, capsys, name):
         encoding="utf-8"
     )
     assert len(json.loads((tmp_path / "page" / "scale.json").read_text(encoding="utf-8"))) == 4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run with a gate, and its export."""
+    directory = tmp_path_factory.mktemp("export")
+    options = ["--supervision", "gated", "--penalty", "0.02", "--out", str(directory / "run")]
+    assert train(tiny_run.arguments(directory, *options)) == 0
+    assert export([str(directory / "run"), "--to", "transformers", str(directory / "export")]) == 0
+    return directory
+
+
+def test_an_export_is_diagnosed_as_its_run(exported):
+    """On the same windows: the run's own validation text, as tokens."""
+    run = load_run(exported / "run")
+    path = exported / "tokens.safetensors"
+    save_file({"tokens": run.validation.tokens}, path)
+    loaded = load_pretrained(str(exported / "export"), str(path), n_tokens=160, seq_len=None)
+    assert loaded.batches[0][0].shape[1] == 16  # the model's longest
+    found, expected = loaded.diagnose(9).measured, diagnose_run(run, n_tokens=160, horizon=9).measured
+    assert found.weights == expected.weights
+    assert found.penalty == expected.penalty == 0.02
+    assert found.norms == expected.norms
+    assert found.radial == expected.radial
+    assert found.halting.skipped is not None
+    assert dataclasses.replace(found.depth, bits_per_byte=None) == dataclasses.replace(
+        expected.depth, bits_per_byte=None
+    )
+
+
+def test_command_on_an_export(exported, tmp_path, capsys):
+    """A page, and the checks of the scale, which the readout without a norm sees."""
+    data = exported / "text.txt"
+    assert main([*arguments(exported / "export", data, tmp_path / "page", "--scale-loops", 8), "--rounds", "0"]) == 0
+    assert (tmp_path / "page" / "index.html").exists()
+    checks = json.loads((tmp_path / "page" / "scale.json").read_text(encoding="utf-8"))
+    assert len(checks) == 8
+    assert all(check["with_norm"] < 1e-3 < check["without_norm"] for check in checks)
 
 
 def refused(capsys, argv) -> str:
