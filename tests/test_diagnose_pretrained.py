@@ -146,7 +146,13 @@ def test_load_pretrained_with_code_of_its_own(tokens, tmp_path, monkeypatch, cap
     assert type(loaded.model).__name__ == "OuroForCausalLM"
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, weights[name])
-    assert loaded.diagnose(5).verdict.control == "removed"
+    page = tmp_path / "page"
+    assert main(arguments(directory, tokens, page, "--trust-remote-code", "--scale-loops", 8)) == 0
+    (diagnosis,) = json.loads((page / "diagnosis.json").read_text(encoding="utf-8"))["diagnoses"]
+    assert diagnosis["verdict"]["control"] == "removed"
+    checks = json.loads((page / "scale.json").read_text(encoding="utf-8"))
+    assert [check["loop"] for check in checks] == list(range(1, 9))
+    assert all(check["with_norm"] < 1e-2 < check["without_norm"] for check in checks)
 
 
 def test_mask_tokens():
