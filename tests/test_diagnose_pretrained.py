@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import torch
 from foreign_models import VOCABULARY, small
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import save_file
 
 from bench.competitors.recurrent_models import albert, hrm_text
@@ -255,11 +256,14 @@ def refused(capsys, argv) -> str:
 
 
 def test_command_says_that_the_hub_is_out_of_reach(tokens, tmp_path, capsys):
+    """Once: the hub's client warns of every try."""
+    hub_logging.set_verbosity_warning()
     line = refused(capsys, arguments("nobody/no-such-model", tokens, tmp_path / "page"))
     assert line.startswith(
         "error: model must be a directory that save_pretrained wrote, or a model of the hub, if that"
     )
     assert not (tmp_path / "page").exists()
+    assert hub_logging.get_verbosity() >= hub_logging.ERROR
 
 
 @pytest.mark.parametrize(

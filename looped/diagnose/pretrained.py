@@ -206,11 +206,13 @@ def _read_tokens(files: Sequence[Path], tokenizer: Any) -> Tensor:
 
 def _transformers() -> Any:
     try:
-        import transformers  # slow to import, and needed here alone
+        import huggingface_hub  # slow to import, and needed here alone
+        import transformers
     except ImportError as error:
         raise ValueError("transformers must be installed for a model by name (extra hf). It is not.") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one line, and not one for every try
     return transformers
 
 
