@@ -73,7 +73,7 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
         run.model.config,
         supervision=train.get("supervision", "per-loop"),
         penalty=train.get("penalty", 0.0),
-        **{name: train[name] for name in ("gate_beta", "gate_prior") if name in train},
+        **{name: train[name] for name in ("backprop_loops", "gate_beta", "gate_prior") if name in train},
         run=provenance(run),
         eos_token_id=tokenizer.eos_token_id,
     )

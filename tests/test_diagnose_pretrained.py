@@ -91,6 +91,7 @@ def test_load_pretrained(saved, words, name):
     assert loaded.name == name
     assert loaded.notes["data"] == "words.txt"
     assert ("masked" in loaded.notes) == (name == "albert")
+    assert ("state" in loaded.notes) == (name == "hrm_text")
 
 
 def test_load_pretrained_takes_tokens(saved, tokens, tmp_path):

@@ -27,8 +27,8 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("run")
-    assert train(arguments(directory, "--penalty", "0.02", "--out", str(directory / "tiny"))) == 0
+    directory, options = tmp_path_factory.mktemp("run"), ["--penalty", "0.02", "--backprop-loops", "2"]
+    assert train(arguments(directory, *options, "--out", str(directory / "tiny"))) == 0
     return directory / "tiny"
 
 
@@ -49,6 +49,7 @@ def test_the_export_is_the_runs_model(run, exported):
         assert torch.equal(model(tokens).logits, saved.model(tokens, n_loops=depth, logits=True).logits)
     assert model.config.shape == saved.model.config
     assert (model.config.depth, model.config.supervision, model.config.penalty) == (8, "per-loop", 0.02)
+    assert model.config.backprop_loops == 2
     assert model.generation_config.eos_token_id == saved.validation.tokens[-1]
 
 

@@ -68,6 +68,24 @@ def test_the_names_that_others_ask_for():
     assert not isinstance(config, LoopedConfig)
 
 
+def test_loops_without_gradient_are_those_of_the_run(tmp_path):
+    decoder, model = wrapped()
+    model.config.backprop_loops = 2
+    model.save_pretrained(tmp_path)
+    model = LoopedForCausalLM.from_pretrained(tmp_path)
+    tokens = tiny_decoder.tokens()
+    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
+    expected, output = decoder(tokens, targets, backprop_loops=2), model(tokens, labels=tokens)
+    expected.loss.backward()
+    output.loss.backward()
+    torch.testing.assert_close(output.per_loop, expected.per_loop, equal_nan=True)
+    found, wanted = (
+        {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        for module in (model.decoder, decoder)
+    )
+    tiny_decoder.assert_same_gradients(found, wanted)
+
+
 def test_gated_supervision_keeps_its_options(tmp_path):
     decoder = tiny_decoder.model(exit_gate=True)
     options = {"supervision": "gated", "gate_beta": 0.3, "gate_prior": "geometric:0.4"}

@@ -23,6 +23,7 @@ from looped.diagnose.diagnosis import Diagnosis, diagnose, loop_weights, validat
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
 from looped.diagnose.model import Batch, LoopedModel, from_decoder
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 from looped.run_directory import Validation
 
 OURS = "looped_lm"  # the model_type of an export
@@ -59,7 +60,8 @@ def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool =
     if not isinstance(decoder, LoopedLM):
         return from_model(model, readout_norm=readout_norm)
     config: Any = model.config
-    weights = loop_weights(decoder, config.supervision, 0, batches, decoder.embedding.weight.device)
+    first = first_with_gradient(decoder.config.n_loops, config.backprop_loops)
+    weights = loop_weights(decoder, config.supervision, first, batches, decoder.embedding.weight.device)
     described = from_decoder(decoder, weights=weights, penalty=config.penalty)
     return described if readout_norm else dataclasses.replace(described, norm=None)
 
@@ -96,6 +98,8 @@ def load_pretrained(
     loader = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     model = _load(name, loader, trust_remote_code, dtype=torch.float32).to(device).eval().requires_grad_(False)
     notes = {"model": name, "data": Path(data).name}
+    if content["model_type"] == "hrm_text":
+        notes["state"] = "both states before their norms, side by side"
     if masked:
         notes["masked"] = f"{MASKED_SHARE:.0%} of the tokens; all are predicted"
     return Pretrained(

@@ -27,6 +27,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
 
     depth: K, how often the stack is applied here. It may be changed at any time; by default n_loops.
     supervision, penalty: of the loss that labels give, as `LoopedLM.readout_loss` describes them.
+    backprop_loops: of the loss, as `LoopedLM.forward` takes it; None for all.
     gate_beta, gate_prior: of gated supervision, as `looped.supervision.Gated` describes them.
     run: what is known of the run that the weights are from; the model card shows it. {} if nothing is.
 
@@ -51,6 +52,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         depth: int | None = None,
         supervision: Supervision = "per-loop",
         penalty: float = 0.0,
+        backprop_loops: int | None = None,
         gate_beta: float = Gated.beta,
         gate_prior: str = Gated.prior,
         run: dict[str, Any] | None = None,
@@ -63,6 +65,7 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         self.depth = shape.n_loops if depth is None else depth
         self.supervision = supervision
         self.penalty = penalty
+        self.backprop_loops = backprop_loops
         gate = Gated(gate_beta, gate_prior)
         self.gate_beta, self.gate_prior = gate.beta, gate.prior
         self.run = {} if run is None else run

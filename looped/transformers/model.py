@@ -1,5 +1,6 @@
 """LoopedForCausalLM: the decoder behind the calls that transformers makes of a causal language model."""
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from looped.context import Context
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 from looped.supervision import IGNORE_INDEX
 from looped.transformers.attention import Rows, is_padded_on_the_left, mask_of, positions_of
 from looped.transformers.card import model_card
@@ -110,7 +112,8 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         rows, position_ids = self._attending(input_ids, attention_mask, position_ids, cache)
-        states = decoder.unroll(input_ids, self.config.depth, positions=position_ids, cache=rows)
+        with_gradient = None if labels is None else self.config.backprop_loops
+        states = decoder.unroll(input_ids, self.config.depth, with_gradient, positions=position_ids, cache=rows)
         output = LoopedCausalLMOutput(cache=cache, hidden_states=states if output_hidden_states else None)
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -149,14 +152,15 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(
         self, states: tuple[Tensor, ...], targets: Tensor, num_items: int | Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor | None]:
+        first = first_with_gradient(len(states), self.config.backprop_loops)
         penalty: float | Tensor = self.config.penalty
         if num_items is not None and penalty:
             penalty = penalty * (targets != IGNORE_INDEX).sum() / num_items
         result = self.decoder.readout_loss(
-            states, targets, supervision=self.config.loss_supervision, penalty=penalty, n_targets=num_items,
+            states[first:], targets, supervision=self.config.loss_supervision, penalty=penalty, n_targets=num_items,
             context=context,
         )  # fmt: skip
-        return result.loss, result.per_loop
+        return result.loss, F.pad(result.per_loop, (first, 0), value=math.nan)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As transformers does, with a README.md where the configuration knows of a run."""
