@@ -145,6 +145,7 @@ class LoopedLM(Recurrence):
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
+        context: Context | None = None,
     ) -> ReadoutLoss:
         """The training loss of the states of all loops, in nats.
 
@@ -158,13 +159,13 @@ class LoopedLM(Recurrence):
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
-        tensor. statistics: measure what the readout sees of every loop and token.
+        tensor. statistics: measure what the readout sees of every loop and token. context: as in `read`.
         Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
         supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
         self._check_loss_options(supervision, penalty)
-        read, weights, log_p = self._weighed(states, supervision)
+        read, weights, log_p = self._weighed(states, supervision, context)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -188,15 +189,15 @@ class LoopedLM(Recurrence):
         return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
 
     def _weighed(
-        self, states: Sequence[Tensor], supervision: Supervision | Gated
+        self, states: Sequence[Tensor], supervision: Supervision | Gated, context: Context | None
     ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
         """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
         if gated(supervision) is None:
             weights = supervision_weights(supervision, len(states))
             # A loop that has no weight needs no coda; its state stands for what is not read.
-            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
-            return read, weights, None
-        read = [self.read(state) for state in states]
+            pairs = zip(states, weights, strict=True)
+            return [state if weight == 0 else self.read(state, context) for state, weight in pairs], weights, None
+        read = [self.read(state, context) for state in states]
         log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
         return read, log_p.exp(), log_p
 
