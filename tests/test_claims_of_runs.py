@@ -50,7 +50,7 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     assert "--steps 8 " in record["commands"][1]
     assert " -- --vocab-size 300 " in record["commands"][1]
 
-    monkeypatch.setattr(judging, "make_diagnosis", None)
+    monkeypatch.setattr(judging, "diagnose_run", None)
     assert main(command) == 0  # the diagnosis is reused
     longer = claims_words(trained, out, "--tokens", "80")  # one window more
     with pytest.raises(TypeError, match="not callable"):
@@ -118,7 +118,7 @@ def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
 
 
 def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(judging, "make_diagnosis", None)
+    monkeypatch.setattr(judging, "diagnose_run", None)
     config = two / "per-loop-rmsnorm" / "seed-101" / "config.json"
     config.write_text(config.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.1'))
     assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101")) == 2
