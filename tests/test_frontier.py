@@ -11,11 +11,11 @@ import torch
 from tiny_sweep import assert_rejected, finished_sweep, training_words
 
 from looped.run_directory import load_run
-from train.paper import frontier, frontier_estimates, sweep
+from train.paper import frontier, frontier_perplexity, sweep
 from train.paper.__main__ import main
 from train.paper.figures import draw_frontier
-from train.paper.frontier_estimates import Documents, document_sums, estimates, perplexity, points, resample
 from train.paper.frontier_page import markdown
+from train.paper.frontier_perplexity import Documents, document_sums, estimates, perplexity, points, resample
 from train.paper.frontier_speed import Rate
 
 NAMES = ("per-loop-rmsnorm", "terminal-rmsnorm")
@@ -174,7 +174,7 @@ def test_a_draw_is_the_text_of_the_drawn_documents():
     assert counts.shape == (21, 7)
     assert (counts.sum(1) == 7).all()
     assert len(np.unique(counts, axis=0)) > 10
-    bits = frontier_estimates.bits_per_byte(documents, counts)
+    bits = frontier_perplexity.bits_per_byte(documents, counts)
     for row, ppl, bpb in zip(counts, perplexity(documents, counts), bits, strict=True):
         chosen = np.repeat(np.arange(7), row.astype(int))
         nats, n_tokens = documents.losses[:, chosen].sum(1), documents.n_tokens[chosen].sum()

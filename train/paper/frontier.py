@@ -7,7 +7,7 @@ DIR is a sweep, of which every complete run counts. Without it five conditions a
 runs/frontier, or found there. Writes `<date>-<device>-frontier.json`, `.md` and `.png`.
 
 Perplexity and bits per byte are those of windows spread over the validation split, every loop read as if it were the
-last (frontier_estimates.py). Speed is that of prefill at several batch sizes (frontier_speed.py).
+last (frontier_perplexity.py). Speed is that of prefill at several batch sizes (frontier_speed.py).
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from train.metrics import finite
 from train.paper import sweep
 from train.paper.conditions import BLIND, FINAL_ONLY, PAPER_PPL, PAPER_RATES, PENALISED, RAW, SEEDS, TERMINAL, Condition
 from train.paper.figures import draw_frontier
-from train.paper.frontier_estimates import DRAWS, REFERENCE, Documents, document_sums, points
 from train.paper.frontier_page import markdown
+from train.paper.frontier_perplexity import DRAWS, REFERENCE, Documents, document_sums, points
 from train.paper.frontier_speed import DEVICE, architecture, competitors, rates_at, throughput, window_batch
 from train.paper.options import check_options, split_words
 from train.paper.record import write_record
@@ -107,9 +107,14 @@ def measure(directory: Path, options: FrontierConfig) -> dict[str, Any]:
         str(batch): throughput(models, window_batch(first, batch), dtype, options.rounds)
         for batch in tqdm(options.batches, desc="timing", unit="batch size", disable=None, leave=False)
     }
-    documents = next(iter(measured[first_result.condition].values()))
+    documents, made = next(iter(measured[first_result.condition].values())), environment(DEVICE)
     return {
-        **_machine(),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
+        "instructions": DEVICE.type if DEVICE.type == "cuda" else instructions(),
+        "threads": torch.get_num_threads(),
+        "versions": made["versions"],
+        "commit": made["commit"],
+        "date": datetime.now(UTC).date().isoformat(),
         "settings": {
             "preset": trained["preset"],
             "text": trained["data"],
@@ -134,19 +139,6 @@ def measure(directory: Path, options: FrontierConfig) -> dict[str, Any]:
         ],
         "points": points(measured, rates, architectures),
         "paper": {"tokens_per_second": PAPER_RATES, "ppl": PAPER_PPL},
-    }
-
-
-def _machine() -> dict[str, Any]:
-    """Where and when this is measured."""
-    found = environment(DEVICE)
-    return {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
-        "instructions": DEVICE.type if DEVICE.type == "cuda" else instructions(),
-        "threads": torch.get_num_threads(),
-        "versions": found["versions"],
-        "commit": found["commit"],
-        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

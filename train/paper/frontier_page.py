@@ -49,8 +49,8 @@ def markdown(record: Record, name: str) -> str:
     ]
     trained = ", ".join(sorted({str(run["commit"]) for run in record["runs"]}))
     seeds = [
-        f"`{name}` {', '.join(str(run['seed']) for run in runs)}"
-        for name, runs in rows_by("condition", record["runs"]).items()
+        f"`{condition}` {', '.join(str(run['seed']) for run in runs)}"
+        for condition, runs in rows_by("condition", record["runs"]).items()
     ]
     parts = [
         "# Perplexity against speed at K loops",
