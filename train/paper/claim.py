@@ -29,7 +29,7 @@ RELATIONS: dict[Relation, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a complete run: what its training left, and its diagnosis, whose name is the condition."""
+    """What is known of a complete run: what its training left, and its diagnosis, which bears the condition's name."""
 
     result: RunResult
     diagnosis: Diagnosis
@@ -40,8 +40,11 @@ Seed = Mapping[str, Evidence]  # the complete runs of one seed, by condition
 
 @dataclass(frozen=True)
 class Rule:
-    """What a quantity must be. limit: a number of this unit, or so many ``times`` another quantity of the claim.
-    reading: in which of two readings of the same runs it has to be so, where a claim has two."""
+    """What a quantity must be.
+
+    limit: a number of this unit, or another quantity of the claim, which counts so many ``times``.
+    reading: some claims read the same runs in two ways; this is the way in which the rule has to hold.
+    """
 
     relation: Relation
     limit: "float | Quantity"
@@ -50,7 +53,7 @@ class Rule:
     reading: Reading = "both"
 
     def holds(self, value: float, numbers: Mapping[str, float]) -> bool:
-        """Of a value, and all the quantities of the seed by label."""
+        """Whether a value obeys it. numbers: the quantities of the same seed, by label."""
         limit = numbers[self.limit.label] if isinstance(self.limit, Quantity) else self.limit
         return RELATIONS[self.relation](value, self.times * limit)
 
@@ -73,7 +76,7 @@ class Quantity:
     rules: tuple[Rule, ...] = ()
 
     def of(self, condition: Condition, *rules: Rule) -> "Quantity":
-        """The number of one condition, which the label names if it has a place for it, and what it must be."""
+        """The quantity of one condition, and its rules. The label names the condition if it has a place for it."""
         return replace(self, label=self.label.format(f"`{condition}`"), conditions=(condition,), rules=rules)
 
     @property
@@ -137,7 +140,7 @@ def judge(claim: Claim, seeds: Mapping[int, Seed], preset: str) -> dict[str, Any
 
 
 def judge_values(claim: Claim, values: Mapping[int, list[float]]) -> dict[str, Any]:
-    """The same, from the numbers of every seed alone."""
+    """The same, where the numbers of every seed are known."""
     held = claim.holding(values, "decisive")
     judged = {
         "title": claim.title,
@@ -156,7 +159,7 @@ def judge_values(claim: Claim, values: Mapping[int, list[float]]) -> dict[str, A
 
 
 def mark_of(n_held: int, n_seeds: int) -> Mark:
-    """Of rules that hold for ``n_held`` of the seeds that have the runs."""
+    """The mark of a claim whose rules hold for ``n_held`` of the seeds that have the runs."""
     if n_seeds == 0:
         return "not measured"
     return "reproduced" if n_held == n_seeds else "not reproduced"

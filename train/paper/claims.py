@@ -132,7 +132,10 @@ def rate_ratio(k: int) -> Quantity:
 
 
 def ppl_gap(condition: Condition, k: int, where: str = "K = {}", reading: Reading = "both") -> Quantity:
-    """Perplexity of the blind condition minus that of another, after K = k loops; where training read them, or last."""
+    """Perplexity of the blind condition minus that of another after K = k loops. ``where`` says so in the label.
+
+    Where the reading decides, loops are read as they were trained; otherwise as if each were the last.
+    """
 
     def ppl(run: Evidence) -> float:
         if reading == "decisive":

@@ -83,9 +83,9 @@ def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents
     )
 
 
-def resample(n_documents: int, draws: int, seed: int = 0) -> np.ndarray:
+def resample(n_documents: int, draws: int) -> np.ndarray:
     """[1 + draws, D] float64: how often each draw has each document. The first row is the sample itself."""
-    drawn = np.random.default_rng(seed).multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=draws)
+    drawn = np.random.default_rng(0).multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=draws)
     return np.concatenate([np.ones((1, n_documents)), drawn])
 
 

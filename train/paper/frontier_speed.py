@@ -75,7 +75,7 @@ def _wait() -> None:
 
 @torch.no_grad()
 def throughput(models: dict[str, LoopedLM], inputs: Tensor, dtype: torch.dtype, rounds: int) -> dict[str, list[Rate]]:
-    """Of every model, at K = 1..n_loops, on ``inputs`` [B, T].
+    """The rates of every model at K = 1..n_loops, on ``inputs`` [B, T].
 
     In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
     while is so for all of them.

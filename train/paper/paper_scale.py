@@ -27,7 +27,7 @@ STEP_GIB = 17.0  # as one CUDA graph
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run. tokens: trained on, repetitions included. flops: of the matrix multiplications."""
+    """What one run needs. tokens: trained on, with repetitions. flops: of the matrix multiplications."""
 
     parameters: int
     tokens: int
@@ -59,7 +59,7 @@ def estimate(preset: str, supervision: Supervision = "per-loop") -> Estimate:
 
 
 def step_flops() -> float:
-    """Of the step that was measured."""
+    """FLOPs of the step that was measured."""
     training, run = preset_config("paper-129m"), estimate("paper-129m")
     return run.flops * training.batch_size * training.seq_len / run.tokens
 
