@@ -10,6 +10,7 @@ from torch import Tensor
 
 from looped.graph import eagerly
 from looped.sharding import own_part, whole
+from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
@@ -178,15 +179,16 @@ def save(run: Run) -> Saving:
         line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
         raise processes.agreed(NotFiniteError(line))
     progress = Progress(run.step, run.source.fingerprint)
-    return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
+    with whole_vocabulary(run.model, run.optimizer):
+        return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """This process's inputs and targets [B, T] of step ``step``, from 0, on the device."""
     config = run.config
-    rows = run.source.batch(step, seed=config.seed, batch_size=config.batch_size)
-    inputs, targets = (to_device(processes.own_rows(tensor), run.device) for tensor in rows)
-    return inputs, targets
+    share = {"rank": processes.rank(), "world": processes.world_size()}
+    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size, **share)
+    return to_device(inputs, run.device), to_device(targets, run.device)
 
 
 def _step(run: Run, measure: bool) -> tuple[float, StepResult]:
@@ -261,6 +263,11 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        return _results(run)
+
+
+def _results(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
