@@ -33,8 +33,7 @@ def halve(error: RuntimeError, call: ReadoutCall, device: torch.device, n_rows: 
     """
     rows = min(call.chunk_rows, n_rows)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    of_group = getattr(call, "shard", None) is not None
-    if not is_out_of_memory(error) or device in _halved or capturing or of_group or rows < 2:
+    if not is_out_of_memory(error) or device in _halved or capturing or call.shard is not None or rows < 2:
         raise error
     _halved[device] = rows // 2
     warnings.warn(

@@ -6,7 +6,7 @@ import torch
 from readout_case import Case
 from tiny_run import arguments
 
-from looped.kernels import looped_cross_entropy, out_of_memory, readout
+from looped.kernels import VocabularyShard, looped_cross_entropy, out_of_memory, readout
 from looped.kernels.out_of_memory import is_out_of_memory
 from train import trainer
 from train.run import main
@@ -91,6 +91,13 @@ def test_nothing_is_repeated_in_a_capture(monkeypatch):
     call = readout.ReadoutCall("raw", 1e-6, 1, (0,), chunk_rows=64)
     with pytest.raises(torch.OutOfMemoryError):
         out_of_memory.halve(FULL, call, torch.device("cuda", 0), n_rows=64)
+
+
+def test_a_rank_alone_repeats_no_exchange():
+    shard = VocabularyShard(n_words=40, group="none", rank=0, n_ranks=2)
+    call = readout.ReadoutCall("raw", 1e-6, 1, (0,), chunk_rows=64, shard=shard)
+    with pytest.raises(torch.OutOfMemoryError):
+        out_of_memory.halve(FULL, call, torch.device("cpu"), n_rows=64)
 
 
 def test_the_hosts_memory_too():
