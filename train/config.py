@@ -24,6 +24,7 @@ from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
 from train import processes
 from train.depth import parse_depth
+from train.presets import LENGTH, TRAINING
 from train.task import TASKS, make_task
 from train.tokenizer import check_vocab_size
 
@@ -162,53 +163,6 @@ RETUNABLE = ("learning_rate", "grad_clip", "weight_decay", "schedule_steps")
 # Where text and tokenizer are may change; that they are the same is told by their fingerprint.
 MOVABLE = ("data", "tokenizer")
 
-# Where the presets differ from the demo. Those of the paper are its section on training (Sharma & Vu, arXiv
-# 2606.24898); of the released models the shape and the depths are taken, with defaults for one large GPU. The demo's
-# schedule is constant, so that it can be continued as if its steps had been higher from the start.
-_TRAINING: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "paper-44m": {
-        "data": "wikitext-103", "tokenizer": "paper", "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 0,
-        "stride": 128, "dtype": "bf16",
-    },
-    "paper-129m": {
-        "data": "wikitext-103", "tokenizer": "paper", "batch_size": 32, "learning_rate": 3e-4, "warmup_steps": 0,
-        "stride": 128, "dtype": "bf16",
-    },
-    "ouro-1.4b": {
-        "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16",
-    },
-    "huginn-small": {
-        "data": "wikitext-103", "batch_size": 8, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "checkpoint_loops": True, "dtype": "bf16", "depth": "poisson:32", "backprop_loops": 8,
-        "supervision": "terminal", "penalty": 0.0, "eval_loops": 64,
-    },
-    "parcae-140m": {
-        "data": "wikitext-103", "batch_size": 16, "learning_rate": 3e-4, "schedule": "warmup-cosine",
-        "warmup_steps": 200, "dtype": "bf16", "depth": "poisson:8", "backprop_loops": 4, "supervision": "terminal",
-        "penalty": 0.0,
-    },
-    "p-hop": {
-        "data": "p-hop", "supervision": "terminal", "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 100,
-        "penalty": 0.0, "weight_decay": 0.0, "dtype": "fp32", "eval_tokens": 40_960,
-    },
-    "addition": {
-        "data": "addition", "supervision": "terminal", "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 100,
-        "penalty": 0.0, "weight_decay": 0.0, "dtype": "fp32", "eval_tokens": 40_960,
-    },
-}  # fmt: skip
-_LENGTH: dict[str, dict[str, float]] = {
-    "demo": {"steps": 400},
-    "paper-44m": {"epochs": 4},
-    "paper-129m": {"epochs": 4},
-    "ouro-1.4b": {"epochs": 1},
-    "huginn-small": {"epochs": 1},
-    "parcae-140m": {"epochs": 1},
-    "p-hop": {"steps": 1500},
-    "addition": {"steps": 1500},
-}
-
 
 def preset_config(preset: str) -> TrainConfig:
     """The defaults of a preset. Raises ValueError for an unknown one."""
@@ -216,7 +170,7 @@ def preset_config(preset: str) -> TrainConfig:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}. Got preset={preset!r}.")
     model = PRESETS[preset]
     shape = {name: getattr(model, name) for name in MODEL_FIELDS}
-    return TrainConfig(preset=preset, seq_len=model.max_seq_len, **shape, **_TRAINING[preset])
+    return TrainConfig(preset=preset, seq_len=model.max_seq_len, **shape, **TRAINING[preset])
 
 
 def complete(config: TrainConfig) -> TrainConfig:
@@ -232,7 +186,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"give steps or epochs, not both. Got steps={config.steps}, epochs={config.epochs}.")
     filled: dict[str, Any] = {}
     if config.steps is None and config.epochs is None:
-        filled |= _LENGTH[config.preset]
+        filled |= LENGTH[config.preset]
     is_task = config.data in TASKS
     filled |= _of_task(config) if is_task else _of_text(config)
     if config.eval_loops is None:
@@ -266,7 +220,7 @@ def _of_task(config: TrainConfig) -> dict[str, Any]:
                 f"{name} must not be given with a task, which is made without end. "
                 f"Got {name}={getattr(config, name)} with data={config.data}."
             )
-    if config.steps is None and "epochs" in _LENGTH[config.preset]:
+    if config.steps is None and "epochs" in LENGTH[config.preset]:
         raise ValueError(f"steps must be given: data={config.data} has no epochs, as preset={config.preset} asks for.")
     vocab_size = make_task(config.data, config.seq_len).vocab_size
     if config.vocab_size not in (None, vocab_size):
