@@ -69,7 +69,8 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """In which every process has all weights, and calls the model, and its backward pass, by itself."""
+    """In which every process has all weights, and calls the model, and its backward pass, by itself. The gradients are
+    dropped at the end."""
     modules = _sharded(model)
     for module in modules:
         module.unshard()
@@ -77,6 +78,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.zero_grad()
         for module in modules:
             module.set_requires_gradient_sync(True)
         reshard(model)
