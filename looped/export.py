@@ -77,6 +77,7 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
         run.model.config,
         supervision=train.get("supervision", "per-loop"),
         penalty=train.get("penalty", 0.0),
+        **{name: train[name] for name in ("backprop_loops", "gate_beta", "gate_prior") if name in train},
         run=provenance(run),
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -115,13 +116,19 @@ def provenance(run: SavedRun) -> dict[str, Any]:
         "data": run.config["train"].get("data"),
         "steps": run.step,
         "tokens": summary.get("tokens"),
-        "supervision": run.config["train"].get("supervision"),
+        "supervision": _supervision(run.config["train"]),
         "penalty": run.config["train"].get("penalty"),
         "commit": summary.get("commit"),
         "weights": run.weights_hash or None,
         "evaluation": summary.get("evaluation"),
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _supervision(train: dict[str, Any]) -> str | None:
+    """In words."""
+    name = train.get("supervision")
+    return f"{name} (beta {train['gate_beta']:g}, {train['gate_prior']} prior)" if name == "gated" else name
 
 
 def _tokenizer(run: SavedRun) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from looped.model import LoopedLM
+from looped.vocabulary import table_name, whole_vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +23,10 @@ def replicate(model: LoopedLM, group: "ProcessGroup", *, find_unused: bool) -> D
     """The model as training calls it, in which gradients are averaged; the model itself stays what it is.
 
     find_unused: whether a step may leave a parameter without a gradient. It stays without one then, as in one process.
+    The table of a shared vocabulary has its mean gradient already, and each process has other rows of it.
     """
+    if model.shard is not None:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [table_name(model)])
     return DistributedDataParallel(
         model, process_group=group, find_unused_parameters=find_unused, gradient_as_bucket_view=True
     )
@@ -68,7 +72,7 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def whole(model: LoopedLM) -> Iterator[None]:
     """In which every process has all weights, and calls the model, and its backward pass, by itself. The gradients are
     dropped at the end."""
     modules = _sharded(model)
@@ -76,7 +80,8 @@ def whole(model: nn.Module) -> Iterator[None]:
         module.unshard()
         module.set_requires_gradient_sync(False)
     try:
-        yield
+        with whole_vocabulary(model):
+            yield
     finally:
         model.zero_grad()
         for module in modules:

@@ -25,12 +25,14 @@ from ranks import run_ranks
 from tiny_decoder import V, model
 from tiny_run import MODEL, arguments
 
+from looped.graph import eagerly
 from looped.model import LoopedLM
 from looped.sharding import replicate, share_out, whole
 from train import processes, report, trainer
 from train.bad_steps import NOWHERE, locate
 from train.config import device_of, preset_config
 from train.metrics import read_metrics
+from train.prepare import launcher
 from train.run import configured, main
 from train.step import training_step
 
@@ -207,7 +209,7 @@ def spread(network: LoopedLM, way: str) -> torch.nn.Module:
 
 def take_steps(rank: int, folder: str) -> None:
     results = {}
-    rows = [processes.own_rows(tensor) for tensor in batch()]
+    rows = [tensor.chunk(2)[rank] for tensor in batch()]
     for number, which in enumerate(MODELS):
         for way in WAYS:
             for case_number, case in enumerate(CASES):
@@ -353,7 +355,7 @@ def test_restarts_need_a_name_to_find_the_run_by(tmp_path: Path) -> None:
 
 def test_one_process_is_all_of_them() -> None:
     x = torch.arange(6.0)
-    assert processes.total(x) is processes.mean(x) is processes.own_rows(x) is x
+    assert processes.total(x) is processes.mean(x) is x
     assert (processes.rank(), processes.world_size(), processes.is_first()) == (0, 1, True)
     assert processes.gather("a") == ["a"]
     assert processes.largest(3) == 3
@@ -386,6 +388,22 @@ def test_processes_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         draws.append(torch.rand(()).item())
     assert len(set(draws[:4])) == 4
     assert draws[4] == draws[0]
+
+
+def test_processes_that_cannot_meet_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"))) == 2
+    error = "error: the processes must be able to meet as torchrun says. Got RANK=None, WORLD_SIZE=2,"
+    assert capsys.readouterr().err.startswith(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    assert launcher(preset_config("demo"), torch.device("cuda")) is eagerly
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ class TrainConfig(LoopedShape, _Source):
     shard: Shard = "none"
     """With several processes: every one has all weights (none, DDP), or a share of weights, gradients and moments
     (fsdp2), gathered where they are used."""
+    shard_head: bool = False
+    """With several processes: each has its rows of the head alone (and of the embedding that is the head), of their
+    gradient and moments, and its columns of the logits. Whole only where a checkpoint is written and to evaluate."""
     collective_timeout: float = 600.0
     """Seconds that a process waits for another that is silent before it gives up. One that has ended is noticed at
     once."""
@@ -150,7 +153,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
     "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
-    "shard", "collective_timeout", "async_save", "on_save_error",
+    "shard", "shard_head", "collective_timeout", "async_save", "on_save_error",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.
@@ -358,6 +361,8 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
     if config.shard != "none" and n_processes == 1:
         raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
+    if config.shard_head:
+        _check_shard_head(config, n_processes)
     _check_gate(config)
     if config.tokenizer is not None:
         if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
@@ -377,6 +382,18 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
+
+
+def _check_shard_head(config: TrainConfig, n_processes: int) -> None:
+    rules = {
+        "several processes, which torchrun starts": (n_processes > 1, "one process"),
+        "fused, as the plain readout forms all logits": (config.fused, "fused=False"),
+        "shard=none, as fsdp2 gathers all weights": (config.shard == "none", f"shard={config.shard}"),
+        "compile to be left out": (not config.compile, "compile=True"),
+    }
+    for rule, (holds, got) in rules.items():
+        if not holds:
+            raise ValueError(f"shard_head needs {rule}. Got shard_head=True and {got}.")
 
 
 def _check_gate(config: TrainConfig) -> None:

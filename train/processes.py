@@ -176,11 +176,6 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else total(tensor) / world_size()
 
 
-def own_rows(rows: Tensor) -> Tensor:
-    """This process's share of the rows of a batch, of which every process has as many."""
-    return rows if world_size() == 1 else rows.chunk(world_size())[rank()]
-
-
 def own_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """This process's share of the indices in batches, of which every process has as many: its last may be empty.
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from looped.kernels.arguments import gathered
 from looped.model import LoopedLM
 from looped.sharding import reshard
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
+from looped.vocabulary import clip_grad_norm_
 from train import processes
 from train.config import Schedule
 from train.source import Sequences
@@ -136,7 +137,8 @@ def training_step(
     reshard(model)
     sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
     loss, per_loop, *measured = _mean_over_processes(sums)
-    grad_norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    decoder: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    grad_norm = gathered(clip_grad_norm_(decoder, grad_clip))
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
     return StepResult(loss, per_loop, grad_norm, bad, *measured)
