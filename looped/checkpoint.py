@@ -82,7 +82,10 @@ def _read_record(directory: Path) -> dict[str, Any]:
         digest = record.pop("digest", None)  # of older checkpoints there is none
         if digest not in (None, _digest(record)):
             raise ValueError(f"{RECORD} is not what was written")
-        return {"step": int(record["step"]), "data": str(record["data"]), "files": dict(record["files"])}
+        step = record["step"]
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise ValueError(f"step must be a count. Got {step!r:.30}")
+        return {"step": step, "data": str(record["data"]), "files": dict(record["files"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
 
