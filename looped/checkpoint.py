@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from looped.whole_file import read_json, regular
 
 WEIGHTS = "model.safetensors"
 RECORD = "checkpoint.json"
@@ -62,9 +65,12 @@ def check_whole(directory: Path, names: Sequence[str]) -> Progress:
     """What the record of a checkpoint's directory says. Raises CheckpointError if it is missing or damaged, or one of
     the files ``names`` is not what was written."""
     try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = read_json(directory / RECORD)
         torn = next((name for name in names if record["files"][name] != _size_and_hash(directory / name)), None)
-        progress = Progress(int(record["step"]), str(record["data"]))
+        step = record["step"]
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise ValueError(f"step must be a count. Got {step!r:.30}")
+        progress = Progress(step, str(record["data"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
     if torn is not None:
@@ -79,21 +85,22 @@ def weights_hash(run: Path) -> str | None:
     """
     directory = find(run)
     try:
-        return None if directory is None else str(json.loads((directory / RECORD).read_bytes())["files"][WEIGHTS][1])
+        return None if directory is None else str(read_json(directory / RECORD)["files"][WEIGHTS][1])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def read_weights(directory: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint's directory, on the model's device. Raises CheckpointError if they cannot be read or
-    are not the model's, naming the first that differs."""
-    device = next(model.parameters()).device
+    """The weights in a checkpoint's directory, on the model's device (the CPU if that is meta). Raises CheckpointError
+    if they cannot be read or are not the model's, naming the first that differs."""
+    parameter = next(model.parameters())
+    device = "cpu" if parameter.is_meta else str(parameter.device)
     try:
-        weights = safetensors.torch.load_file(directory / WEIGHTS, device=str(device))
+        weights = safetensors.torch.load_file(directory / WEIGHTS, device=device)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read ({error}).") from error
-    here = {name: list(value.shape) for name, value in model.state_dict().items()}
-    there = {name: list(value.shape) for name, value in weights.items()}
+    here = {name: _shape(value) for name, value in model.state_dict().items()}
+    there = {name: _shape(value) for name, value in weights.items()}
     for name in (*here, *there):
         if here.get(name) != there.get(name):
             raise CheckpointError(
@@ -103,8 +110,13 @@ def read_weights(directory: Path, model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def _shape(weight: Tensor) -> str:
+    """The shape, and the dtype where that is not the usual one."""
+    return f"{list(weight.shape)}" + ("" if weight.dtype == torch.float32 else f" {weight.dtype}")
+
+
 def _size_and_hash(path: Path) -> list[object]:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 
 

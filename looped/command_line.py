@@ -1,8 +1,9 @@
-"""Command lines from dataclasses, whose fields are the options and whose docstrings are the help."""
+"""Command lines: from dataclasses, whose fields are the options and whose docstrings are the help, and by argparse."""
 
+import argparse
 import contextlib
 import io
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -24,3 +25,10 @@ def command_line(argv: list[str], defaults: Options, prog: str | None = None) ->
         lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
         message = " ".join(line for line in lines if line)
         raise ValueError(message.partition("For full helptext")[0]) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose usage and error, on several lines, become one line. The exit code is 2, as it was."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")

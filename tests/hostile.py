@@ -86,7 +86,7 @@ def assert_refusal(code: int, error: str) -> None:
 
 def assert_says_why(error: Exception) -> None:
     """One line with the rule and, mostly, the value that broke it."""
-    assert re.fullmatch(r"[^\n]*\b(must|cannot|needs?)\b[^\n]*", str(error)), error
+    assert re.fullmatch(r"[^\n]*\b(must|cannot|needs?|is torn|is too short|is empty|holds no|checkpoint of another)\b[^\n]*", str(error)), error
 
 
 HUGE = [2**31, 2**63, 10**30, -1, -(2**63), 0]
@@ -150,10 +150,10 @@ def lying(value: Any, draw: random.Random) -> Any:
                 case 0:
                     del place[key]
                 case 1 if isinstance(place, dict):
-                    place[draw.choice(["", "x", str(key) + " "])] = place[key]
+                    place[draw.choice(["", "x", str(key) + " "])] = copy.deepcopy(place[key])
                 case 2 if isinstance(place[key], int):
                     place[key] = place[key] + draw.choice([-1, 1])
                 case _:
-                    place[key] = draw.choice(ODD)
+                    place[key] = copy.deepcopy(draw.choice(ODD))
             break
     return value

@@ -82,14 +82,20 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     progress = check_whole(directory, FILES)
     weights = read_weights(directory, model)
     if optimizer is not None:
-        moments = safetensors.torch.load_file(directory / "optimizer.safetensors")
-        generators = safetensors.torch.load_file(directory / "rng.safetensors")
+        moments, generators = (_read(directory / name) for name in FILES[1:])
         _check_moments(model, moments)
         _check_generators(generators)
         _restore_optimizer(model, optimizer, moments)
         _restore_rng(generators)
     model.load_state_dict(weights)
     return progress
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
 
 
 def _check_moments(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -24,6 +24,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from looped.tokenizer_file import read_tokenizer_file, refusing
+
 PAPER_REGEX = r"\s+|[A-Za-z0-9_]+|[^\w\s]"
 PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 # What tokenizers call the token that ends a document; the first one in the vocabulary is taken.
@@ -70,10 +72,8 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int64, without special tokens. Raises ValueError for text that has none."""
-        try:
+        with refusing(f"tokenizer {self.name} cannot encode the text"):
             encodings = interruptibly(self.model.encode_batch_fast, texts, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer {self.name} cannot encode the text ({error}).") from error
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, ids: np.ndarray) -> str:
@@ -174,10 +174,9 @@ def load_tokenizer(path: Path, sample: list[str], *, name: str | None = None) ->
 
     Raises ValueError if it cannot be read or has no token that ends a document.
     """
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer {path} cannot be read ({error}).") from error
+    model = read_tokenizer_file(path)
+    with refusing(f"tokenizer {path} cannot be read again once it is saved"):
+        model = tokenizers.Tokenizer.from_str(model.to_str())  # cache and run keep it as the library writes it
     return _finish(name or str(path), model, sample)
 
 
@@ -194,13 +193,17 @@ def _finish(name: str, model: tokenizers.Tokenizer, sample: list[str]) -> Tokeni
     model.no_truncation()  # a tokenizer.json may ask for either; a corpus is neither cut nor filled up
     model.no_padding()
     vocabulary = model.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values(), default=0)
+    if largest >= MAX_VOCAB_SIZE:
+        raise ValueError(f"tokenizer {name} must have ids below {MAX_VOCAB_SIZE:,}. Got {largest}.")
     eos = next((vocabulary[token] for token in EOS_NAMES if token in vocabulary), None)
     if eos is None:
         raise ValueError(f"tokenizer {name} must have a token that ends a document: one of {', '.join(EOS_NAMES)}.")
-    lossless = _gives_back(model, sample)
+    with refusing(f"tokenizer {name} cannot encode the text"):
+        lossless = _gives_back(model, sample)
     if name == "bpe" and not lossless:
         raise ValueError("tokenizer bpe does not decode what it encodes; this version of tokenizers cannot be used.")
-    return Tokenizer(name, model, eos, max(vocabulary.values()) + 1, lossless)
+    return Tokenizer(name, model, eos, largest + 1, lossless)
 
 
 def _gives_back(model: tokenizers.Tokenizer, sample: list[str]) -> bool:

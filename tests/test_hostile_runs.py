@@ -1,0 +1,220 @@
+"""Run directories whose files are damaged, lie, are swapped, or are no files: every program that reads one refuses it in
+one line, or does its work."""
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hostile import assert_refusal, assert_says_why, bounded, contents, damaged_bytes, drawn, lying, outcome
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import arguments, reseal
+
+import train.gate
+import train.run
+from looped import export
+from looped.diagnose import __main__ as diagnose
+from looped.generate import __main__ as generate_program
+from looped.run_directory import load_run
+from train.metrics import read_metrics
+
+CHECKPOINT = ("checkpoint/model.safetensors", "checkpoint/optimizer.safetensors", "checkpoint/rng.safetensors")
+JSON = ("config.json", "tokenizer.json", "summary.json", "checkpoint/checkpoint.json", "diagnosis/diagnosis.json")
+FILES = (*JSON, *CHECKPOINT, "validation.safetensors", "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    run = directory / "run"
+    assert train.run.main(arguments(directory, "--out", str(run), "--steps", "2", "--eval-tokens", "32")) == 0
+    assert diagnose.main([str(run), "--tokens", "32", "--loops", "4", "--rounds", "0"]) == 0
+    shutil.rmtree(directory / "cache" / "nothing", ignore_errors=True)
+    return run
+
+
+@contextmanager
+def copied(run: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=run.parent) as folder:
+        yield Path(shutil.copytree(run, Path(folder) / "run"))
+
+
+# What is done to a run ------------------------------------------------------------------------------------------------
+
+
+def cut_or_flipped(run: Path, draw: random.Random) -> None:
+    path = run / draw.choice(FILES)
+    path.write_bytes(damaged_bytes(path.read_bytes(), draw))
+
+
+def lies(run: Path, draw: random.Random) -> None:
+    path = run / draw.choice(JSON)
+    path.write_text(json.dumps(lying(json.loads(path.read_text()), draw)))
+
+
+def another_kind(run: Path, draw: random.Random) -> None:
+    """A file is missing, a directory, a pipe, a link to itself, to nothing or to the null device; or is empty."""
+    path = run / draw.choice((*FILES, "checkpoint"))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    match draw.randrange(7):
+        case 0:
+            path.mkdir()
+        case 1:
+            os.mkfifo(path)
+        case 2:
+            path.symlink_to(path)
+        case 3:
+            path.symlink_to("nowhere")
+        case 4:
+            path.symlink_to("/dev/null")
+        case 5:
+            path.touch()
+
+
+def swapped(run: Path, draw: random.Random) -> None:
+    one, other = (run / name for name in draw.sample(FILES, 2))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def other_tensors(run: Path, draw: random.Random) -> None:
+    """Tensors of a safetensors file are others."""
+    path = run / draw.choice((*CHECKPOINT, "validation.safetensors"))
+    tensors = safetensors.numpy.load_file(path)
+    name = draw.choice(sorted(tensors))
+    value = tensors[name]
+    others: list[Callable[[], Any]] = [
+        lambda: value.reshape(-1)[:0],
+        lambda: value.reshape(-1)[: value.size // 2],
+        lambda: value.reshape(1, *value.shape),
+        lambda: value.astype(np.float16),
+        lambda: np.full_like(value, -1) if value.dtype.kind == "i" else np.full(value.shape, np.iinfo(np.int64).min),
+        lambda: np.full(value.shape, math.nan),
+        lambda: np.zeros(value.shape, np.int64),
+        lambda: np.full(value.shape, np.iinfo(np.int64).max),
+        lambda: np.full(value.shape, np.iinfo(np.uint64).max),
+        lambda: value[::-1].copy() if value.ndim else value,
+        lambda: np.array(True),
+    ]
+    if draw.randrange(4) == 0:
+        del tensors[name]
+        tensors[draw.choice([name + "x", "", "tokens", "bounds", "targets", "bytes_per_token"])] = value
+    else:
+        tensors[name] = draw.choice(others)()
+    path.write_bytes(safetensors.numpy.save(tensors))
+
+
+def rows_of_garbage(run: Path, draw: random.Random) -> None:
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps(lying(row, draw)) for row in rows]
+    lines.insert(draw.randrange(len(lines) + 1), draw.choice(["[" * 9000, "{}", "null", "\x00", json.dumps({"step": 10**30})]))
+    path.write_text("\n".join(lines))
+
+
+DAMAGES = [cut_or_flipped, lies, lies, another_kind, swapped, other_tensors, other_tensors, rows_of_garbage]
+
+
+def damaged(run: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    draw.choice(DAMAGES)(run, draw)
+    if draw.random() < 0.7 and all((run / name).is_file() for name in (*CHECKPOINT, "checkpoint/checkpoint.json")):
+        try:
+            reseal(run / "checkpoint")
+        except (OSError, ValueError, LookupError, TypeError):
+            return
+
+
+# Who reads it ---------------------------------------------------------------------------------------------------------
+
+
+def resumed(run: Path, aside: Path) -> list[str]:
+    return ["--resume", str(run), "--steps", "3", "--cache", str(aside.parent.parent / "cache")]
+
+
+PROGRAMS: dict[str, tuple[Any, Callable[[Path, Path], list[str]]]] = {
+    "train": (train.run.main, resumed),
+    "generate": (generate_program.main, lambda run, aside: [str(run), "--prompt", "a b", "--max-new-tokens", "2"]),
+    "ouro": (export.main, lambda run, aside: [str(run), "--to", "ouro", str(aside)]),
+    "transformers": (export.main, lambda run, aside: [str(run), "--to", "transformers", str(aside)]),
+    "gate": (train.gate.main, lambda run, aside: [str(run), "--steps", "1", "--out", str(aside)]),
+    "diagnose": (
+        diagnose.main,
+        lambda run, aside: [str(run), "--tokens", "32", "--loops", "4", "--rounds", "0", "--out", str(aside)],
+    ),
+}
+
+
+def assert_done_or_refused(program: str, run: Path) -> None:
+    """Exit code 0; or 2, one line on stderr, and nothing written."""
+    main, words = PROGRAMS[program]
+    aside = run.parent / "aside"
+    before = contents(run)
+    code, error = outcome(main, words(run, aside))
+    if code:
+        assert_refusal(code, error)
+        assert contents(run) == before
+        assert not aside.exists()
+        assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_sound_run_is_read(finished, program):
+    with copied(finished) as run:
+        main, words = PROGRAMS[program]
+        code, error = outcome(main, words(run, run.parent / "aside"))
+        assert code == (2 if program == "ouro" else 0), error
+
+
+@given(seed=st.integers(0, 2**32), program=st.sampled_from(["train", "generate", "ouro", "gate"]))
+@drawn(25)
+def test_programs(finished, seed, program):
+    with copied(finished) as run:
+        damaged(run, seed)
+        assert_done_or_refused(program, run)
+
+
+@given(seed=st.integers(0, 2**32), program=st.sampled_from(["transformers", "diagnose"]))
+@drawn(5)
+def test_slow_programs(finished, seed, program):
+    with copied(finished) as run:
+        damaged(run, seed)
+        assert_done_or_refused(program, run)
+
+
+@given(seed=st.integers(0, 2**32))
+@drawn(60)
+def test_readers(finished, seed):
+    with copied(finished) as run:
+        damaged(run, seed)
+        with bounded():
+            try:
+                load_run(run)
+            except ValueError as error:
+                assert_says_why(error)
+            if (run / "metrics.jsonl").is_file():
+                rows = read_metrics(run / "metrics.jsonl")
+                assert all(row["step"] >= 1 for row in rows)
+
+
+def survey_finished():
+    import pathlib
+    d = pathlib.Path(tempfile.mkdtemp(dir="/tmp/hostile"))
+    run = d / "run"
+    assert train.run.main(arguments(d, "--out", str(run), "--steps", "2", "--eval-tokens", "32")) == 0
+    assert diagnose.main([str(run), "--tokens", "32", "--loops", "4", "--rounds", "0"]) == 0
+    return {"finished": run}
+
+
+survey_fixtures = {"test_programs": survey_finished, "test_slow_programs": survey_finished, "test_readers": survey_finished}
