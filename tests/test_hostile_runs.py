@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -157,12 +158,14 @@ PROGRAMS: dict[str, tuple[Any, Callable[[Path, Path], list[str]]]] = {
 
 
 def assert_done_or_refused(program: str, run: Path) -> None:
-    """Exit code 0; or 2, one line on stderr, and nothing written."""
+    """Exit code 0; or 2, one line on stderr, and nothing written; or 1, if what was read makes training diverge."""
     main, words = PROGRAMS[program]
     aside = run.parent / "aside"
     before = contents(run)
     code, error = outcome(main, words(run, aside))
-    if code:
+    if code == 1:
+        assert re.fullmatch(r"error: [^\n]+\n", error), error
+    elif code:
         assert_refusal(code, error)
         assert contents(run) == before
         assert not aside.exists()

@@ -19,6 +19,7 @@ from torch import nn
 
 from looped.checkpoint import WEIGHTS, CheckpointError, Progress, check_whole, find, found, read_weights, seal, sync
 
+ADAMW = ("exp_avg", "exp_avg_sq", "step")  # its state of a parameter
 FILES = (WEIGHTS, "optimizer.safetensors", "rng.safetensors")
 
 
@@ -99,17 +100,25 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_moments(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter, _, state = name.rpartition(".")
-        if parameter not in shapes:
+        if parameter not in parameters:
             raise CheckpointError(
                 f"checkpoint of another model: the optimizer has {name}, and the model no {parameter}."
             )
-        if value.dim() > 0 and list(value.shape) != shapes[parameter]:
+        weight = parameters[parameter]
+        expected = ([] if state == "step" else list(weight.shape), weight.dtype)
+        if (list(value.shape), value.dtype) != expected:
             raise CheckpointError(
-                f"checkpoint of another shape: the optimizer's {state} of {parameter} is {list(value.shape)} in the "
-                f"checkpoint and {shapes[parameter]} in the model."
+                f"checkpoint of another shape: the optimizer's {state} of {parameter} is {list(value.shape)} "
+                f"{value.dtype} in the checkpoint and {expected[0]} {expected[1]} in the model."
+            )
+        missing = [other for other in ADAMW if f"{parameter}.{other}" not in tensors]
+        if missing or state not in ADAMW:
+            raise CheckpointError(
+                f"checkpoint must hold {', '.join(ADAMW)} of AdamW for {parameter}. Got {state} without "
+                f"{', '.join(missing) or 'a use'}."
             )
 
 
