@@ -1,25 +1,31 @@
-"""The checkpoint in a run's directory: where it is, whether it is whole, and its weights.
+"""The checkpoint in a run's directory: where it is, whether it is whole, and what is in it.
 
-``checkpoint/`` holds safetensors files, of which model.safetensors has the weights under the model's own names, and
-checkpoint.json: the step, a fingerprint of the data, and size and BLAKE2b of the other files, by which a torn
+``checkpoint/`` holds safetensors files of three kinds: model (the weights, under the model's own names), optimizer and
+rng. What one process wrote is model.safetensors, optimizer.safetensors and rng.safetensors. Of several, each wrote its
+part, model-00002-of-00004.safetensors; a tensor may then be in pieces, and the metadata of a file says where each piece
+begins, as torch.distributed.checkpoint has it. A tensor that is not in pieces is the same in both.
+
+checkpoint.json has the step, a fingerprint of the data, and size and BLAKE2b of the other files, by which a torn
 checkpoint is told. While a new one is put in its place, ``checkpoint.old/`` is the whole one. `train.checkpoint` says
-what else is in it. Nothing in it is executable.
+how it is written. Nothing in it is executable.
 """
 
 import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from looped.whole_file import read_json, regular
 
+KINDS = ("model", "optimizer", "rng")
 WEIGHTS = "model.safetensors"
 RECORD = "checkpoint.json"
 
@@ -49,6 +55,11 @@ def found(run: Path) -> Path:
     return directory
 
 
+def file_name(kind: str, part: int = 1, parts: int = 1) -> str:
+    """Of a kind's only file, or of one of its parts, from 1."""
+    return f"{kind}.safetensors" if parts == 1 else f"{kind}-{part:05d}-of-{parts:05d}.safetensors"
+
+
 def seal(directory: Path, progress: Progress) -> None:
     """Write the record of the files in a checkpoint's directory, and wait until it is on the disk."""
     names = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -61,12 +72,30 @@ def seal(directory: Path, progress: Progress) -> None:
     sync(directory / RECORD)
 
 
-def check_whole(directory: Path, names: Sequence[str]) -> Progress:
+def files_of(directory: Path, kind: str) -> dict[str, list[object]]:
+    """Size and hash of the files of a kind, by name, as the record of a checkpoint's directory has them.
+
+    Raises CheckpointError if the record is missing or damaged, or has none.
+    """
+    try:
+        files = read_json(directory / RECORD)["files"]
+        found = {
+            name: files[name] for name in sorted(files) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
+    if not found:
+        raise CheckpointError(f"checkpoint {directory} is torn: {RECORD} names no {file_name(kind)}.")
+    return found
+
+
+def check_whole(directory: Path, kinds: Sequence[str]) -> Progress:
     """What the record of a checkpoint's directory says. Raises CheckpointError if it is missing or damaged, or one of
-    the files ``names`` is not what was written."""
+    the files of these kinds is not what was written."""
+    files = {name: entry for kind in kinds for name, entry in files_of(directory, kind).items()}
     try:
         record = read_json(directory / RECORD)
-        torn = next((name for name in names if record["files"][name] != _size_and_hash(directory / name)), None)
+        torn = next((name for name, entry in files.items() if entry != _size_and_hash(directory / name)), None)
         step = record["step"]
         if type(step) is not int or not 0 <= step < 2**63:
             raise ValueError(f"step must be a count. Got {step!r:.30}")
@@ -79,34 +108,86 @@ def check_whole(directory: Path, names: Sequence[str]) -> Progress:
 
 
 def weights_hash(run: Path) -> str | None:
-    """BLAKE2b of the weights of the run in directory ``run``, by the checkpoint's record; None if it has none.
+    """BLAKE2b of the weights of the run in directory ``run``, by the checkpoint's record; None if it has none. Of
+    weights in parts it is that of the parts' hashes.
 
     Tells whether something was measured on these weights. A copy has the same, which cannot be said of its times.
     """
     directory = find(run)
     try:
-        return None if directory is None else str(read_json(directory / RECORD)["files"][WEIGHTS][1])
-    except (OSError, ValueError, LookupError, TypeError):
+        hashes = [] if directory is None else [str(entry[1]) for entry in files_of(directory, "model").values()]
+    except (CheckpointError, LookupError, TypeError):
         return None
+    if len(hashes) < 2:
+        return next(iter(hashes), None)
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+def contents(directory: Path, kind: str) -> dict[str, Tensor]:
+    """The tensors of a kind in a checkpoint's directory, in full and on the device "meta": shapes and dtypes.
+
+    Raises CheckpointError if they cannot be read or the pieces of one do not make it up.
+    """
+    found = {}
+    try:
+        for name, stored in _reader(directory, kind).read_metadata().state_dict_metadata.items():
+            if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
+                raise CheckpointError(f"the pieces of {name} in {directory} do not make up {list(stored.size)}.")
+            found[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a header that lies
+        raise CheckpointError(f"the {kind} in {directory} cannot be read ({error!r:.160}).") from error
+    return found
+
+
+def read_into(directory: Path, kind: str, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, or each process's share of a DTensor, with what a checkpoint's directory has under their names.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    # Every process reads for itself, and needs no other.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
+    try:
+        checkpoint.load(dict(tensors), storage_reader=_reader(directory, kind), no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, Exception):  # such as KeyboardInterrupt
+            raise cause from error
+        raise CheckpointError(f"the {kind} in {directory} cannot be read ({cause!r:.160}).") from error
+
+
+def _reader(directory: Path, kind: str) -> Any:
+    """PyTorch's reader of safetensors in pieces, of the files of one kind."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Listing(FileSystem):
+        def ls(self, path: str | os.PathLike) -> list[str]:
+            return [str(directory / name) for name in files_of(directory, kind)]
+
+    reader = HuggingFaceStorageReader(str(directory))
+    reader.fs = Listing()
+    return reader
 
 
 def read_weights(directory: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint's directory, on the model's device (the CPU if that is meta). Raises CheckpointError
-    if they cannot be read or are not the model's, naming the first that differs."""
-    parameter = next(model.parameters())
-    device = "cpu" if parameter.is_meta else str(parameter.device)
-    try:
-        weights = safetensors.torch.load_file(directory / WEIGHTS, device=device)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS} cannot be read ({error}).") from error
-    here = {name: _shape(value) for name, value in model.state_dict().items()}
-    there = {name: _shape(value) for name, value in weights.items()}
+    """The weights in a checkpoint's directory, on the model's device (the CPU if that is meta) and sharded as the
+    model's. Raises CheckpointError if they cannot be read or are not the model's, naming the first that differs."""
+    stored, wanted = contents(directory, "model"), model.state_dict()
+    here = {name: _shape(value) for name, value in wanted.items()}
+    there = {name: _shape(value) for name, value in stored.items()}
     for name in (*here, *there):
         if here.get(name) != there.get(name):
             raise CheckpointError(
                 f"checkpoint of another shape: {name} is {there.get(name, 'missing')} in the checkpoint and "
                 f"{here.get(name, 'missing')} in the model."
             )
+    weights = {name: torch.empty_like(value, device="cpu" if value.is_meta else None) for name, value in wanted.items()}
+    read_into(directory, "model", weights)
     return weights
 
 

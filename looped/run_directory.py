@@ -163,7 +163,7 @@ def load_run(directory: Path) -> SavedRun:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
     place = checkpoint.found(directory)
-    progress = checkpoint.check_whole(place, [checkpoint.WEIGHTS])
+    progress = checkpoint.check_whole(place, ["model"])
     with torch.device("meta"):  # no memory for sizes that the weights may not have
         model = LoopedLM(shape)
     model.load_state_dict(checkpoint.read_weights(place, model), assign=True)

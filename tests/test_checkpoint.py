@@ -10,7 +10,10 @@ from safetensors import SafetensorError
 from tiny_run import reseal
 from torch import nn
 
-from train.checkpoint import FILES, CheckpointError, Progress, load, save, step_of
+from looped.checkpoint import KINDS, file_name
+from train.checkpoint import CheckpointError, Progress, load, save, step_of
+
+FILES = [file_name(kind) for kind in KINDS]
 
 
 def make(seed: int = 0, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -146,8 +146,8 @@ def test_other_programs(program, data):
 
 def survey_finished():
     d = Path(tempfile.mkdtemp(dir="/tmp/hostile"))
-    assert train.run.main(arguments(d, "--out", str(d/"run"), "--steps", "1")) == 0
-    return {"finished": d/"run"}
+    assert train.run.main(arguments(d, "--out", str(d / "run"), "--steps", "1")) == 0
+    return {"finished": d / "run"}
 
 
 survey_fixtures = dict.fromkeys(("test_train", "test_resume", "test_programs_that_read_a_run"), survey_finished)

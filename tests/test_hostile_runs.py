@@ -120,7 +120,9 @@ def rows_of_garbage(run: Path, draw: random.Random) -> None:
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [json.dumps(lying(row, draw)) for row in rows]
-    lines.insert(draw.randrange(len(lines) + 1), draw.choice(["[" * 9000, "{}", "null", "\x00", json.dumps({"step": 10**30})]))
+    lines.insert(
+        draw.randrange(len(lines) + 1), draw.choice(["[" * 9000, "{}", "null", "\x00", json.dumps({"step": 10**30})])
+    )
     path.write_text("\n".join(lines))
 
 
@@ -213,6 +215,7 @@ def test_readers(finished, seed):
 
 def survey_finished():
     import pathlib
+
     d = pathlib.Path(tempfile.mkdtemp(dir="/tmp/hostile"))
     run = d / "run"
     assert train.run.main(arguments(d, "--out", str(run), "--steps", "2", "--eval-tokens", "32")) == 0
@@ -220,4 +223,8 @@ def survey_finished():
     return {"finished": run}
 
 
-survey_fixtures = {"test_programs": survey_finished, "test_slow_programs": survey_finished, "test_readers": survey_finished}
+survey_fixtures = {
+    "test_programs": survey_finished,
+    "test_slow_programs": survey_finished,
+    "test_readers": survey_finished,
+}

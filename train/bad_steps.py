@@ -11,6 +11,8 @@ from looped.recurrence import first_with_gradient
 from looped.supervision import Gated, Supervision
 from train.step import autocast
 
+NOWHERE = "at a place that did not show again: the step, repeated, was finite"
+
 
 class BadSteps:
     """Counts bad steps on the device. The host sees the count a step or two late, and never waits for it.
@@ -88,7 +90,7 @@ def locate(
         for name, weight in model.named_parameters():
             if weight.grad is not None and not _is_finite(weight.grad):
                 return f"in the gradient of {name}"
-    return "at a place that did not show again: the step, repeated, was finite"
+    return NOWHERE
 
 
 def _watched(
