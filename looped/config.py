@@ -10,7 +10,7 @@ Injection = Literal["none", "add", "concat", "diagonal"]
 Start = Literal["embedding", "zero", "noise"]
 BlockNorm = Literal["pre", "sandwich", "sandwich-sum"]
 LARGEST = 1 << 24  # of any size, so that no product of two overflows
-MOST_BLOCKS = 1 << 12  # each is a module, which takes its time
+MOST = 1 << 12  # blocks and loops: each takes its time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class LoopedConfig(LoopedShape):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                most = MOST_BLOCKS if field.name in ("n_layers", "n_prelude", "n_coda") else LARGEST
+                most = MOST if field.name in ("n_loops", "n_layers", "n_prelude", "n_coda") else LARGEST
                 _check_size(field.name, value, least=0 if field.default == 0 else 1, most=most)
             elif field.type is float:
                 _check_finite(field.name, value)

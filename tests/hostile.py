@@ -84,6 +84,9 @@ def assert_refusal(code: int, error: str) -> None:
     assert re.fullmatch(r"error: [^\n]+\n", error), error
 
 
+RULES = "must|cannot|needs?|is torn|is too short|is empty|holds no|checkpoint of another|do not make up"
+
+
 def assert_says_why(error: Exception) -> None:
     """One line with the rule and, mostly, the value that broke it."""
     assert re.fullmatch(

@@ -1,5 +1,6 @@
-"""Run directories whose files are damaged, lie, are swapped, or are no files: every program that reads one refuses it in
-one line, or does its work."""
+"""Run directories whose files are damaged, lie, are swapped, or are no files.
+
+Every program that reads one refuses it in one line, or does its work."""
 
 import json
 import math
@@ -211,20 +212,3 @@ def test_readers(finished, seed):
             if (run / "metrics.jsonl").is_file():
                 rows = read_metrics(run / "metrics.jsonl")
                 assert all(row["step"] >= 1 for row in rows)
-
-
-def survey_finished():
-    import pathlib
-
-    d = pathlib.Path(tempfile.mkdtemp(dir="/tmp/hostile"))
-    run = d / "run"
-    assert train.run.main(arguments(d, "--out", str(run), "--steps", "2", "--eval-tokens", "32")) == 0
-    assert diagnose.main([str(run), "--tokens", "32", "--loops", "4", "--rounds", "0"]) == 0
-    return {"finished": run}
-
-
-survey_fixtures = {
-    "test_programs": survey_finished,
-    "test_slow_programs": survey_finished,
-    "test_readers": survey_finished,
-}
