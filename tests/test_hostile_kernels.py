@@ -174,7 +174,7 @@ def test_found(name):
 
 
 @given(call(good_readout(), READOUT | LOSS_OPTIONS))
-@drawn(60)
+@drawn(30)
 def test_looped_cross_entropy(arguments):
     found = results(looped_cross_entropy, arguments)
     if found is not None:
@@ -186,7 +186,7 @@ def test_looped_cross_entropy(arguments):
 
 
 @given(call(good_readout(), READOUT | OPTIONS))
-@drawn(40)
+@drawn(20)
 def test_readout_statistics(arguments):
     found = results(readout_statistics, arguments)
     if found is not None:
@@ -196,7 +196,7 @@ def test_readout_statistics(arguments):
 
 @given(call({"x": torch.ones(N, D)}, {"x": any_tensor(N, D), "weight": any_tensor(D), "eps": numbers,
                                       "residual": any_tensor(N, D)}))  # fmt: skip
-@drawn(40)
+@drawn(20)
 def test_rms_norm_penalty(arguments):
     found = results(rms_norm_penalty, arguments)
     if found is not None:
@@ -206,7 +206,7 @@ def test_rms_norm_penalty(arguments):
 
 
 @given(call({"h": torch.ones(N, D), "grad": torch.ones(N, D)}, {"h": any_tensor(N, D), "grad": any_tensor(N, D)}))
-@drawn(30)
+@drawn(15)
 def test_radial_gradient(arguments):
     found = results(radial_gradient, arguments)
     if found is not None:
@@ -215,7 +215,7 @@ def test_radial_gradient(arguments):
 
 
 @given(call({"gate": torch.ones(N, D), "up": torch.ones(N, D)}, {"gate": any_tensor(N, D), "up": any_tensor(N, D)}))
-@drawn(30)
+@drawn(15)
 def test_swiglu(arguments):
     found = results(swiglu, arguments)
     if found is not None:
@@ -229,7 +229,7 @@ def test_swiglu(arguments):
          | {name: LOSS_OPTIONS[name] for name in ("n_targets", "weights", "penalty", "statistics")}),
     st.sampled_from([None, 1e-5]),
 )  # fmt: skip
-@drawn(40)
+@drawn(20)
 def test_the_readout_as_a_module(arguments, eps):
     head, norm = torch.nn.Linear(D, V), torch.nn.RMSNorm(D, eps)
     found = results(LoopedReadout(head, norm), arguments)
@@ -238,7 +238,7 @@ def test_the_readout_as_a_module(arguments, eps):
 
 
 @given(call({"x": torch.ones(N, D)}, {"x": any_tensor(N, D), "residual": any_tensor(N, D)}), st.booleans())
-@drawn(30)
+@drawn(15)
 def test_the_norm_as_a_module(arguments, affine):
     found = results(RMSNorm(D, elementwise_affine=affine), arguments)
     if found is not None:
@@ -277,7 +277,7 @@ MODULE = {
 
 
 @given(call({"head": HEADS[0], "norm": NORMS[0]}, MODULE))
-@drawn(40)
+@drawn(20)
 def test_a_module_is_refused_when_it_is_made(arguments):
     try:
         LoopedReadout(**arguments)

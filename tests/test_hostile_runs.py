@@ -184,7 +184,7 @@ def test_a_sound_run_is_read(finished, program):
 
 
 @given(seed=st.integers(0, 2**32), program=st.sampled_from(["train", "generate", "ouro", "gate"]))
-@drawn(25)
+@drawn(12)
 def test_programs(finished, seed, program):
     with copied(finished) as run:
         damaged(run, seed)
@@ -192,7 +192,7 @@ def test_programs(finished, seed, program):
 
 
 @given(seed=st.integers(0, 2**32), program=st.sampled_from(["transformers", "diagnose"]))
-@drawn(5)
+@drawn(2)
 def test_slow_programs(finished, seed, program):
     with copied(finished) as run:
         damaged(run, seed)
@@ -200,7 +200,7 @@ def test_slow_programs(finished, seed, program):
 
 
 @given(seed=st.integers(0, 2**32))
-@drawn(60)
+@drawn(30)
 def test_readers(finished, seed):
     with copied(finished) as run:
         damaged(run, seed)

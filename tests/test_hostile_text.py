@@ -113,7 +113,7 @@ KINDS = {".txt": txt, ".jsonl": jsonl, ".parquet": parquet}
 
 
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(sorted(KINDS)), packed=st.booleans(), damage=st.booleans())
-@drawn(60)
+@drawn(30)
 def test_data_files(seed, kind, packed, damage):
     draw = random.Random(seed)
     content = KINDS[kind](draw)
@@ -208,7 +208,7 @@ def tokenizer_that_lies(draw: random.Random) -> bytes:
 
 
 @given(seed=st.integers(0, 2**32), vocab_size=st.sampled_from([None, None, 1, 300, 1 << 20]))
-@drawn(60)
+@drawn(30)
 def test_tokenizers(seed, vocab_size):
     with folder() as place:
         (place / "text.txt").write_text(TEXT, encoding="utf-8")
