@@ -19,6 +19,29 @@ RESIDENT_WARPS = {32: 24, 64: 20}  # of so many threads, that 80 and 88 register
 
 
 @triton.jit
+def standardise(h, in_rows, inside, n_columns, eps, NORM: tl.constexpr):
+    """xhat [BLOCK_ROWS, BLOCK_COLUMNS] of rows h, and the factor [BLOCK_ROWS, 1] that gives them variance 1.
+
+    h and xhat are 0 where not `inside`.
+    """
+    if NORM == 2:
+        h = tl.where(inside, h - (tl.sum(h, axis=1) / n_columns)[:, None], 0.0)
+    rstd = tl.math.rsqrt(tl.sum(h * h, axis=1) / n_columns + eps)
+    rstd = tl.where(in_rows, rstd, 0.0)[:, None]  # inf without eps, off the rows
+    return h * rstd, rstd
+
+
+@triton.jit
+def standardise_gradient(dxhat, xhat, rstd, inside, n_columns, NORM: tl.constexpr):
+    """dL/dh [BLOCK_ROWS, BLOCK_COLUMNS] of `standardise`, from dL/dxhat."""
+    along = (tl.sum(dxhat * xhat, axis=1) / n_columns)[:, None]
+    if NORM == 2:
+        dxhat -= (tl.sum(dxhat, axis=1) / n_columns)[:, None]
+        return tl.where(inside, rstd * (dxhat - xhat * along), 0.0)
+    return rstd * (dxhat - xhat * along)
+
+
+@triton.jit
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_square_ptr, n_rows, n_columns, eps,
     NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -38,11 +61,8 @@ def norm_forward_kernel(
 
     mean_square = tl.sum(h * h, axis=1) / n_columns  # [BLOCK_ROWS]
     y = h
-    if NORM == 1:
-        y = h * tl.math.rsqrt(mean_square + eps)[:, None]
-    if NORM == 2:
-        centred = tl.where(inside, h - (tl.sum(h, axis=1) / n_columns)[:, None], 0.0)
-        y = centred * tl.math.rsqrt(tl.sum(centred * centred, axis=1) / n_columns + eps)[:, None]
+    if NORM != 0:
+        y, _ = standardise(h, in_rows, inside, n_columns, eps, NORM)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -86,21 +106,10 @@ def norm_backward_kernel(
             if row_weight_ptr is not None:
                 dy *= tl.load(row_weight_ptr + row, mask=in_rows, other=0.0)[:, None]
             dxhat = dy * weight[None, :]
-            if NORM == 0:
-                dh = dxhat
-            if NORM == 1:
-                rstd = tl.math.rsqrt(tl.sum(h * h, axis=1) / n_columns + eps)
-                rstd = tl.where(in_rows, rstd, 0.0)[:, None]  # inf without eps, off the rows
-                xhat = h * rstd
-                dh = rstd * (dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / n_columns)[:, None])
-            if NORM == 2:
-                centred = tl.where(inside, h - (tl.sum(h, axis=1) / n_columns)[:, None], 0.0)
-                rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=1) / n_columns + eps)
-                rstd = tl.where(in_rows, rstd, 0.0)[:, None]
-                xhat = centred * rstd
-                mean_dxhat = (tl.sum(dxhat, axis=1) / n_columns)[:, None]
-                dh = rstd * (dxhat - mean_dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / n_columns)[:, None])
-                dh = tl.where(inside, dh, 0.0)
+            dh = dxhat
+            if NORM != 0:
+                xhat, rstd = standardise(h, in_rows, inside, n_columns, eps, NORM)
+                dh = standardise_gradient(dxhat, xhat, rstd, inside, n_columns, NORM)
             if dweight_ptr is not None:
                 dweight += dy * xhat
             if dbias_ptr is not None:

@@ -1,4 +1,3 @@
-import json
 import os
 import time
 from pathlib import Path
@@ -13,14 +12,23 @@ import tokenizers
 from tiny_run import text
 from tokenizers import models, pre_tokenizers
 
+from train import cache_entry
 from train import corpus as corpus_module
 from train import data as data_module
-from train.corpus import Corpus, FileState, load_corpus
+from train.cache_entry import digest_of
+from train.corpus import Corpus, FileState
 from train.data import cache_directory, encode_corpus, load_data, open_entry
+from train.documents import Document
 from train.tokenizer import pieces
 
-CORPUS = Corpus([text(1500, seed=1), text(700, seed=1)], [text(300, seed=1)])
+TRAIN, HELD_OUT = [text(1500, seed=1), text(700, seed=1)], [text(300, seed=1)]
 
+
+def corpus_of(train: list[str], validation: list[str]) -> Corpus:
+    return Corpus(*([Document.of((document,)) for document in split] for split in (train, validation)))
+
+
+CORPUS = corpus_of(TRAIN, HELD_OUT)
 
 OPTIONS: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16}
 
@@ -33,22 +41,23 @@ def load(cache: Path, corpus: Corpus = CORPUS, **options):
 
 def test_documents_are_joined_by_the_end_of_document_token(tmp_path):
     data = load(tmp_path)
-    for split, documents in ((data.train, CORPUS.train), (data.validation, CORPUS.validation)):
+    for split, documents in ((data.train, TRAIN), (data.validation, HELD_OUT)):
         assert split.tokens.dtype == np.uint16
-        assert isinstance(split.tokens, np.memmap)
+        assert all(isinstance(part, np.memmap) for part in split.tokens.parts)
         assert len(split.bounds) == len(documents) + 1
-        for document, start, end in zip(documents, split.bounds[:-1], split.bounds[1:], strict=True):
-            ids = split.tokens[start:end].astype(np.int64)
+        bounds = np.asarray(split.bounds)
+        for document, start, end in zip(documents, bounds[:-1], bounds[1:], strict=True):
+            ids = split.tokens[np.arange(start, end)].astype(np.int64)
             assert ids[-1] == data.tokenizer.eos
             assert data.tokenizer.decode(ids[:-1]) == document
-        assert split.bounds[-1] == len(split.tokens)
+        assert bounds[-1] == len(split.tokens)
     assert data.lossless
 
 
 def test_long_documents_are_encoded_piece_by_piece(tmp_path, monkeypatch):
     whole = load(tmp_path / "whole")
     monkeypatch.setattr(data_module, "CHARACTERS_AT_ONCE", 1000)
-    monkeypatch.setattr(data_module, "pieces", lambda document: pieces(document, 300))
+    monkeypatch.setattr(data_module, "pieces", lambda parts: pieces(parts, 300))
     parts = load(tmp_path / "parts")
     assert np.array_equal(whole.train.tokens, parts.train.tokens)
     assert np.array_equal(whole.train.bounds, parts.train.bounds)
@@ -67,7 +76,7 @@ def test_encoded_text_is_found_again(tmp_path, monkeypatch):
 def test_other_text_and_other_tokenizers_have_their_own_entries(tmp_path):
     variants = [
         load(tmp_path),
-        load(tmp_path, Corpus(CORPUS.train, [text(400, seed=1)])),
+        load(tmp_path, corpus_of(TRAIN, [text(400, seed=1)])),
         load(tmp_path, vocab_size=301),
         load(tmp_path, tokenizer="paper", vocab_size=50),
     ]
@@ -76,26 +85,46 @@ def test_other_text_and_other_tokenizers_have_their_own_entries(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["train.tokens", "validation.tokens", "meta.json", "train.bounds.npy", "tokenizer.json"]
+    "name", ["train-00000.tokens", "validation-00000.tokens", "meta.json", "train-00000.bounds", "tokenizer.json"]
 )
-def test_torn_entries_are_encoded_again(tmp_path, name):
-    expected = load(tmp_path).train.tokens.copy()
+def test_torn_entries_are_encoded_again(tmp_path, name, capsys):
+    expected = np.asarray(load(tmp_path).train.tokens)
     (entry,) = tmp_path.iterdir()
-    (entry / name).write_bytes((entry / name).read_bytes()[:-3] if name != "tokenizer.json" else b"")
+    (entry / name).write_bytes((entry / name).read_bytes()[:-3])
     assert np.array_equal(load(tmp_path).train.tokens, expected)
+    assert capsys.readouterr().err == f"the cached tokens in {entry} are damaged; the text is encoded again\n"
+    assert np.array_equal(load(tmp_path).train.tokens, expected)
+    assert capsys.readouterr().err == ""
 
 
-def test_an_entry_of_another_process_that_was_first_stays(tmp_path, monkeypatch):
-    encode, theirs = data_module._encode, []
+@pytest.mark.parametrize("name", ["train-00000.tokens", "train-00000.bounds", "tokenizer.json", "digests.json"])
+def test_one_flipped_bit_is_seen(tmp_path, name, capsys):
+    first = load(tmp_path)
+    expected = np.asarray(first.train.tokens)
+    (entry,) = tmp_path.iterdir()
+    content = bytearray((entry / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (entry / name).write_bytes(content)
+    again = load(tmp_path)
+    assert np.array_equal(again.train.tokens, expected)
+    assert again.fingerprint == first.fingerprint
+    assert "are damaged" in capsys.readouterr().err
 
-    def encode_second(*arguments, **options):
-        monkeypatch.setattr(data_module, "_encode", encode)
-        theirs.append(Path(load(tmp_path).train.tokens.filename).stat())  # begun later, done earlier, in use
-        encode(*arguments, **options)
 
-    monkeypatch.setattr(data_module, "_encode", encode_second)
-    assert os.path.samestat(Path(load(tmp_path).train.tokens.filename).stat(), theirs[0])
-    assert len(os.listdir(tmp_path)) == 1
+def test_digests_are_read_once(tmp_path, monkeypatch):
+    load(tmp_path / "cache")
+    read = []
+    monkeypatch.setattr(cache_entry, "digest_of", lambda path: read.append(path) or digest_of(path))
+    load(tmp_path / "cache")
+    assert read == []
+    (tmp_path / "cache").rename(tmp_path / "moved")  # all the same files, perhaps
+    for _ in range(2):
+        load(tmp_path / "moved")
+        assert len(read) == 6
+    (entry,) = (tmp_path / "moved").iterdir()
+    (entry / "train-00000.tokens").touch()
+    load(tmp_path / "moved")
+    assert len(read) == 12
 
 
 def test_what_another_process_has_put_into_the_cache_stays_after_an_error(tmp_path, monkeypatch):
@@ -110,7 +139,7 @@ def test_what_another_process_has_put_into_the_cache_stays_after_an_error(tmp_pa
 
 
 def test_validation_text_does_not_reach_the_tokenizer(tmp_path):
-    other = Corpus(CORPUS.train, ["ωψχ φυτ " * 200])
+    other = corpus_of(TRAIN, ["ωψχ φυτ " * 200])
     assert load(tmp_path, other).tokenizer.model.to_str() == load(tmp_path).tokenizer.model.to_str()
     paper = load(tmp_path, other, tokenizer="paper", vocab_size=50)
     assert paper.tokenizer.model.to_str() == load(tmp_path, tokenizer="paper", vocab_size=50).tokenizer.model.to_str()
@@ -121,7 +150,7 @@ def test_validation_text_does_not_reach_the_tokenizer(tmp_path):
     [
         (CORPUS, {"vocab_size": 100_000}, "vocab_size must be at most"),
         (CORPUS, {"seq_len": 10_000}, "too short: its train split has"),
-        (Corpus(CORPUS.train, ["a few words"]), {}, "too short: its validation split has"),
+        (corpus_of(TRAIN, ["a few words"]), {}, "too short: its validation split has"),
     ],
 )
 def test_failures_leave_nothing_in_the_cache(tmp_path, corpus, options, message):
@@ -146,10 +175,10 @@ def word_level(path: Path, vocabulary: dict[str, int]) -> str:
 def test_large_vocabularies_take_four_bytes(tmp_path):
     vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, 70_000)}
     path = word_level(tmp_path / "words.json", vocabulary)
-    data = load(tmp_path, Corpus(["w69999 " * 50], ["w65537 " * 50]), tokenizer=path, vocab_size=None)
+    data = load(tmp_path, corpus_of(["w69999 " * 50], ["w65537 " * 50]), tokenizer=path, vocab_size=None)
     assert data.train.tokens.dtype == np.uint32
-    assert data.train.tokens[0] == 69_999
-    assert data.validation.tokens.tolist() == [65_537] * 50 + [1]
+    assert data.train.tokens[np.array(0)] == 69_999
+    assert np.asarray(data.validation.tokens).tolist() == [65_537] * 50 + [1]
     assert not data.lossless
 
 
@@ -180,15 +209,6 @@ def test_vocabulary_smaller_than_the_tokenizer(tmp_path):
         load(tmp_path, tokenizer=path, vocab_size=40)
 
 
-def test_tokens_beyond_the_vocabulary_in_the_cache(tmp_path):
-    load(tmp_path)
-    (entry,) = tmp_path.iterdir()
-    meta = json.loads((entry / "meta.json").read_text())
-    np.full(meta["train"], 5000, dtype=np.uint16).tofile(entry / "train.tokens")
-    with pytest.raises(ValueError, match=r"tokens must be below vocab_size=300. Got 5000"):
-        load(tmp_path)
-
-
 def write(path: Path, seed: int = 1) -> Path:
     """A text whose length in bytes is the same for every seed."""
     path.write_text((text(3000, seed=seed).replace("é", "e") + "." * 20_000)[:15_000])
@@ -198,8 +218,9 @@ def write(path: Path, seed: int = 1) -> Path:
 def warm(data: Path | str, cache: Path, monkeypatch, **options):
     """What a start gives that may read neither the text nor all tokens."""
     with monkeypatch.context() as patch:
-        for name in ("load_corpus", "encode_corpus", "_check_range"):
+        for name in ("load_corpus", "encode_corpus"):
             patch.setattr(data_module, name, None)
+        patch.setattr(cache_entry, "digest_of", None)
         return load_data(str(data), cache=cache, **(OPTIONS | options))
 
 
@@ -285,34 +306,37 @@ def test_what_is_written_after_reading_has_another_time(monkeypatch, age, newest
     assert waited == pytest.approx([wait], abs=1e-5)
 
 
-def test_text_that_is_written_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["fingerprint", "_make_tokenizer"])
+def test_text_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch, moment):
+    """It is read several times. What is encoded must be what the entry is named by."""
     path = write(tmp_path / "a.txt")
+    owner = Corpus if moment == "fingerprint" else data_module
+    before = getattr(owner, moment)
 
-    def load_and_write(data):
-        corpus = load_corpus(data)
+    def and_write(*arguments):
+        result = before(*arguments)
         write(path, seed=2)
-        return corpus
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "load_corpus", load_and_write)
-        first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
-    assert load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint != first.fingerprint
+        patch.setattr(owner, moment, and_write)
+        with pytest.raises(ValueError, match=r"^the text must stay as it is while it is read. Its files have changed"):
+            load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    assert not (tmp_path / "cache").exists()
+    assert len(load_data(str(path), cache=tmp_path / "cache", **OPTIONS).train.tokens) > 1000
 
 
-@pytest.mark.parametrize("damage", ["tokens", "meta.json", "remembered"])
+@pytest.mark.parametrize("damage", ["train-00000.tokens", "meta.json", "checked"])
 def test_a_warm_start_sees_a_damaged_entry(tmp_path, monkeypatch, damage):
     path = write(tmp_path / "a.txt")
     first = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
     (entry,) = (tmp_path / "cache").iterdir()
-    if damage == "tokens":
-        np.full(len(first.train.tokens), 5000, dtype=np.uint16).tofile(entry / "train.tokens")
-        with pytest.raises(ValueError, match="Got 5000"):
-            load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
-        return
-    torn = entry / damage if damage == "meta.json" else next((entry / "sources").iterdir())
-    torn.write_text(torn.read_text()[:-1])
+    torn = entry / damage
+    torn.write_bytes(torn.read_bytes()[:-1])
     assert_cold(path, tmp_path / "cache", monkeypatch)
-    assert load_data(str(path), cache=tmp_path / "cache", **OPTIONS).fingerprint == first.fingerprint
+    again = load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.train.tokens, first.train.tokens)
     warm(path, tmp_path / "cache", monkeypatch)
 
 
@@ -330,7 +354,8 @@ def test_known_texts_start_warm_too(tmp_path, monkeypatch):
     rows = [" = One = \n", text(1500, seed=1), " = Two = \n", text(700, seed=2)]
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *arguments, **options: None)
-        splits = {"train": {"text": rows}, "validation": {"text": rows[2:]}}
+        both = {"train": rows, "validation": rows[2:]}
+        splits = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in both.items()}
         patch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
         load_data("wikitext-103", cache=tmp_path, **OPTIONS)
     assert len(warm("wikitext-103", tmp_path, monkeypatch).train.bounds) == 3

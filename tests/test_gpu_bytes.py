@@ -81,7 +81,7 @@ def test_norm_forward_of_every_form(audit, norm, bias):
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_norm_backward_with_its_vectors(audit, norm):
     """Rows are shared out between few programs: weight and both partial sums are inside the bound."""
-    n_rows, d = 4000, 100
+    n_rows, d = 480, 100
     dy, h, weight = torch.randn(n_rows, d), torch.randn(n_rows, d), torch.randn(d)
     dh, dweight, dbias = torch.empty(n_rows, d), partial_sums(h), partial_sums(h)
     norm_backward(dy, h, weight, eps=1e-6, norm=norm, dh=dh, dweight=dweight, dbias=dbias)

@@ -57,7 +57,7 @@ def test_loss_options(backend, device, options, vocabulary):
     Case((2, 5, 32, vocabulary), device, bias=True, **options).check()
 
 
-shapes = st.tuples(st.integers(1, 4), st.integers(4, 40), st.integers(8, 70), st.integers(8, 300))
+shapes = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(8, 70), st.integers(8, 300))
 options = st.fixed_dictionaries(
     {
         "readout": st.sampled_from(READOUTS),

@@ -273,8 +273,7 @@ def test_autocast_loss_is_close(readout: Any, fused: bool, monkeypatch: pytest.M
         assert (low_gradients[name] - wanted).norm() < 0.05 * wanted.norm(), name
 
 
-@pytest.mark.parametrize("checkpoint_loops", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "checkpoint_loops"), [(False, False), (True, True)])
 def test_the_whole_forward_compiles_into_one_graph(fused: bool, checkpoint_loops: bool) -> None:
     torch._dynamo.reset()
     decoder = model(fused=fused, positions="rotary", n_prelude=1, n_coda=1, injection="diagonal", block_norm="sandwich")

@@ -7,7 +7,7 @@ from looped.kernels.cross_entropy_cpu import _top2
 from looped.kernels.statistics import ReadoutStatistics, readout_statistics_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 130, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
+SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 35, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
 
 
 def inputs(shape, device, dtype):

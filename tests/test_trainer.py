@@ -54,14 +54,14 @@ def test_the_run_keeps_its_validation_split(tmp_path, tokenizer, vocab_size):
     assert main(arguments(tmp_path, *options)) == 0
     kept = safetensors.numpy.load_file(run / "validation.safetensors")
     entry = next((tmp_path / "cache").iterdir())
-    assert np.array_equal(kept["tokens"], np.fromfile(entry / "validation.tokens", dtype=np.uint16))
-    assert np.array_equal(kept["bounds"], np.load(entry / "validation.bounds.npy"))
+    assert np.array_equal(kept["tokens"], np.fromfile(entry / "validation-00000.tokens", dtype=np.uint16))
+    assert np.array_equal(kept["bounds"], np.fromfile(entry / "validation-00000.bounds", dtype=np.int64))
     assert kept["tokens"].dtype == (np.uint16 if tokenizer == "bpe" else np.uint8)
     assert kept["bounds"].dtype == np.uint16
     assert kept.keys() == {"tokens", "bounds"} | ({"bytes_per_token"} if tokenizer == "bpe" else set())
     if tokenizer == "bpe":
         documents = (tmp_path / "text.txt").read_bytes()
-        decoded = load_tokenizer(run / "tokenizer.json", []).decode(kept["tokens"][:-1])
+        decoded = load_tokenizer(run / "tokenizer.json").decode(kept["tokens"][:-1])
         assert decoded.encode() in documents
         assert kept["bytes_per_token"][kept["tokens"]].sum() == len(decoded.encode())
 
@@ -234,7 +234,7 @@ def test_epochs_count_passes_over_the_windows(tmp_path):
     del argv[argv.index("--steps") : argv.index("--steps") + 2]
     assert main(argv) == 0
     entry = next((tmp_path / "cache").iterdir())
-    windows = (json.loads((entry / "meta.json").read_text())["train"] - 17) // 16 + 1
+    windows = (sum(json.loads((entry / "meta.json").read_text())["train"]) - 17) // 16 + 1
     assert rows_of(tmp_path / "run")[-1]["step"] == math.ceil(0.02 * windows / 4)
 
 

@@ -7,6 +7,10 @@ import numpy as np
 import torch
 
 from looped.supervision import IGNORE_INDEX
+from train.shards import Shards
+
+HELD_IN_MEMORY = 1 << 24  # windows whose order is held as an array, of 128 MiB; it decides the order, so it stays
+ROUNDS = 6  # of the Feistel network
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Windows:
     Its length counts those that have all their tokens.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Shards
     seq_len: int
     stride: int
 
@@ -37,11 +41,52 @@ class Windows:
 def batch_indices(n_windows: int, *, seed: int, step: int, batch_size: int) -> np.ndarray:
     """Windows [batch_size] int64 of optimisation step ``step`` (from 0): a function of its arguments alone.
 
-    Every epoch is a permutation of all windows seeded by (seed, epoch); step s takes samples s*batch_size onwards, so
-    a batch may end one epoch and begin the next.
+    Every epoch is a permutation of all windows that belongs to (seed, epoch). Step s takes samples s*batch_size
+    onwards, so a batch may end one epoch and begin the next.
     """
-    samples = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([_permutation(n_windows, seed, sample // n_windows)[sample % n_windows] for sample in samples])
+    epochs, positions = np.divmod(step * batch_size + np.arange(batch_size), n_windows)
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        indices[epochs == epoch] = _shuffled(n_windows, seed, epoch, positions[epochs == epoch])
+    return indices
+
+
+def share(n_rows: int, *, rank: int, world: int) -> slice:
+    """The rows of a batch that process ``rank`` of ``world`` takes. Every row is taken once."""
+    return slice(rank * n_rows // world, (rank + 1) * n_rows // world)
+
+
+def _shuffled(n: int, seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+    """What is at ``positions`` of the permutation of range(n) that belongs to (seed, epoch).
+
+    A permutation of many windows is not held in memory. Each of its places is computed: a Feistel network permutes a
+    power of four that is at least n, and what falls outside of range(n) goes through it again until it is inside
+    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    if n <= HELD_IN_MEMORY:
+        return _permutation(n, seed, epoch)[positions]
+    half = ((n - 1).bit_length() + 1) // 2
+    keys = np.random.default_rng((seed, epoch)).integers(1 << 64, size=ROUNDS, dtype=np.uint64)
+    found = _feistel(positions.astype(np.uint64), half, keys)
+    while (outside := found >= n).any():
+        found[outside] = _feistel(found[outside], half, keys)
+    return found.astype(np.int64)
+
+
+def _feistel(numbers: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of 2*``half`` bits. All are uint64."""
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = numbers >> bits, numbers & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right + key) & mask)
+    return left << bits | right
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of which every bit depends on all bits of these: SplitMix64's last step (Steele et al. 2014)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 @lru_cache(maxsize=2)
@@ -49,7 +94,7 @@ def _permutation(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 
-def evaluation_windows(tokens: np.ndarray, seq_len: int, limit: int | None) -> tuple[Windows, np.ndarray]:
+def evaluation_windows(tokens: np.ndarray | Shards, seq_len: int, limit: int | None) -> tuple[Windows, np.ndarray]:
     """Windows that share no target, and which of them to evaluate on: int64, in order.
 
     Without ``limit``, or with at least as many, every token but the first is a target once; the last window may be

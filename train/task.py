@@ -19,7 +19,7 @@ from torch import Tensor
 from looped.run_directory import write_validation
 from looped.supervision import IGNORE_INDEX
 from train.addition import Addition
-from train.batches import spread
+from train.batches import share, spread
 from train.p_hop import PHop
 
 TRAINING, VALIDATION = 0, 1  # branches of the random generators, which have no seed in common
@@ -93,9 +93,10 @@ class TaskSource:
         content = made.inputs.numpy().tobytes() + made.targets.numpy().tobytes()
         return hashlib.blake2b(f"{self.task.name} ".encode() + content, digest_size=16).hexdigest()
 
-    def batch(self, step: int, *, seed: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         made = self._make(np.random.SeedSequence(seed, spawn_key=(TRAINING, step)), batch_size, self.task.asked(step))
-        return made.inputs, made.targets
+        rows = share(batch_size, rank=rank, world=world)
+        return made.inputs[rows], made.targets[rows]
 
     def validation(self, limit: int | None) -> tuple[MadeSequences, np.ndarray]:
         """``limit``: tokens, of which each sequence has T."""

@@ -6,14 +6,14 @@
   ``<unk>``) and letters outside the regex, so its perplexity compares with nothing else.
 - the path of a tokenizer.json of the ``tokenizers`` library.
 
-Both trained kinds see the training split only. What the library takes long for runs in a thread of its own, so that a
-signal is handled meanwhile.
+Both trained kinds see the training split only, and of one beyond SAMPLE a sample. What the library takes long for runs
+in a thread of its own, so that a signal is handled meanwhile. It works on as many texts at a time as there are cores.
 """
 
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,8 @@ PAPER_REGEX = r"\s+|[A-Za-z0-9_]+|[^\w\s]"
 PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 # What tokenizers call the token that ends a document; the first one in the vocabulary is taken.
 EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "[SEP]")
-PIECE = 1 << 20  # characters encoded at once
+PIECE = 1 << 16  # characters of the text that one core encodes at a time
+SAMPLE = 1 << 30  # bytes of text that a tokenizer is trained on at most
 # Bytes that bpe merges at most into one token. Every merge goes through every word that has its pair, so that the time
 # grows with the length of the longest word too: blanks, letters or digits without end (DNA, base64) are cut here.
 LONGEST_WORD = 512
@@ -47,16 +48,14 @@ Result = TypeVar("Result")
 class Tokenizer:
     """A ``tokenizers`` tokenizer, its end-of-document token and the bytes that each token stands for.
 
-    ``lossless``: byte-level, and decoding gave back what was encoded: of the sample that it was made with, or, for one
-    from a cache entry, of the whole text.
-    ``vocab_size``: one more than the largest id.
+    ``byte_level``: its tokens are bytes, so that it may be lossless. ``vocab_size``: one more than the largest id.
     """
 
     name: str
     model: tokenizers.Tokenizer
     eos: int
     vocab_size: int
-    lossless: bool
+    byte_level: bool
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
@@ -76,9 +75,14 @@ class Tokenizer:
             encodings = interruptibly(self.model.encode_batch_fast, texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def gives_back(self, texts: list[str]) -> bool:
+        """Whether decoding gives back exactly what is encoded, of each text."""
+        return self.byte_level and [self.decode(ids) for ids in self.encode(texts)] == texts
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, special tokens included."""
-        return self.model.decode(ids.tolist(), skip_special_tokens=False)
+        with refusing(f"tokenizer {self.name} cannot decode"):
+            return str(self.model.decode(ids.tolist(), skip_special_tokens=False))
 
 
 def check_vocab_size(tokenizer: str, vocab_size: int) -> None:
@@ -112,25 +116,43 @@ def interruptibly(function: Callable[..., Result], *arguments: Any, **options: A
     return future.result()
 
 
-def pieces(document: str, size: int = PIECE) -> Iterator[str]:
-    """A document in pieces of about ``size`` characters, so that one huge file is encoded in bounded memory.
+def pieces(parts: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """A text in pieces of about ``size`` characters: so that one huge file is encoded in bounded memory, on all cores.
 
     Cut before a single blank between words, where bpe and paper begin a new token anyhow, so their ids do not depend
-    on the cut; where there is none near, at ``size``.
+    on the cut; where there is none near, at ``size``. Nor do the pieces depend on the parts in which the text comes.
     """
-    start = 0
-    while len(document) - start > size:
-        end = start + size
-        for candidate in range(end, max(start + size // 2, end - 10_000), -1):
-            if document[candidate] == " " and len(document[candidate - 1 : candidate + 2].split()) == 2:
-                end = candidate
-                break
-        yield document[start:end]
-        start = end
-    yield document[start:]
+    text = ""
+    for part in parts:
+        text, start = text + part, 0
+        while len(text) - start > size + 1:  # the character behind the cut is looked at too
+            end = _cut(text, start, size)
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    while len(text) > size:
+        end = _cut(text, 0, size)
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
-def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
+def _cut(text: str, start: int, size: int) -> int:
+    """Where the piece that begins at ``start`` ends."""
+    end = start + size
+    for candidate in range(end, max(start + size // 2, end - 10_000), -1):
+        if text[candidate] == " " and len(text[candidate - 1 : candidate + 2].split()) == 2:
+            return candidate
+    return end
+
+
+def sample(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
+    """The texts, of ``n_bytes`` all together; where that is more than SAMPLE, a part of them, evenly spread."""
+    kept = min(1.0, SAMPLE / max(1, n_bytes))
+    return (text for number, text in enumerate(texts) if int((number + 1) * kept) > int(number * kept))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with ``vocab_size`` tokens, ``<eos>`` among them.
 
     Raises ValueError if ``vocab_size`` is out of range, or the text has too few pairs to merge.
@@ -146,12 +168,12 @@ def train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    interruptibly(model.train_from_iterator, documents, trainer, length=len(documents))
+    interruptibly(model.train_from_iterator, texts, trainer)
     _check_size(model, vocab_size)
-    return _finish("bpe", model, documents)
+    return _finish("bpe", model)
 
 
-def train_paper(documents: list[str], vocab_size: int) -> Tokenizer:
+def train_paper(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Count the words of the paper's regex and keep the ``vocab_size`` most frequent, special tokens included.
 
     Raises ValueError if ``vocab_size`` is out of range, or fewer words occur twice.
@@ -164,20 +186,20 @@ def train_paper(documents: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=PAPER_SPECIALS, show_progress=sys.stderr.isatty()
     )
-    interruptibly(model.train_from_iterator, documents, trainer, length=len(documents))
+    interruptibly(model.train_from_iterator, texts, trainer)
     _check_size(model, vocab_size)
-    return _finish("paper", model, documents)
+    return _finish("paper", model)
 
 
-def load_tokenizer(path: Path, sample: list[str], *, name: str | None = None) -> Tokenizer:
-    """Load a tokenizer.json; ``sample`` are documents on which to see whether it is lossless, ``name`` is for messages.
+def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
+    """Load a tokenizer.json; ``name`` is for messages.
 
     Raises ValueError if it cannot be read or has no token that ends a document.
     """
     model = read_tokenizer_file(path)
     with refusing(f"tokenizer {path} cannot be read again once it is saved"):
         model = tokenizers.Tokenizer.from_str(model.to_str())  # cache and run keep it as the library writes it
-    return _finish(name or str(path), model, sample)
+    return _finish(name or str(path), model)
 
 
 def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
@@ -188,7 +210,7 @@ def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _finish(name: str, model: tokenizers.Tokenizer, sample: list[str]) -> Tokenizer:
+def _finish(name: str, model: tokenizers.Tokenizer) -> Tokenizer:
     model.encode_special_tokens = True  # "<eos>" in the text is text
     model.no_truncation()  # a tokenizer.json may ask for either; a corpus is neither cut nor filled up
     model.no_padding()
@@ -199,20 +221,5 @@ def _finish(name: str, model: tokenizers.Tokenizer, sample: list[str]) -> Tokeni
     eos = next((vocabulary[token] for token in EOS_NAMES if token in vocabulary), None)
     if eos is None:
         raise ValueError(f"tokenizer {name} must have a token that ends a document: one of {', '.join(EOS_NAMES)}.")
-    with refusing(f"tokenizer {name} cannot encode the text"):
-        lossless = _gives_back(model, sample)
-    if name == "bpe" and not lossless:
-        raise ValueError("tokenizer bpe does not decode what it encodes; this version of tokenizers cannot be used.")
-    return Tokenizer(name, model, eos, largest + 1, lossless)
-
-
-def _gives_back(model: tokenizers.Tokenizer, sample: list[str]) -> bool:
-    """Whether a byte-level tokenizer decodes the first piece of each of a few documents exactly."""
-    if "ByteLevel" not in json.dumps(json.loads(model.to_str())["decoder"]):
-        return False
-    texts = [next(pieces(document)) for document in sample[:: max(1, len(sample) // 8)]]
-    encodings = interruptibly(model.encode_batch_fast, texts, add_special_tokens=False)
-    return all(
-        model.decode(encoding.ids, skip_special_tokens=False) == text
-        for encoding, text in zip(encodings, texts, strict=True)
-    )
+    byte_level = "ByteLevel" in json.dumps(json.loads(model.to_str())["decoder"])
+    return Tokenizer(name, model, eos, largest + 1, byte_level)

@@ -259,14 +259,8 @@ def _compile_launch(record: Record, original: Callable) -> Callable:
     return run
 
 
-@contextlib.contextmanager
-def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]:
-    """Tensors on device "cuda" are fake ones on `target` while this lasts; yields the record of what runs there.
-
-    A read of a tensor's values is an error, or, for an op in `answers`, answered by it and recorded as a host copy.
-    """
-    record = Record()
-    autocast = Autocast(record)
+def _stand_ins(target: Target, record: Record, autocast: Autocast) -> dict[str, Any]:
+    """What PyTorch, Triton and this project ask of a GPU, by name, with `target`'s answers."""
     current = [0]
 
     @contextlib.contextmanager
@@ -283,7 +277,7 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         name=target.name, multi_processor_count=target.multiprocessors, major=capability[0], minor=capability[1],
         L2_cache_size=4 << 20, total_memory=1 << 40,
     )  # fmt: skip
-    patches: dict[str, Any] = {
+    return {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
         "torch.cuda.is_bf16_supported": lambda **_: True,
@@ -312,8 +306,17 @@ def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]
         "looped.flash_attention.flash_4_head_dim": lambda _: 0,
         "triton.runtime.jit.JITFunction.run": _compile_launch(record, JITFunction.run),
     }
+
+
+@contextlib.contextmanager
+def fake_gpu(target: Target, answers: Answers | None = None) -> Iterator[Record]:
+    """Tensors on device "cuda" are fake ones on `target` while this lasts; yields the record of what runs there.
+
+    A read of a tensor's values is an error, or, for an op in `answers`, answered by it and recorded as a host copy.
+    """
+    record = Record()
     with contextlib.ExitStack() as stack:
-        for name, stand_in in patches.items():
+        for name, stand_in in _stand_ins(target, record, Autocast(record)).items():
             stack.enter_context(patch(name, stand_in))
         on_gpu = property(lambda tensor: tensor.fake_device.type == "cuda")
         stack.enter_context(patch.object(FakeTensor, "is_cuda", on_gpu, create=True))
