@@ -2,9 +2,12 @@
 
 Every program that reads one refuses it in one line, or does its work."""
 
+import ast
+import contextlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from hostile import assert_refusal, assert_says_why, bounded, contents, damaged_bytes, drawn, lying, outcome
 from hypothesis import given
 from hypothesis import strategies as st
@@ -212,3 +216,171 @@ def test_readers(finished, seed):
             if (run / "metrics.jsonl").is_file():
                 rows = read_metrics(run / "metrics.jsonl")
                 assert all(row["step"] >= 1 for row in rows)
+
+
+# Found ----------------------------------------------------------------------------------------------------------------
+
+
+def pipe(run: Path, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+
+
+def rewritten(run: Path, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A safetensors file with other tensors, in a checkpoint whose record says that it is whole."""
+    path = run / name
+    path.write_bytes(safetensors.numpy.save(change(safetensors.numpy.load_file(path))))
+    reseal(run / "checkpoint")
+
+
+def said(run: Path, name: str, change: Callable[[Any], Any]) -> None:
+    path = run / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def overwritten(run: Path, name: str, content: bytes) -> None:
+    (run / name).write_bytes(content)
+    reseal(run / "checkpoint")
+
+
+QKV = "blocks.0.attention.qkv.weight"
+FOUND: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a pipe for config.json": ("generate", lambda run: pipe(run, "config.json"), "not a regular file"),
+    "a pipe for checkpoint.json": ("train", lambda run: pipe(run, "checkpoint/checkpoint.json"), "is torn"),
+    "a pipe for weights": ("generate", lambda run: pipe(run, CHECKPOINT[0]), "is torn"),
+    "a pipe for validation text": ("gate", lambda run: pipe(run, "validation.safetensors"), "not a regular file"),
+    "tokens of no dimension": (
+        "generate",
+        lambda run: rewritten(run, "validation.safetensors", lambda found: found | {"tokens": np.array(3)}),
+        "must be integers",
+    ),
+    "tokens below 0": (
+        "generate",
+        lambda run: rewritten(run, "validation.safetensors", lambda found: found | {"tokens": np.array([-1, 3])}),
+        "must be at least 0. Got -1",
+    ),
+    "tokens that are no integers": (
+        "generate",
+        lambda run: rewritten(run, "validation.safetensors", lambda found: found | {"tokens": np.array([math.nan])}),
+        "must be integers",
+    ),
+    "weights that are integers": (
+        "gate",
+        lambda run: rewritten(run, CHECKPOINT[0], lambda found: found | {QKV: found[QKV].astype(np.int64)}),
+        r"another shape: .*qkv.weight is \[96, 32\] torch.int64",
+    ),
+    "moments of another dtype": (
+        "train",
+        lambda run: rewritten(
+            run, CHECKPOINT[1], lambda found: found | {f"{QKV}.exp_avg": found[f"{QKV}.exp_avg"].astype(np.float16)}
+        ),
+        "another shape: the optimizer's exp_avg of .* torch.float16",
+    ),
+    "a moment without the other": (
+        "train",
+        lambda run: rewritten(
+            run, CHECKPOINT[1], lambda found: {key: found[key] for key in found if key != f"{QKV}.exp_avg_sq"}
+        ),
+        "must hold exp_avg, exp_avg_sq, step of AdamW for .*qkv",
+    ),
+    "moments that are no safetensors": ("train", lambda run: overwritten(run, CHECKPOINT[1], b"{}"), "cannot be read"),
+    "a step without end": (
+        "generate",
+        lambda run: said(run, "checkpoint/checkpoint.json", lambda record: record | {"step": math.inf}),
+        "is torn",
+    ),
+    "a configuration of other types": (
+        "train",
+        lambda run: said(run, "config.json", lambda found: {**found, "train": found["train"] | {"data": {}}}),
+        "config.json cannot be used .*data must be str",
+    ),
+    "a model larger than any memory": (
+        "generate",
+        lambda run: said(run, "config.json", lambda found: {**found, "model": found["model"] | {"d_ff": 1 << 24}}),
+        "checkpoint of another shape",
+    ),
+    "a model without end": (
+        "generate",
+        lambda run: said(run, "config.json", lambda found: {**found, "model": found["model"] | {"n_layers": 10**9}}),
+        "n_layers must be at most 4,096",
+    ),
+    "a configuration nested without end": (
+        "generate",
+        lambda run: (run / "config.json").write_text("[" * 100_000),
+        "config.json cannot be used",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(finished, name):
+    """What has once come out as a traceback, or not at all."""
+    program, damage, message = FOUND[name]
+    with copied(finished) as run:
+        damage(run)
+        main, words = PROGRAMS[program]
+        code, error = outcome(main, words(run, run.parent / "aside"))
+        assert_refusal(code, error)
+        assert re.search(message, error), error
+
+
+def test_a_count_of_bad_steps_that_is_none_makes_no_row(finished):
+    with copied(finished) as run:
+        line = (run / "metrics.jsonl").read_text().splitlines()[0]
+        (run / "metrics.jsonl").write_text(json.dumps(json.loads(line) | {"bad_steps": "many"}) + "\n")
+        assert read_metrics(run / "metrics.jsonl") == []
+
+
+class Planted:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_pickle_is_loaded(finished, name):
+    """In whichever file it stands, as pickle or as torch.save writes it, under a seal that fits."""
+    with copied(finished) as run:
+        trace = run.parent / "trace"
+        for write in (pickle.dump, torch.save):
+            with open(run / name, "wb") as file:
+                write({"model": Planted(trace)}, file)
+            if name != "checkpoint/checkpoint.json":
+                reseal(run / "checkpoint")
+            outcome(train.run.main, resumed(run, run.parent / "aside"))
+            with contextlib.suppress(ValueError):
+                load_run(run)
+            assert not trace.exists()
+        with open(run / name, "rb") as file:
+            torch.load(file, weights_only=False)  # it would have run
+        assert trace.exists()
+
+
+RUNS_CODE = {"eval", "exec", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "yaml"}
+
+
+def calls_that_run_code(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            arguments = {each.arg: ast.unparse(each.value) for each in node.keywords}
+            if name.split(".")[0] in RUNS_CODE:
+                yield name
+            if name == "torch.load" and arguments.get("weights_only") != "True":
+                yield name
+            if arguments.get("allow_pickle") == "True":
+                yield name
+
+
+def test_nothing_that_is_read_is_run():
+    """No file is unpickled or evaluated, anywhere in the packages."""
+    root = Path(__file__).parents[1]
+    files = [path for package in ("kernels", "looped", "train", "bench") for path in (root / package).rglob("*.py")]
+    assert len(files) > 100
+    found = {str(path): list(calls_that_run_code(ast.parse(path.read_text(encoding="utf-8")))) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+    assert list(calls_that_run_code(ast.parse("torch.load(x); pickle.loads(y); np.load(z, allow_pickle=True)")))
