@@ -9,11 +9,20 @@ import tokenizers
 
 from looped.whole_file import regular
 
+# The largest published vocabularies have about a million tokens. The library reserves memory for as many as are asked
+# for, or as the largest id says, and where it gets none it aborts the process.
+MAX_VOCAB_SIZE = 1 << 20
+
 
 def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of the ``tokenizers`` library that a file holds. Raises ValueError if it cannot be read."""
+    """The tokenizer of the ``tokenizers`` library that a file holds. Raises ValueError if it cannot be read, or
+    an id is beyond any vocabulary."""
     with refusing(f"tokenizer {path} cannot be read"), _without_panics():
-        return tokenizers.Tokenizer.from_file(str(regular(path)))
+        tokenizer = tokenizers.Tokenizer.from_file(str(regular(path)))
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= MAX_VOCAB_SIZE:
+        raise ValueError(f"tokenizer {path} must have ids below {MAX_VOCAB_SIZE:,}. Got {largest}.")
+    return tokenizer
 
 
 @contextmanager

@@ -142,3 +142,49 @@ def test_other_programs(program, data):
     accepted = patch.object(module, work, accept), patch.object(sweep, "_make_cache", accept)
     with tempfile.TemporaryDirectory() as folder, accepted[0], accepted[1], chdir(folder):
         refused_or_done(main, [*first, *words], Path(folder))
+
+
+FOUND: dict[str, tuple[Any, list[str], str]] = {
+    "layers without end": (train.run.main, ["--n-layers", "1000000"], "n_layers must be at most 4,096"),
+    "loops without end": (train.run.main, ["--n-loops", "16777216"], "n_loops must be at most 4,096"),
+    "a size that overflows": (train.run.main, ["--d-model", "9" * 30], "d_model must be at most 16,777,216"),
+    "a batch without end": (train.run.main, ["--batch-size", "99999999"], "batch_size must be at most 16,777,216"),
+    "usage of several lines": (
+        diagnose.main,
+        ["--tokens", "many", "run"],
+        "--tokens: invalid int value",
+    ),
+    "no run to give a gate": (train.gate.main, [], "the following arguments are required: RUN"),
+    "an export to nowhere": (export.main, ["run", "--to", "gguf", "out"], "invalid choice: 'gguf'"),
+    "a table of no record": (bench.gpu.main, ["--table", "/dev/null/x"], "--table must be a record"),
+    "curves that cannot be kept": (bench.depth.main, ["--out", "/dev/null/x"], "out must be a directory that can be"),
+    "speeds that cannot be kept": (bench.scaling.main, ["--out", "/dev/null/x"], "out must be a directory that can be"),
+    "tasks that cannot be kept": (
+        bench.tasks.main,
+        ["p-hop", "--out", "/dev/null/x"],
+        "out must be a directory that can",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(tmp_path, name):
+    """What has once come out as a traceback, in several lines, after the work was done, or never."""
+    main, words, message = FOUND[name]
+    if main is train.run.main:
+        words = [*arguments(tmp_path, "--out", str(tmp_path / "run")), *words]
+    before = contents(tmp_path)
+    code, error = outcome(main, words)
+    assert_refusal(code, error)
+    assert message in error
+    assert contents(tmp_path) == before
+
+
+def test_a_model_larger_than_memory(finished, tmp_path):
+    """It is not begun, so that the machine does not run out of memory; its text is in the cache."""
+    out = tmp_path / "run"
+    argv = arguments(finished.parent, "--out", str(out), "--d-model", "16777216")
+    code, error = outcome(train.run.main, argv)
+    assert_refusal(code, error)
+    assert "the model must fit in memory" in error
+    assert not out.exists()

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from hostile import ODD, assert_says_why, bounded, damaged_bytes, drawn, lying
+import pytest
+from hostile import ODD, assert_says_why, bounded, contents, damaged_bytes, drawn, lying
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import text
 
 from train.data import load_data
-from train.tokenizer import train_bpe, train_paper
+from train.tokenizer import load_tokenizer, train_bpe, train_paper
 
 TEXT = text(400)
 DOCUMENTS = [text(60, seed) for seed in range(8)]
@@ -211,3 +212,64 @@ def test_tokenizers(seed, vocab_size):
         (place / "text.txt").write_text(TEXT, encoding="utf-8")
         (place / "tokenizer.json").write_bytes(tokenizer_that_lies(random.Random(seed)))
         assert_read_or_refused(place / "text.txt", str(place / "tokenizer.json"), vocab_size)
+
+
+# Found ----------------------------------------------------------------------------------------------------------------
+
+
+def model_of(vocab: dict[str, int]) -> dict[str, Any]:
+    return {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}, "added_tokens": []}
+
+
+FOUND_TOKENIZERS = {
+    "a panic while it is read": ({"normalizer": PARTS_OF_ONE["normalizer"][6]}, "cannot be read .Precompiled"),
+    "an id beyond any vocabulary": (
+        model_of({"<eos>": 0, "<unk>": 1, "a": 1 << 21}),
+        "ids below 1,048,576. Got 2097152",
+    ),
+    "an id for which the library finds no memory": (
+        {
+            "added_tokens": [],
+            "model": {
+                "type": "WordPiece",
+                "vocab": {"<eos>": 1 << 31, "[UNK]": 1},
+                "unk_token": "[UNK]",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 10,
+            },
+        },
+        "ids below 1,048,576. Got 2147483648",
+    ),
+    "a word that is not in it": (model_of({"<eos>": 0}), "cannot encode the text .*Missing .UNK. token"),
+    "another once it is saved": (
+        {"model": {"type": "BPE", "vocab": {"<eos>": 0, "a": 1, "b": 2, "ab": 2}, "merges": [["a", "b"]]}},
+        "cannot be read again once it is saved|must have a token|cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_TOKENIZERS)
+def test_found_tokenizers(tmp_path, name):
+    """What has once come out as another error, or after the cache was begun."""
+    change, message = FOUND_TOKENIZERS[name]
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(PAPER | change))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_data(
+            str(tmp_path / "text.txt"),
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            vocab_size=None,
+            seq_len=4,
+            cache=tmp_path / "cache",
+        )
+    assert_says_why(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_panic_is_one_line_on_stderr(tmp_path, capfd):
+    """Rust would write many of its own."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(PAPER | FOUND_TOKENIZERS["a panic while it is read"][0]))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    assert capfd.readouterr().err == ""

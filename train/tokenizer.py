@@ -24,7 +24,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from looped.tokenizer_file import read_tokenizer_file, refusing
+from looped.tokenizer_file import MAX_VOCAB_SIZE, read_tokenizer_file, refusing
 
 PAPER_REGEX = r"\s+|[A-Za-z0-9_]+|[^\w\s]"
 PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -35,9 +35,6 @@ SAMPLE = 1 << 30  # bytes of text that a tokenizer is trained on at most
 # Bytes that bpe merges at most into one token. Every merge goes through every word that has its pair, so that the time
 # grows with the length of the longest word too: blanks, letters or digits without end (DNA, base64) are cut here.
 LONGEST_WORD = 512
-# The largest published vocabularies have about a million tokens. The library reserves memory for as many as are asked
-# for, and where it gets none it aborts the process.
-MAX_VOCAB_SIZE = 1 << 20
 # What a vocabulary holds at least: 256 bytes and <eos>; the special tokens and a word.
 MIN_VOCAB_SIZE = {"bpe": 257, "paper": len(PAPER_SPECIALS) + 1}
 
@@ -215,11 +212,8 @@ def _finish(name: str, model: tokenizers.Tokenizer) -> Tokenizer:
     model.no_truncation()  # a tokenizer.json may ask for either; a corpus is neither cut nor filled up
     model.no_padding()
     vocabulary = model.get_vocab(with_added_tokens=True)
-    largest = max(vocabulary.values(), default=0)
-    if largest >= MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {name} must have ids below {MAX_VOCAB_SIZE:,}. Got {largest}.")
     eos = next((vocabulary[token] for token in EOS_NAMES if token in vocabulary), None)
     if eos is None:
         raise ValueError(f"tokenizer {name} must have a token that ends a document: one of {', '.join(EOS_NAMES)}.")
     byte_level = "ByteLevel" in json.dumps(json.loads(model.to_str())["decoder"])
-    return Tokenizer(name, model, eos, largest + 1, byte_level)
+    return Tokenizer(name, model, eos, max(vocabulary.values()) + 1, byte_level)
