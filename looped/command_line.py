@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import io
-from typing import NoReturn, TypeVar
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -32,3 +34,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # argparse makes an empty list of it, whatever the option's type is
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"an option must have a value other than --. Got {word}.")
+        return super().parse_args(words, namespace)

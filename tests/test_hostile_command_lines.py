@@ -154,6 +154,16 @@ FOUND: dict[str, tuple[Any, list[str], str]] = {
         ["--tokens", "many", "run"],
         "--tokens: invalid int value",
     ),
+    "a value of two dashes": (
+        train.gate.main,
+        ["run", "--steps=--"],
+        "must have a value other than --. Got --steps=--",
+    ),
+    "a value that is a list": (
+        diagnose.main,
+        ["run", "--rounds=--"],
+        "must have a value other than --. Got --rounds=--",
+    ),
     "no run to give a gate": (train.gate.main, [], "the following arguments are required: RUN"),
     "an export to nowhere": (export.main, ["run", "--to", "gguf", "out"], "invalid choice: 'gguf'"),
     "a table of no record": (bench.gpu.main, ["--table", "/dev/null/x"], "--table must be a record"),

@@ -273,3 +273,12 @@ def test_a_panic_is_one_line_on_stderr(tmp_path, capfd):
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path / "tokenizer.json")
     assert capfd.readouterr().err == ""
+
+
+def test_a_number_of_thousands_of_digits(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": ' + "9" * 5000 + "}\n")
+    with pytest.raises(
+        ValueError, match=r"data file .*text.jsonl: row 2 cannot be read \(ValueError: Exceeds the limit"
+    ):
+        load_data(str(tmp_path / "text.jsonl"), tokenizer="bpe", vocab_size=260, seq_len=4, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
