@@ -157,12 +157,12 @@ FOUND: dict[str, tuple[Any, list[str], str]] = {
     "a value of two dashes": (
         train.gate.main,
         ["run", "--steps=--"],
-        "must have a value other than --. Got --steps=--",
+        "a value other than --. Got --steps=--",
     ),
     "a value that is a list": (
         diagnose.main,
         ["run", "--rounds=--"],
-        "must have a value other than --. Got --rounds=--",
+        "a value other than --. Got --rounds=--",
     ),
     "no run to give a gate": (train.gate.main, [], "the following arguments are required: RUN"),
     "an export to nowhere": (export.main, ["run", "--to", "gguf", "out"], "invalid choice: 'gguf'"),
