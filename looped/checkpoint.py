@@ -6,8 +6,8 @@ part, model-00002-of-00004.safetensors; a tensor may then be in pieces, and the 
 begins, as torch.distributed.checkpoint has it. A tensor that is not in pieces is the same in both.
 
 checkpoint.json has the step, a fingerprint of the data, and size and BLAKE2b of the other files, by which a torn
-checkpoint is told. While a new one is put in its place, ``checkpoint.old/`` is the whole one. `train.checkpoint` says
-how it is written. Nothing in it is executable.
+checkpoint is told, and a BLAKE2b of all that. While a new one is put in its place, ``checkpoint.old/`` is the whole
+one. `train.checkpoint` says how it is written. Nothing in it is executable.
 """
 
 import hashlib
@@ -63,27 +63,42 @@ def file_name(kind: str, part: int = 1, parts: int = 1) -> str:
 def seal(directory: Path, progress: Progress) -> None:
     """Write the record of the files in a checkpoint's directory, and wait until it is on the disk."""
     names = sorted(path.name for path in directory.glob("*.safetensors"))
-    record = {
+    record: dict[str, Any] = {
         "step": progress.step,
         "data": progress.fingerprint,
         "files": {name: _size_and_hash(directory / name) for name in names},
     }
+    record["digest"] = _digest(record)
     (directory / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     sync(directory / RECORD)
 
 
-def files_of(directory: Path, kind: str) -> dict[str, list[object]]:
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    """The record of a checkpoint's directory. Raises CheckpointError if it is missing or damaged."""
+    try:
+        record = read_json(directory / RECORD)
+        digest = record.pop("digest", None)  # of older checkpoints there is none
+        if digest not in (None, _digest(record)):
+            raise ValueError(f"{RECORD} is not what was written")
+        step = record["step"]
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise ValueError(f"step must be a count. Got {step!r:.30}")
+        return {"step": step, "data": str(record["data"]), "files": dict(record["files"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
+
+
+def files_of(directory: Path, kind: str) -> dict[str, Any]:
     """Size and hash of the files of a kind, by name, as the record of a checkpoint's directory has them.
 
     Raises CheckpointError if the record is missing or damaged, or has none.
     """
-    try:
-        files = read_json(directory / RECORD)["files"]
-        found = {
-            name: files[name] for name in sorted(files) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
+    files = _read_record(directory)["files"]
+    found = {name: files[name] for name in sorted(files) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)}
     if not found:
         raise CheckpointError(f"checkpoint {directory} is torn: {RECORD} names no {file_name(kind)}.")
     return found
@@ -92,19 +107,15 @@ def files_of(directory: Path, kind: str) -> dict[str, list[object]]:
 def check_whole(directory: Path, kinds: Sequence[str]) -> Progress:
     """What the record of a checkpoint's directory says. Raises CheckpointError if it is missing or damaged, or one of
     the files of these kinds is not what was written."""
-    files = {name: entry for kind in kinds for name, entry in files_of(directory, kind).items()}
-    try:
-        record = read_json(directory / RECORD)
-        torn = next((name for name, entry in files.items() if entry != _size_and_hash(directory / name)), None)
-        step = record["step"]
-        if type(step) is not int or not 0 <= step < 2**63:
-            raise ValueError(f"step must be a count. Got {step!r:.30}")
-        progress = Progress(step, str(record["data"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
-    if torn is not None:
-        raise CheckpointError(f"checkpoint {directory} is torn: {torn} is not what was written.")
-    return progress
+    record = _read_record(directory)
+    for name, entry in (item for kind in kinds for item in files_of(directory, kind).items()):
+        try:
+            whole = entry == _size_and_hash(directory / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
+        if not whole:
+            raise CheckpointError(f"checkpoint {directory} is torn: {name} is not what was written.")
+    return Progress(record["step"], record["data"])
 
 
 def weights_hash(run: Path) -> str | None:
@@ -131,7 +142,7 @@ def contents(directory: Path, kind: str) -> dict[str, Tensor]:
     found = {}
     try:
         for name, stored in _reader(directory, kind).read_metadata().state_dict_metadata.items():
-            if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
+            if not _make_up(stored.chunks, stored.size):
                 raise CheckpointError(f"the pieces of {name} in {directory} do not make up {list(stored.size)}.")
             found[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
     except CheckpointError:
@@ -139,6 +150,13 @@ def contents(directory: Path, kind: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever the libraries raise at a header that lies
         raise CheckpointError(f"the {kind} in {directory} cannot be read ({error!r:.160}).") from error
     return found
+
+
+def _make_up(pieces: Sequence[Any], size: torch.Size) -> bool:
+    """Whether pieces, each with its offsets and sizes, are at places of their own and as many elements as a tensor."""
+    places = {tuple(piece.offsets) for piece in pieces}
+    within = all(len(place) == len(size) and min(place, default=0) >= 0 for place in places)
+    return within and len(places) == len(pieces) and sum(piece.sizes.numel() for piece in pieces) == size.numel()
 
 
 def read_into(directory: Path, kind: str, tensors: dict[str, Tensor]) -> None:

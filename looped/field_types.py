@@ -7,12 +7,13 @@ INT64 = 1 << 63  # no number of steps, bytes or tokens is beyond
 
 
 def check_field_types(instance: Any) -> None:
-    """Raise TypeError for the first field whose value is not of its type: a class, a Literal, or a union of those."""
+    """Raise ValueError for the first field whose value is not of its type: a class, a Literal, or a union of those."""
     for name, kind in get_type_hints(type(instance)).items():
         value = getattr(instance, name)
         if not _fits(value, kind):
             expected = kind.__name__ if isinstance(kind, type) else kind
-            raise TypeError(f"{name} must be {expected}. Got {value!r:.40}")
+            size = " of 64 bits" if type(value) is int else ""
+            raise ValueError(f"{name} must be {expected}{size}. Got {value!r:.50}.")
 
 
 def _fits(value: object, kind: Any) -> bool:

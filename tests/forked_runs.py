@@ -44,17 +44,18 @@ def start(argv: list[str], processes: int, log: Path, before: Callable[[int], No
 
 def finish(children: list[int], log: Path) -> None:
     """Wait until a run ends. Raises AssertionError if it does not, or not well."""
-    limit = time.monotonic() + PATIENCE
-    waiting = dict.fromkeys(children)
+    limit, waiting, codes = time.monotonic() + PATIENCE, set(children), []
     while waiting:
         for child in list(waiting):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                del waiting[child]
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                waiting.remove(child)
+                codes.append(os.waitstatus_to_exitcode(status))
         if time.monotonic() > limit:
             kill(list(waiting))
             raise AssertionError(f"no end after {PATIENCE} s:\n{log.read_text()}")
         time.sleep(0.005)
-    assert "error" not in log.read_text(), log.read_text()
+    assert not any(codes), f"exit codes {codes}:\n{log.read_text()}"
 
 
 def kill(children: list[int]) -> None:

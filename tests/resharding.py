@@ -1,10 +1,12 @@
 """``python tests/resharding.py DIRECTORY``: runs that go on with another number of processes, and one that does not.
 
-Prints, as JSON, the losses of each, and how far its weights are from those of a run of one process.
+Prints, as JSON, the losses of each, and how far its weights are from those of a run of one process. DIRECTORY/four is
+what four processes left that each had a share of the weights.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,10 +26,13 @@ def program(directory: Path) -> None:
     whole = weights_of(directory / "whole")
     for shard in ("none", "fsdp2"):
         run, files = directory / shard, []
+        shutil.rmtree(directory / "four", ignore_errors=True)
         for stage, processes in enumerate(PROCESSES, start=1):
             options = ["--resume", str(run)] if stage > 1 else [*argv, "--out", str(run)]
             options += ["--steps", str(2 * stage), "--shard", shard if processes > 1 else "none"]
             finish(start(options, processes, log), log)
+            if processes == 4:
+                shutil.copytree(run, directory / "four")
             files.append(sorted(path.name for path in (run / "checkpoint").iterdir()))
         weights = weights_of(run)
         assert weights.keys() == whole.keys()

@@ -4,7 +4,7 @@ written, or accepted. What is accepted is not carried out here."""
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from contextlib import chdir
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -127,7 +127,7 @@ OTHERS: dict[str, tuple[Any, Any, str, list[str]]] = {
     "tasks": (bench.tasks.main, bench.tasks, "trained", ["--seeds", "--out", "--runs", "p-hop", "addition"]),
     "scaling": (bench.scaling.main, bench.scaling, "readout_sweeps", ["--out", "--rounds", "--smoke"]),
     "gpu": (bench.gpu.main, bench.gpu, "run_all", ["--part", "--results", "--table", "readout"]),
-    "sweep": (paper.main, sweep, "_make_cache", names_of(sweep.SweepConfig)),
+    "sweep": (paper.main, sweep, "_sweep", names_of(sweep.SweepConfig)),
     "claims": (paper.main, judging, "collect", names_of(judging.ClaimsConfig)),
     "frontier": (paper.main, frontier, "measure", names_of(frontier.FrontierConfig)),
 }
@@ -139,8 +139,10 @@ def test_other_programs(program, data):
     main, module, work, names = OTHERS[program]
     words = data.draw(options_of(names))
     first = {"tasks": ["p-hop"]}.get(program, [program] if main is paper.main else [])
-    accepted = patch.object(module, work, accept), patch.object(sweep, "_make_cache", accept)
-    with tempfile.TemporaryDirectory() as folder, accepted[0], accepted[1], chdir(folder):
+    works = (module, work), (sweep, "load_source"), (sweep, "_sweep")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack, chdir(folder):
+        for place, name in works:
+            stack.enter_context(patch.object(place, name, accept))
         refused_or_done(main, [*first, *words], Path(folder))
 
 
@@ -148,6 +150,7 @@ FOUND: dict[str, tuple[Any, list[str], str]] = {
     "layers without end": (train.run.main, ["--n-layers", "1000000"], "n_layers must be at most 4,096"),
     "loops without end": (train.run.main, ["--n-loops", "16777216"], "n_loops must be at most 4,096"),
     "a size that overflows": (train.run.main, ["--d-model", "9" * 30], "d_model must be at most 16,777,216"),
+    "a number beyond 64 bits": (train.run.main, ["--steps", "1" * 40], "steps must be int | None of 64 bits. Got 111"),
     "a batch without end": (train.run.main, ["--batch-size", "99999999"], "batch_size must be at most 16,777,216"),
     "usage of several lines": (
         diagnose.main,

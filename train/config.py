@@ -114,6 +114,9 @@ class TrainConfig(LoopedShape, _Source):
     shard: Shard = "none"
     """With several processes: every one has all weights (none, DDP), or a share of weights, gradients and moments
     (fsdp2), gathered where they are used."""
+    shard_head: bool = False
+    """With several processes: each has its rows of the head alone (and of the embedding that is the head), of their
+    gradient and moments, and its columns of the logits. Whole only where a checkpoint is written and to evaluate."""
     collective_timeout: float = 600.0
     """Seconds that a process waits for another that is silent before it gives up. One that has ended is noticed at
     once."""
@@ -151,7 +154,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
     "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
-    "shard", "collective_timeout", "async_save", "on_save_error",
+    "shard", "shard_head", "collective_timeout", "async_save", "on_save_error",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.
@@ -336,6 +339,7 @@ def validate(config: TrainConfig) -> None:
 
     Raises ValueError naming the option, the rule and the value.
     """
+    check_field_types(config)
     for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
                  "max_bad_steps", "seq_len", "backprop_loops"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
@@ -358,8 +362,12 @@ def validate(config: TrainConfig) -> None:
             f"batch_size must be divisible by {times}grad_accumulation. "
             f"Got {given}batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
         )
+    if config.shard != "none" and config.compile:
+        raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
     if config.shard != "none" and n_processes == 1:
         raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
+    if config.shard_head:
+        _check_shard_head(config, n_processes)
     _check_gate(config)
     if config.tokenizer is not None:
         if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
@@ -379,6 +387,18 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
+
+
+def _check_shard_head(config: TrainConfig, n_processes: int) -> None:
+    rules = {
+        "several processes, which torchrun starts": (n_processes > 1, "one process"),
+        "fused, as the plain readout forms all logits": (config.fused, "fused=False"),
+        "shard=none, as fsdp2 gathers all weights": (config.shard == "none", f"shard={config.shard}"),
+        "compile to be left out": (not config.compile, "compile=True"),
+    }
+    for rule, (holds, got) in rules.items():
+        if not holds:
+            raise ValueError(f"shard_head needs {rule}. Got shard_head=True and {got}.")
 
 
 def _check_gate(config: TrainConfig) -> None:

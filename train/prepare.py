@@ -19,6 +19,7 @@ from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
 from looped.run_directory import hold, remove_beginnings, write_config
 from looped.sharding import replicate, share_out
+from looped.vocabulary import share_vocabulary, whole_vocabulary
 from train import checkpoint, processes
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
@@ -90,7 +91,7 @@ def prepare(config: TrainConfig) -> Run:
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
-    trained = _trained(model, config)
+    trained = _trained(model, config, depth)
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
@@ -173,26 +174,30 @@ def _compile(model: LoopedLM, n_depths: int) -> None:
 
 
 def launcher(config: TrainConfig, device: torch.device) -> Launch:
-    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted."""
-    return CudaGraphs(device) if device.type == "cuda" and config.cuda_graph else eagerly
+    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted.
+
+    What several processes exchange is not captured.
+    """
+    graphs = device.type == "cuda" and config.cuda_graph and processes.world_size() == 1
+    return CudaGraphs(device) if graphs else eagerly
 
 
-def _trained(model: LoopedLM, config: TrainConfig) -> nn.Module:
+def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
     """What a training step calls."""
     if processes.world_size() == 1:
         return model
     if config.shard == "fsdp2":
         share_out(model, processes.group(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
         return model
-    # A step of one loop has no use for what stands between loops; truncated, it may reach no embedding.
-    varies = config.depth != "fixed" or config.backprop_loops is not None or config.n_loops == 1
+    if config.shard_head:
+        share_vocabulary(model, processes.group())
+    idle_norm = config.inter_loop_norm and 1 in depth.values  # it stands between loops
     idle_gate = config.exit_gate and config.supervision != "gated"
-    return replicate(model, processes.group(), find_unused=varies or idle_gate)
+    truncated = config.backprop_loops is not None  # a step may not reach the embedding
+    return replicate(model, processes.group(), find_unused=idle_norm or idle_gate or truncated)
 
 
 def _capture_refusal(config: TrainConfig) -> str | None:
-    if processes.world_size() > 1:
-        return "a step of several processes is not captured"
     if config.checkpoint_loops and config.dropout > 0:
         return "recomputing a loop with its dropout sets the random generator back, which no capture allows"
     return None
@@ -262,7 +267,8 @@ def _write_config(run: Run) -> None:
 def _restore(run: Run, before: TrainConfig) -> None:
     """Continue from the checkpoint. ``before``: the configuration that the run had."""
     processes.from_first(lambda: _take(run))
-    progress = checkpoint.load(run.out, run.model, run.optimizer)
+    with whole_vocabulary(run.model, run.optimizer):
+        progress = checkpoint.load(run.out, run.model, run.optimizer)
     processes.from_first(lambda: _check_progress(run, progress))
     run.step = progress.step
     run.changes = _changes(run, before)

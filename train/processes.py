@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(days=30)  # with the first process, which may tokenise a large text
 LAUNCH = "launch.txt"  # in the directory of a run that torchrun may start again
@@ -43,7 +44,10 @@ def join() -> None:
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun may keep its store when it starts the processes again; the addresses there are of those that ended.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
@@ -170,11 +174,6 @@ def total(tensor: Tensor) -> Tensor:
 def mean(tensor: Tensor) -> Tensor:
     """The mean over the processes."""
     return tensor if world_size() == 1 else total(tensor) / world_size()
-
-
-def own_rows(rows: Tensor) -> Tensor:
-    """This process's share of the rows of a batch, of which every process has as many."""
-    return rows if world_size() == 1 else rows.chunk(world_size())[rank()]
 
 
 def own_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -110,7 +110,8 @@ def print_start(run: Run) -> None:
 
 def launch_line(run: Run) -> str:
     if run.launch is eagerly:
-        return "kernel by kernel"
+        several = processes.world_size() > 1 and run.config.cuda_graph
+        return "kernel by kernel" + (" (several processes capture no CUDA graphs)" if several else "")
     if run.capture_refusal is not None:
         return f"kernel by kernel ({run.capture_refusal}); evaluation as CUDA graphs"
     return "as CUDA graphs"

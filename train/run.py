@@ -18,6 +18,7 @@ if not __package__:  # run by its path: with the packages of its own checkout, i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from looped.command_line import command_line
+from looped.kernels.out_of_memory import is_out_of_memory
 from train import processes
 from train.checkpoint import CheckpointError, find
 from train.config import (
@@ -33,6 +34,7 @@ from train.config import (
     validate,
 )
 from train.interrupt import Interrupted, Interruptions
+from train.out_of_memory import out_of_memory
 from train.output import lasting_output
 from train.prepare import prepare
 from train.progress import how_to_continue
@@ -45,8 +47,8 @@ PROGRAM = "train/run.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's).
 
-    Returns the exit code: 0; 1 after one line on stderr if training diverged or a file could not be written; 2 after
-    one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
+    Returns the exit code: 0; 1 after one line on stderr if training diverged, memory ran out or a file could not be
+    written; 2 after one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
     """
     run = None
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, CheckpointError) as error:
             return _fail(error, f"step {run.step} of {run.steps}: {error}. {how_to_continue(run.out)}", 1)
         except RuntimeError as error:
-            return _fail(error, f"step {run.step} of {run.steps}: {_lost(error)}. {how_to_continue(run.out)}", 1)
+            why, *options = out_of_memory(error, config) if is_out_of_memory(error) else (f"{_lost(error)}.",)
+            return _fail(error, f"step {run.step} of {run.steps}: {why} {how_to_continue(run.out, *options)}", 1)
         except Interrupted as interrupted:
             print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.graph import WARM_UP, Launch, eagerly
 from looped.kernels.arguments import gathered
 from looped.model import LoopedLM
+from looped.sharding import reshard
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
+from looped.vocabulary import clip_grad_norm_
 from train import processes
 from train.config import Schedule
 from train.source import Sequences
@@ -132,9 +134,11 @@ def training_step(
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
             if output.log_exits is not None:
                 parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
+    reshard(model)
     sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
     loss, per_loop, *measured = _mean_over_processes(sums)
-    grad_norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    decoder: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    grad_norm = gathered(clip_grad_norm_(decoder, grad_clip))
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
     return StepResult(loss, per_loop, grad_norm, bad, *measured)

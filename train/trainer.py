@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from looped.graph import eagerly
-from looped.sharding import own_part
+from looped.sharding import own_part, whole
+from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
@@ -30,6 +31,7 @@ from train.progress import (
     show,
 )
 from train.saves import Saves
+from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
@@ -100,7 +102,7 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
-    bar, clock = progress_bar(run), Clock(run)
+    bar, clock, state_norms = progress_bar(run), Clock(run), StateNorms(run.config.penalty)
     with closing(bar):
         while run.step < run.steps and not _stopping(interruptions):
             measure = _is_logged(run.step + 1, run)
@@ -112,6 +114,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
                 with saves.attempt():
                     log.append(row)
                 show(bar, row, clock.left(run))
+                if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
+                    bar.write(warning)
             if stop:
                 raise processes.agreed(NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row())))
             bar.update(1)
@@ -154,17 +158,18 @@ def _bad_steps_line(run: Run, n: int) -> str:
 def _place(run: Run, first: int) -> str:
     config = run.config
     inputs, targets = _batch(run, first - 1)
-    return locate(
-        run.model,
-        inputs,
-        targets,
-        supervision=supervision_of(config),
-        penalty=config.penalty,
-        dtype=run.dtype,
-        n_loops=run.depth.at(config.seed, first - 1),
-        backprop_loops=config.backprop_loops,
-        grad_accumulation=config.grad_accumulation,
-    )
+    with whole(run.model):
+        return locate(
+            run.model,
+            inputs,
+            targets,
+            supervision=supervision_of(config),
+            penalty=config.penalty,
+            dtype=run.dtype,
+            n_loops=run.depth.at(config.seed, first - 1),
+            backprop_loops=config.backprop_loops,
+            grad_accumulation=config.grad_accumulation,
+        )
 
 
 def save(run: Run) -> Saving:
@@ -174,15 +179,16 @@ def save(run: Run) -> Saving:
         line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
         raise processes.agreed(NotFiniteError(line))
     progress = Progress(run.step, run.source.fingerprint)
-    return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
+    with whole_vocabulary(run.model, run.optimizer):
+        return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """This process's inputs and targets [B, T] of step ``step``, from 0, on the device."""
     config = run.config
-    rows = run.source.batch(step, seed=config.seed, batch_size=config.batch_size)
-    inputs, targets = (to_device(processes.own_rows(tensor), run.device) for tensor in rows)
-    return inputs, targets
+    share = {"rank": processes.rank(), "world": processes.world_size()}
+    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size, **share)
+    return to_device(inputs, run.device), to_device(targets, run.device)
 
 
 def _step(run: Run, measure: bool) -> tuple[float, StepResult]:
@@ -257,11 +263,17 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        return _results(run)
+
+
+def _results(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
     depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
-    how: dict[str, Any] = {"batch_size": config.batch_size, "device": run.device, "dtype": run.dtype}
+    at_once = config.batch_size // config.grad_accumulation  # what training has memory for
+    how: dict[str, Any] = {"batch_size": at_once, "device": run.device, "dtype": run.dtype}
     results = evaluate(
         run.model,
         sequences,
