@@ -149,7 +149,7 @@ def test_other_programs(program, data):
 FOUND: dict[str, tuple[Any, list[str], str]] = {
     "layers without end": (train.run.main, ["--n-layers", "1000000"], "n_layers must be at most 4,096"),
     "loops without end": (train.run.main, ["--n-loops", "16777216"], "n_loops must be at most 4,096"),
-    "a size that overflows": (train.run.main, ["--d-model", "9" * 30], "d_model must be at most 16,777,216"),
+    "a size that overflows": (train.run.main, ["--d-model", "9" * 12], "d_model must be at most 16,777,216"),
     "a number beyond 64 bits": (train.run.main, ["--steps", "1" * 40], "steps must be int | None of 64 bits. Got 111"),
     "a batch without end": (train.run.main, ["--batch-size", "99999999"], "batch_size must be at most 16,777,216"),
     "usage of several lines": (
