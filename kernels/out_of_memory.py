@@ -21,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def within_memory(call: ReadoutCall, device: torch.device) -> ReadoutCall:
-    """The call with no larger chunks than its device has had memory for."""
-    rows = _halved.get(device)
+    """The call with no larger chunks than its device has had memory for; that of a group, whose ranks all have the same
+    chunks, as it is."""
+    rows = _halved.get(device) if call.shard is None else None
     return call if rows is None or rows >= call.chunk_rows else call._replace(chunk_rows=rows)
 
 
