@@ -214,6 +214,13 @@ def test_a_sample_of_a_large_text_is_spread_evenly(monkeypatch):
     assert set(np.diff(found)) == {10}
 
 
+def test_text_without_blanks_is_no_more_than_a_part_of_a_sample(monkeypatch):
+    """Its words are all different, and training remembers every one."""
+    monkeypatch.setattr(tokenizer_module, "LONG_WORDS", 150)
+    texts = [f"a b {'c' * 32} {letter * 60} d" for letter in "wxyz"]
+    assert list(sample(texts, 1)) == [*texts[:2], *2 * [f"a b {'c' * 32}  d"]]
+
+
 def test_an_error_of_the_text_is_raised_from_training():
     def texts():
         yield "some text"
