@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])' && \
 	{ test -x $(PY) || $(PYTHON) -m venv $(VENV); } && \
 	$(PY) -m pip install --quiet --constraint constraints.txt torch triton && \
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,hf]' && \
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,hf,eval]' && \
 	touch $@ && echo "set-up: $$(($$(date +%s) - start)) s"
 
 clean:

@@ -67,7 +67,27 @@ class DecoderShape(NamedTuple):
         return self.batch * self.seq_len
 
 
-Shape = TypeVar("Shape", ReadoutShape, RowsShape, DecoderShape)
+class RecurrentShape(NamedTuple):
+    """A batch of sequences through a model of `bench.competitors.recurrent_models`, at a size of its `Size`."""
+
+    model: str
+    batch: int
+    seq_len: int
+    n_loops: int
+    d: int
+    vocabulary: int
+    n_layers: int = 2
+
+    def __str__(self) -> str:
+        size = f"K{self.n_loops}-L{self.n_layers}-d{self.d}-V{self.vocabulary}"
+        return f"{self.model}-{self.batch}x{self.seq_len}-{size}"
+
+    @property
+    def n_tokens(self) -> int:
+        return self.batch * self.seq_len
+
+
+Shape = TypeVar("Shape", ReadoutShape, RowsShape, DecoderShape, RecurrentShape)
 
 
 class Case(NamedTuple, Generic[Shape]):
@@ -195,6 +215,27 @@ STEPS: dict[str, Case[DecoderShape]] = named(
         *(Case(shape, MAIN_DTYPE, compiles=False) for shape in _RECURRENT_STEPS),
         Case(DecoderShape("demo", 2, 16, 2), "fp32", smoke=True, compiles=False),
         Case(DecoderShape("demo", 2, 16, 2, "huginn"), "fp32", smoke=True, compiles=False),
+    ]
+)
+
+# Other people's models, narrow and shallow with vocabularies of the originals' order; ALBERT is ALBERT-base.
+_ROWS_OF_MODELS = {"cpu": (4, 256), "cpu-fp32": (2, 256), "cuda": (16, 512)}[MACHINE]
+RECURRENT_MODELS: dict[str, Case[RecurrentShape]] = named(
+    [
+        *(
+            Case(RecurrentShape(model, *_ROWS_OF_MODELS, n_loops, d, vocabulary), MAIN_DTYPE, long=MACHINE != "cuda")
+            for model, n_loops, d, vocabulary in (
+                ("hrm_text", 2, 512, 49_152),
+                ("albert", 12, 768, 30_000),
+                ("ouro", 4, 512, 49_152),
+                ("nanbeige", 2, 512, 49_152),
+                ("huginn", 8, 512, 65_536),
+            )
+        ),
+        *(
+            Case(RecurrentShape(model, 2, 16, 2, 24, 100), "fp32", smoke=True)
+            for model in ("hrm_text", "albert", "ouro", "nanbeige", "huginn")
+        ),
     ]
 )
 

@@ -8,6 +8,7 @@ swiglu                silu(gate) * up, in one pass each way
 
 LoopedReadout         looped_cross_entropy as a module: a model's own norm and head, and the loss
 RMSNorm               rms_norm_penalty as a module: a drop-in for torch.nn.RMSNorm
+VocabularyShard       which rows of a head this process holds, where a process group shares it
 
 Triton on CUDA and ROCm, the same algorithms in ATen on the CPU; kernels/README.md derives the equations.
 """
@@ -23,6 +24,7 @@ else:
     from .rms_norm import RMSNormPenalty, rms_norm_penalty
     from .statistics import ReadoutStatistics, readout_statistics
     from .swiglu import swiglu
+    from .vocabulary_shard import VocabularyShard
 
     __all__ = [
         "LoopedCrossEntropy",
@@ -32,6 +34,7 @@ else:
         "RMSNormPenalty",
         "RadialGradient",
         "ReadoutStatistics",
+        "VocabularyShard",
         "looped_cross_entropy",
         "radial_gradient",
         "readout_statistics",

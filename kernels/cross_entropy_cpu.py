@@ -13,7 +13,7 @@ from .device import accumulator, cpu_blocks
 RUN = 128  # columns of which the maximum is taken first
 
 
-def _top2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def top2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row of z [R, V]: the largest element, its index, the second largest (-inf where V = 1).
 
     From the maxima of short runs: ATen uses vector instructions for a maximum only where it need not give its index.
@@ -46,7 +46,7 @@ def _block(
     z_target = z.gather(-1, target).squeeze(-1)
     best = None
     if results.statistics is not None and results.top1 is not None:
-        maximum, best, second = _top2(z)
+        maximum, best, second = top2(z)
         results.statistics[2, rows], results.top1[rows] = maximum - second, best
     else:
         maximum = z.amax(-1)

@@ -52,6 +52,73 @@ def load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap):
 
 
 @triton.jit
+def target_logit(logits_row, bias_ptr, target, in_range, softcap):
+    """z of the target's column; of a target out of range 0 before the softcap."""
+    z = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def summed(logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap):
+    """The first read of a row: maximum, `shift`, sum_j exp2(z_j * log2(e) - shift), a pivot and sum_j (z_j - pivot).
+
+    The pivot is the first block's maximum, so that sums of z - pivot stay exact.  The last sum is formed for smoothing.
+    """
+    BLOCK_VOCAB: tl.constexpr = block_column.shape[0]
+    maximum = tl.full((), -1.0e38, tl.float32)
+    shift = tl.fma(maximum, LOG2E, 0.0)
+    total = tl.zeros((), tl.float32)
+    pivot = maximum
+    sum_z = tl.zeros((), tl.float32)
+    for start in range(0, n_columns, BLOCK_VOCAB):
+        column = start + block_column
+        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
+        maximum = tl.maximum(maximum, tl.max(z, axis=0))
+        new_shift = tl.fma(maximum, LOG2E, 0.0)
+        total = total * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(tl.fma(z, LOG2E, -new_shift)), axis=0)
+        shift = new_shift
+        if smoothing is not None:
+            pivot = tl.where(start == 0, maximum, pivot)
+            sum_z += tl.sum(tl.where(column < n_columns, z - pivot, 0.0), axis=0)
+    return maximum, shift, total, pivot, sum_z
+
+
+@triton.jit
+def measured(z, e, below, column, moment, top1, top2, best):
+    """Each lane's moment sum e * below, its largest and second largest z, and the largest one's column, a step on."""
+    moment += tl.where(e > 0, e * below, 0.0)
+    top2 = tl.maximum(top2, tl.minimum(top1, z))
+    best = tl.where(z > top1, column, best)
+    return moment, tl.maximum(top1, z), top2, best
+
+
+@triton.jit
+def top2_of_lanes(lane_top1, lane_top2, lane_best):
+    """A row's largest z, the first column of it, and the second largest."""
+    top1 = tl.max(lane_top1, axis=0)
+    best = tl.min(tl.where(lane_top1 == top1, lane_best, 2147483647), axis=0)
+    return top1, best, tl.max(tl.where(lane_best == best, lane_top2, lane_top1), axis=0)
+
+
+@triton.jit
+def gradient_of(e, z, scale, column, target, n_columns, n_words, smoothing, softcap, counts):
+    """dCE/dx [BLOCK_VOCAB] of e = exp(z - maximum), whose `scale` makes it the softmax; 0 past n_columns of n_words."""
+    hit = tl.where(column == target, -1.0, 0.0)
+    if smoothing is not None:
+        hit = hit * (1.0 - smoothing) - smoothing / n_words
+    g = tl.fma(e, scale, hit)
+    if softcap is not None:
+        g *= 1.0 - (z / softcap) * (z / softcap)
+    if smoothing is not None or softcap is not None:
+        g = tl.where(column < n_columns, g, 0.0)
+    return tl.where(counts, g, 0.0)
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, loss_ptr, statistics_ptr, top1_ptr,
     n_columns, row_length, n_tokens, n_results, first_row, ignore_index, smoothing, softcap,
@@ -68,27 +135,11 @@ def cross_entropy_kernel(
         counts = counts & (tl.load(row_weight_ptr + out) != 0.0)
 
     # the target's logit, loaded before any gradient is stored
-    z_target = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        z_target += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
-    if softcap is not None:
-        z_target = softcap * tanh(z_target / softcap)
+    z_target = target_logit(logits_row, bias_ptr, target, in_range, softcap)
 
-    maximum = tl.full((), -1.0e38, tl.float32)
-    shift = tl.fma(maximum, LOG2E, 0.0)
-    total = tl.zeros((), tl.float32)  # sum_j exp2(z_j * log2(e) - shift)
-    pivot = maximum  # the first block's maximum: sums of z - pivot stay exact
-    sum_z = tl.zeros((), tl.float32)
-    for start in range(0, n_columns, BLOCK_VOCAB):
-        column = start + block_column
-        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-        maximum = tl.maximum(maximum, tl.max(z, axis=0))
-        new_shift = tl.fma(maximum, LOG2E, 0.0)
-        total = total * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(tl.fma(z, LOG2E, -new_shift)), axis=0)
-        shift = new_shift
-        if smoothing is not None:
-            pivot = tl.where(start == 0, maximum, pivot)
-            sum_z += tl.sum(tl.where(column < n_columns, z - pivot, 0.0), axis=0)
+    maximum, shift, total, pivot, sum_z = summed(
+        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap
+    )
     residue = tl.fma(maximum, LOG2E, -shift)
     log_total = LN2 * (tl.log2(total) - residue)  # log sum_j exp(z_j - maximum)
     lse = maximum + log_total
@@ -118,26 +169,15 @@ def cross_entropy_kernel(
             exponent = tl.fma(z, LOG2E, -shift)
             e = tl.exp2(exponent)
             if statistics_ptr is not None:
-                lane_moment += tl.where(e > 0, e * (exponent - residue), 0.0)
-                lane_top2 = tl.maximum(lane_top2, tl.minimum(lane_top1, z))
-                lane_best = tl.where(z > lane_top1, column, lane_best)
-                lane_top1 = tl.maximum(lane_top1, z)
+                lane_moment, lane_top1, lane_top2, lane_best = measured(
+                    z, e, exponent - residue, column, lane_moment, lane_top1, lane_top2, lane_best
+                )
             if GRADIENT:
-                hit = tl.where(column == target, -1.0, 0.0)
-                if smoothing is not None:
-                    hit = hit * (1.0 - smoothing) - smoothing / n_columns
-                g = tl.fma(e, scale / total, hit)
-                if softcap is not None:
-                    g *= 1.0 - (z / softcap) * (z / softcap)
-                if smoothing is not None or softcap is not None:
-                    g = tl.where(column < n_columns, g, 0.0)
-                g = tl.where(counts, g, 0.0)
+                g = gradient_of(e, z, scale / total, column, target, n_columns, n_columns, smoothing, softcap, counts)
                 tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
 
     if statistics_ptr is not None:
-        top1 = tl.max(lane_top1, axis=0)
-        best = tl.min(tl.where(lane_top1 == top1, lane_best, 2147483647), axis=0)
-        top2 = tl.max(tl.where(lane_best == best, lane_top2, lane_top1), axis=0)
+        top1, best, top2 = top2_of_lanes(lane_top1, lane_top2, lane_best)
         entropy = log_total - LN2 * tl.sum(lane_moment, axis=0) / total
         tl.store(statistics_ptr + out, lse)
         tl.store(statistics_ptr + n_results + out, entropy)

@@ -27,6 +27,7 @@ from .radial import radial_gradient_reference
 from .readout import read_out
 from .readout_call import ReadoutCall
 from .row_weights import loop_weights
+from .vocabulary_shard import VocabularyShard, rows_here
 
 
 class LoopedStatistics(NamedTuple):
@@ -231,6 +232,7 @@ def looped_cross_entropy(
     n_targets: float | Tensor | None = None,
     statistics: bool = False,
     chunk_rows: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> LoopedCrossEntropy:
     """The whole per-loop readout of a looped language model, fused: norm, norm penalty, logits, cross-entropy.
 
@@ -270,6 +272,13 @@ def looped_cross_entropy(
             its share of the tokens.)
         statistics: return LoopedStatistics from the same pass, at no extra product.
         chunk_rows: rows (tokens x loops) whose logits are in memory at once; None: chosen from the shapes.
+        shard: head and bias are the rows of them that this process holds (`VocabularyShard.of(V)`), the others' being
+            with the other processes of a group: no process ever has the whole head, its gradient or all logits of a
+            row. All must call alike, with tokens of one number, the same options, n_targets and upstream gradient.
+            Each gets the loss and statistics of its own tokens, and the gradients that data-parallel training would
+            have: those of its states, and for its rows of head and bias the mean over the processes. n_targets None is
+            the mean over the processes of their number of targets that are not ignored. A DTensor sharded by rows
+            gives its local ones.
 
     Returns:
         `loss`: [] (or [K, ...] for "none") float32; `per_loop`: [K] float32, detached, sum of every loop's CE over n,
@@ -279,7 +288,8 @@ def looped_cross_entropy(
         TypeError, ValueError: an argument of another kind, dtype, shape, device or range than stated; a target
             outside [0, V) (on a GPU an assertion on the device, which does not wait).
     """
-    head, norm_weight, norm_bias, bias = gathered(head), gathered(norm_weight), gathered(norm_bias), gathered(bias)
+    head, bias = rows_here("head", head, shard), rows_here("bias", bias, shard)
+    norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]
     check_tensors(rows, shape, head, targets)
@@ -310,7 +320,7 @@ def looped_cross_entropy(
         penalised=penalty_ is not None, weight=weight, mean=reduction == "mean", ignore_index=ignore_index,
         label_smoothing=label_smoothing, softcap=softcap, statistics=statistics,
         chunk_rows=chunk_rows or default_chunk_rows(head.device, product_dtype(head, compute_dtype)),
-        dtype=str(compute_dtype).removeprefix("torch."),
+        dtype=str(compute_dtype).removeprefix("torch."), shard=shard,
     )  # fmt: skip
     results = read_out(
         rows, call, **parameters, targets=targets.reshape(-1).long(),

@@ -14,6 +14,7 @@ from .device import accumulator, autocast_dtype, autocasts
 from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy
 from .rms_norm import RMSNormPenalty, rms_norm_penalty
 from .statistics import ReadoutStatistics, readout_statistics
+from .vocabulary_shard import VocabularyShard, rows_here
 
 Head = nn.Linear | nn.Embedding
 PARAMETERS = ("weight", "bias")  # of a head and of a norm: all that a readout uses
@@ -78,6 +79,8 @@ class LoopedReadout(nn.Module):
         final_only: no norm before the last loop, and `norm`, an RMSNorm, at the last.
         penalty, weights, label_smoothing, softcap, z_loss, ignore_index, reduction, chunk_rows: as for
             `looped_cross_entropy`, as numbers. They are attributes that may change.
+        shard: the head's weight and bias are this process's rows of them (`VocabularyShard.of(V)`), or DTensors that
+            are sharded by rows; as for `looped_cross_entropy`. There are no `logits` then.
 
     Raises:
         TypeError, ValueError: a head or a norm whose result the readout would not reproduce; an option out of range.
@@ -97,9 +100,12 @@ class LoopedReadout(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         chunk_rows: int | None = None,
+        shard: VocabularyShard | None = None,
     ) -> None:
         super().__init__()
         _check_head(head)
+        if shard is not None:
+            rows_here("head", head.weight, shard)
         self.readout: Readout = "raw" if norm is None else _formula(norm, head.weight)
         if final_only:
             if self.readout != "rmsnorm":
@@ -118,7 +124,7 @@ class LoopedReadout(nn.Module):
             check_number(f"weights[{loop}]", weight, -FLOAT32_MAX)
         self.penalty, self.z_loss, self.label_smoothing, self.softcap = penalty, z_loss, label_smoothing, softcap
         self.ignore_index, self.reduction, self.chunk_rows = ignore_index, reduction, chunk_rows
-        self.weights = weights
+        self.weights, self.shard = weights, shard
         self._borrow(head, norm)
 
     # The borrowed modules ---------------------------------------------------------------------------------------------
@@ -160,7 +166,11 @@ class LoopedReadout(nn.Module):
 
     def _parameters_of(self, dtype: torch.dtype) -> dict[str, Any]:
         """The parameters of norm and head for states of `dtype`, by the names of the operations' arguments."""
-        parameters: dict[str, Any] = {"readout": self.readout, "bias": _parameter(self.head, "bias")}
+        parameters: dict[str, Any] = {
+            "readout": self.readout,
+            "bias": _parameter(self.head, "bias"),
+            "shard": self.shard,
+        }
         norm = self.norm
         if norm is None:
             return parameters
@@ -201,6 +211,8 @@ class LoopedReadout(nn.Module):
 
         last: whether it is the last loop's, the only one that a final-only readout norms.
         """
+        if self.shard is not None:
+            raise ValueError("logits need the whole head. Got a readout of a shard.")
         norm, dtype = self.norm, autocast_dtype(state)
         if norm is None or (self.readout == "final-only" and not last):
             y = state

@@ -25,7 +25,7 @@ Chunked readouts: Liger-Kernel (arXiv 2410.10989), cut-cross-entropy (arXiv 2411
 per-loop supervision: arXiv 2606.24898.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,13 @@ from torch import Tensor
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults, cross_entropy_
 from .device import accumulator, product_dtype, uses_triton
+from .out_of_memory import halve, within_memory
 from .products import accumulate_bias, accumulate_head, form_logits, head_accumulator
 from .readout_call import ReadoutCall
 from .registration import register
 from .row_norm import norm_backward, norm_forward, partial_sums
 from .row_weights import LossScales, loss_sums, row_weights, scaled
+from .sharded_readout import read_out_shard, weigh_all
 
 # The op's tensors after the states, and which of them may have a gradient.
 TENSORS = ("head", "targets", "weights", "norm_weight", "norm_bias", "bias", "penalty", "z_loss", "n_targets")
@@ -157,7 +159,7 @@ def _measure_states(
             )  # fmt: skip
 
 
-def _forward(
+def _in_chunks(
     states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, bias: Tensor | None, penalty: Tensor | None, z_loss: Tensor | None,
     n_targets: Tensor | None, call: ReadoutCall,
@@ -166,12 +168,16 @@ def _forward(
     norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
     results = _empty_results(states, head, weights is not None, call)
     n_rows, (n_tokens, d) = results.ce.numel(), loops[0].shape
-    scales = row_weights(
-        targets, weights, LossScales(results.row_weight if weights is not None else None, results.factors),
-        n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty,
-        n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
-    )  # fmt: skip
-    check_range(targets, len(head), call.ignore_index, scales.in_range)
+    of_all = None
+    if call.shard is None:
+        scales = row_weights(
+            targets, weights, LossScales(results.row_weight if weights is not None else None, results.factors),
+            n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty,
+            n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
+        )  # fmt: skip
+        check_range(targets, len(head), call.ignore_index, scales.in_range)
+    else:
+        scales, of_all = weigh_all(targets, weights, penalty, n_targets, results, call)
 
     measured = call.statistics or penalty is not None
     mean_square = results.factors.new_empty((call.n_loops, n_tokens)) if measured else None
@@ -187,11 +193,26 @@ def _forward(
             rows = RowResults(rows.loss, results.statistics.view(6, n_rows), results.top1.view(-1))
         options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, z_loss)
         head = head.to(dtype).contiguous()
-        _read_out(y, head, targets, bias, options, rows, scales.row_weight, results, call)
+        if of_all is None:
+            _read_out(y, head, targets, bias, options, rows, scales.row_weight, results, call)
+        else:
+            read_out_shard(y, head, of_all, bias, options, rows, results, call)
     if call.statistics and mean_square is not None:
         _measure_states(loops, mean_square, norm_weight, scales, results, call)
     loss_sums(results.ce, scales, None if penalty is None else mean_square, results.total, results.per_loop)
     return results
+
+
+def _forward(*arguments: Any) -> ReadoutResults:
+    (states, head, *_), call = arguments[:-1], arguments[-1]
+    given = (*arguments[:-1], within_memory(call, head.device))
+    try:
+        return _in_chunks(*given)
+    except RuntimeError as error:
+        halve(error, call, head.device, n_rows=len(call.active) * states[0].shape[-2])
+    # Not in the handler, where the error would keep what the first attempt has allocated.
+    given = (*arguments[:-1], within_memory(call, head.device))
+    return _in_chunks(*given)
 
 
 def _forward_fake(states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, call):
@@ -238,8 +259,9 @@ def _backward(
         else torch.zeros_like(like)
         for partial, like in zip(partials, (norm_weight, norm_bias), strict=True)
     )  # fmt: skip
-    of_head = scaled(dhead, scales.unit, head_dtype) if "head" in call.needs else dy.new_empty(0)
-    of_bias = scaled(dbias, scales.unit, bias_dtype) if "bias" in call.needs else dy.new_empty(0)
+    unit = scales.unit if call.shard is None else scales.unit * call.shard.share
+    of_head = scaled(dhead, unit, head_dtype) if "head" in call.needs else dy.new_empty(0)
+    of_bias = scaled(dbias, unit, bias_dtype) if "bias" in call.needs else dy.new_empty(0)
     return dstates, of_head, *of_norm, of_bias
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .row_norm import Norm
+from .vocabulary_shard import VocabularyShard
 
 
 class ReadoutCall(NamedTuple):
@@ -19,6 +20,7 @@ class ReadoutCall(NamedTuple):
     ignore_index, label_smoothing, softcap: of the loss of a row (kernels/cross_entropy.py).
     statistics: whether they are wanted.  chunk_rows: rows whose logits are in memory at once.
     dtype: in which the products' operands are, by name.
+    shard: the rank's part of the head, or None where the head is whole.
     """
 
     readout: str
@@ -36,11 +38,14 @@ class ReadoutCall(NamedTuple):
     statistics: bool = False
     chunk_rows: int = 1
     dtype: str = "float32"
+    shard: VocabularyShard | None = None
 
     def flat(self) -> tuple[str, list[float]]:
         """The call as arguments of an op: its numbers, which torch.compile may trace, and the rest as a string."""
         rest = self._replace(eps=0.0, weight=0.0, label_smoothing=0.0, softcap=None if self.softcap is None else 0.0)
-        return repr(tuple(rest)), [self.eps, self.weight, self.label_smoothing, self.softcap or 0.0]
+        *fields, shard = rest
+        text = repr((*fields, None if shard is None else tuple(shard)))
+        return text, [self.eps, self.weight, self.label_smoothing, self.softcap or 0.0]
 
     @staticmethod
     def of(rest: str, numbers: list[float]) -> "ReadoutCall":
@@ -80,4 +85,5 @@ class ReadoutCall(NamedTuple):
 
 @functools.cache
 def _read(rest: str) -> ReadoutCall:
-    return ReadoutCall(*ast.literal_eval(rest))
+    *fields, shard = ast.literal_eval(rest)
+    return ReadoutCall._make((*fields, None if shard is None else VocabularyShard(*shard)))

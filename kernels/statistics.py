@@ -29,6 +29,7 @@ from .looped_cross_entropy import logits_reference
 from .products import default_chunk_rows
 from .readout import read_out
 from .readout_call import ReadoutCall
+from .vocabulary_shard import VocabularyShard, rows_here
 
 
 class ReadoutStatistics(NamedTuple):
@@ -83,6 +84,7 @@ def readout_statistics(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    shard: VocabularyShard | None = None,
 ) -> ReadoutStatistics:
     """What every loop predicts for every token, without gradients.
 
@@ -94,6 +96,7 @@ def readout_statistics(
     Args:
         states, head, readout, norm_weight, norm_bias, eps, bias, softcap: as for `looped_cross_entropy`.
         targets: [...] int64 shared by all loops, or None; a token with `ignore_index` has loss 0.
+        shard: as for `looped_cross_entropy`.
 
     Returns:
         `loss` (None without targets), `lse`, `entropy`, `margin` [K, ...] float32; `top1` [K, ...] int64, the lowest
@@ -102,7 +105,8 @@ def readout_statistics(
     Raises:
         TypeError, ValueError: as `looped_cross_entropy`.
     """
-    head, norm_weight, norm_bias, bias = gathered(head), gathered(norm_weight), gathered(norm_bias), gathered(bias)
+    head, bias = rows_here("head", head, shard), rows_here("bias", bias, shard)
+    norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]
     check_tensors(rows, shape, head, targets)
@@ -116,7 +120,7 @@ def readout_statistics(
     call = ReadoutCall(
         readout=readout, eps=eps, n_loops=len(loops), active=loops, ignore_index=ignore_index,
         softcap=softcap, statistics=True, dtype=str(compute_dtype).removeprefix("torch."),
-        chunk_rows=default_chunk_rows(head.device, product_dtype(head, compute_dtype)),
+        chunk_rows=default_chunk_rows(head.device, product_dtype(head, compute_dtype)), shard=shard,
     )  # fmt: skip
     known = (
         targets.reshape(-1).long() if targets is not None else torch.full((n_tokens,), ignore_index, device=h.device)

@@ -2,6 +2,7 @@
 
     transformers  config.json, safetensors, tokenizer and model card, as `looped.transformers` loads them
     ouro          config.json, safetensors and tokenizer in the layout of ByteDance/Ouro-1.4B, for models of its shape
+    safetensors   model.safetensors alone: all weights, under the model's own names, however many processes trained it
 
 DIR must not exist, or be empty. It is there whole or not at all.
 """
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import tokenizers
 
+from looped.checkpoint import WEIGHTS
 from looped.ouro_weights import write_ouro
 from looped.run_directory import TOKENIZER, SavedRun, check_writable, load_run, nearest_existing
 
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         check_target(options.directory)
-        _prepare_transformers()
+        if options.to != "safetensors":
+            _prepare_transformers()
         run = load_run(options.run)
         with whole_directory(options.directory) as scratch:
             EXPORTS[options.to](run, scratch)
@@ -73,6 +77,7 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
         run.model.config,
         supervision=train.get("supervision", "per-loop"),
         penalty=train.get("penalty", 0.0),
+        **{name: train[name] for name in ("backprop_loops", "gate_beta", "gate_prior") if name in train},
         run=provenance(run),
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -89,7 +94,13 @@ def to_ouro(run: SavedRun, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-EXPORTS = {"transformers": to_transformers, "ouro": to_ouro}
+def to_safetensors(run: SavedRun, directory: Path) -> None:
+    """The weights in one file, as any program reads them."""
+    weights = {name: value.contiguous() for name, value in run.model.state_dict().items()}
+    (directory / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+
+
+EXPORTS = {"transformers": to_transformers, "ouro": to_ouro, "safetensors": to_safetensors}
 
 
 def provenance(run: SavedRun) -> dict[str, Any]:
@@ -105,13 +116,19 @@ def provenance(run: SavedRun) -> dict[str, Any]:
         "data": run.config["train"].get("data"),
         "steps": run.step,
         "tokens": summary.get("tokens"),
-        "supervision": run.config["train"].get("supervision"),
+        "supervision": _supervision(run.config["train"]),
         "penalty": run.config["train"].get("penalty"),
         "commit": summary.get("commit"),
         "weights": run.weights_hash or None,
         "evaluation": summary.get("evaluation"),
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _supervision(train: dict[str, Any]) -> str | None:
+    """In words."""
+    name = train.get("supervision")
+    return f"{name} (beta {train['gate_beta']:g}, {train['gate_prior']} prior)" if name == "gated" else name
 
 
 def _tokenizer(run: SavedRun) -> Any:

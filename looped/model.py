@@ -12,7 +12,7 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
-from looped.kernels import LoopedStatistics
+from looped.kernels import LoopedStatistics, VocabularyShard
 from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
@@ -57,9 +57,13 @@ class LoopedLM(Recurrence):
     checkpoint_loops: keep only the states for the backward pass and recompute each loop from the one before.
     Both are attributes that may change at any time; neither touches parameters or checkpoints.
 
+    shard: which rows of the head are here; None while all are (looped/vocabulary.py).
+
     Weights start as PyTorch's nn.Linear starts them, embedding and learned positions as
     N(0, `config.embedding_std`^2), norms at 1.
     """
+
+    shard: VocabularyShard | None = None
 
     def __init__(self, config: LoopedConfig, *, fused: bool = True, checkpoint_loops: bool = False) -> None:
         super().__init__(config, fused=fused, checkpoint_loops=checkpoint_loops)
@@ -141,6 +145,7 @@ class LoopedLM(Recurrence):
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
+        context: Context | None = None,
     ) -> ReadoutLoss:
         """The training loss of the states of all loops, in nats.
 
@@ -154,13 +159,13 @@ class LoopedLM(Recurrence):
         states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
         targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
         the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
-        tensor. statistics: measure what the readout sees of every loop and token.
+        tensor. statistics: measure what the readout sees of every loop and token. context: as in `read`.
         Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
         supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
         self._check_loss_options(supervision, penalty)
-        read, weights, log_p = self._weighed(states, supervision)
+        read, weights, log_p = self._weighed(states, supervision, context)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -172,6 +177,7 @@ class LoopedLM(Recurrence):
             ignore_index=IGNORE_INDEX,
             n_targets=n_targets,
             statistics=statistics,
+            **self._shard_option(),
         )
         loss = result.loss
         if self.config.n_coda and (isinstance(penalty, Tensor) or penalty > 0):
@@ -183,15 +189,15 @@ class LoopedLM(Recurrence):
         return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
 
     def _weighed(
-        self, states: Sequence[Tensor], supervision: Supervision | Gated
+        self, states: Sequence[Tensor], supervision: Supervision | Gated, context: Context | None
     ) -> tuple[list[Tensor], list[float] | Tensor, Tensor | None]:
         """What is read of the states, its weights in the loss, and of gated supervision the logarithms of those."""
         if gated(supervision) is None:
             weights = supervision_weights(supervision, len(states))
             # A loop that has no weight needs no coda; its state stands for what is not read.
-            read = [state if weight == 0 else self.read(state) for state, weight in zip(states, weights, strict=True)]
-            return read, weights, None
-        read = [self.read(state) for state in states]
+            pairs = zip(states, weights, strict=True)
+            return [state if weight == 0 else self.read(state, context) for state, weight in pairs], weights, None
+        read = [self.read(state, context) for state in states]
         log_p = log_exit_probabilities(torch.stack([self.exit_logit(state) for state in read]))
         return read, log_p.exp(), log_p
 
@@ -227,6 +233,8 @@ class LoopedLM(Recurrence):
 
     def head_logits(self, read: Tensor, *, final: bool = True) -> Tensor:
         """Logits [B, T, V] of one R_k [B, T, d], what the coda has made of a state. final: as in `readout_logits`."""
+        if self.shard is not None:
+            raise ValueError("logits need all of a shared vocabulary: call inside whole_vocabulary(model). Got a part.")
         if self.readout_norm is not None and (final or self.config.readout != "final-only"):
             read = self.readout_norm(read)
         with self.implementation.product_context(read):
@@ -246,6 +254,7 @@ class LoopedLM(Recurrence):
             targets,
             readout="rmsnorm" if self.config.readout == "final-only" else self.config.readout,
             **self._readout_norm_options(),
+            **self._shard_option(),
             ignore_index=IGNORE_INDEX,
         )
         assert result.loss is not None  # targets were given
@@ -276,9 +285,22 @@ class LoopedLM(Recurrence):
             "eps": self.config.norm_eps,
         }
 
+    def _shard_option(self) -> dict[str, Any]:
+        """Which rows of the head are here, as the functions of `kernels` take it."""
+        if self.shard is None:
+            return {}
+        if not self.fused:
+            raise ValueError(
+                "fused must be True for a shared vocabulary: the plain readout has the whole head. Got False."
+            )
+        return {"shard": self.shard}
+
     def parameter_count(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, wherever they are; a tied head counts once."""
+        here = sum(parameter.numel() for parameter in self.parameters())
+        if self.shard is None:
+            return here
+        return here + (self.shard.n_words - len(self.head_weight)) * self.config.d_model
 
     def flops_per_token(
         self,

@@ -164,7 +164,7 @@ def load_run(directory: Path) -> SavedRun:
     with torch.random.fork_rng(devices=[]):
         model = LoopedLM(shape)
     place = checkpoint.found(directory)
-    progress = checkpoint.check_whole(place, [checkpoint.WEIGHTS])
+    progress = checkpoint.check_whole(place, ["model"])
     model.load_state_dict(checkpoint.read_weights(place, model))
     return SavedRun(
         name=directory.resolve().name,

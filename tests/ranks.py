@@ -12,15 +12,16 @@ import torch.multiprocessing
 N_RANKS = 2
 
 
-def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Runs `function(rank, *arguments)` in `N_RANKS` processes. What one of them raises is raised here."""
+def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ranks: int = N_RANKS) -> None:
+    """Runs `function(rank, *arguments)` in `n_ranks` processes. What one of them raises is raised here."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_rank, (function, f"{folder}/meeting", arguments), nprocs=N_RANKS, daemon=True)
+    meeting = f"{folder}/meeting-{n_ranks}"
+    torch.multiprocessing.spawn(_rank, (function, meeting, arguments, n_ranks), nprocs=n_ranks, daemon=True)
 
 
-def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tuple[Any, ...]) -> None:
+def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tuple[Any, ...], n_ranks: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=N_RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
     function(rank, *arguments)
     dist.barrier()
     # Nothing is taken down. PyTorch does that in a race with the group's own threads, which it now and then loses:

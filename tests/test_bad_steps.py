@@ -1,10 +1,15 @@
+import json
 import math
 
 import pytest
 import torch
-from test_step import batch, make
+from test_step import adamw, batch, copied_state, make, take
+from tiny_run import arguments
 
+from train import state_norm, trainer
 from train.bad_steps import BadSteps, locate
+from train.run import main
+from train.state_norm import StateNorms
 
 CPU = torch.device("cpu")
 
@@ -87,3 +92,113 @@ def test_what_is_beside_the_loops_is_located():
 
 def test_what_does_not_show_again_is_said_so():
     assert located(make()) == "at a place that did not show again: the step, repeated, was finite"
+
+
+# Planted in every place --------------------------------------------------------------------------------------------
+
+
+def planted(model, place: str, value: float, part: int) -> tuple[dict, list]:
+    """One element of a place becomes ``value``. Returns options of the step and hooks, to be removed."""
+    weight = model.blocks[1].mlp.w2.weight
+    if place == "loss":
+        return {"penalty": torch.tensor(value)}, []
+    if place == "weight":
+        weight.data[3, 4] = value
+        return {}, []
+
+    def put(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[5] = value
+        return tensor
+
+    if place == "gradient":
+        return {}, [weight.register_hook(put)]
+    of_block = Nth(3 * part + 1, lambda output: (put(output[0]), output[1]))
+    return {}, [model.blocks[1].register_forward_hook(of_block)]
+
+
+NAMED = {
+    "loss": "in the norm penalty",
+    "gradient": "in the gradient of blocks.1.mlp.w2.weight",
+    "weight": "in the weight blocks.1.mlp.w2.weight",
+    "state": "in the forward pass at loop 2, layer 2",
+}
+
+
+@pytest.mark.parametrize(("fused", "grad_accumulation"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", NAMED)
+def test_what_is_planted_is_not_taken_and_named(place, value, fused, grad_accumulation):
+    model = make(fused=fused)
+    optimizer = adamw(model)
+    assert not take(model, optimizer, batch(0)).bad
+    options, hooks = planted(model, place, value, part=grad_accumulation - 1)
+    before = copied_state(model, optimizer)
+    result = take(model, optimizer, batch(1), grad_accumulation=grad_accumulation, **options)
+    assert result.bad
+    for a, b in zip(before, copied_state(model, optimizer), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    for hook in hooks:
+        hook.remove()
+    options, hooks = planted(model, place, value, part=grad_accumulation - 1)
+    assert located(model, grad_accumulation=grad_accumulation, **options) == NAMED[place]
+    for hook in hooks:
+        hook.remove()
+    if place != "weight":
+        assert not take(model, optimizer, batch(2)).bad
+
+
+def test_sums_that_overflow_are_located():
+    """Of gradients that are finite: over micro-batches, and in the norm over all elements."""
+    for scale, place in ((2e38, "in the gradient of embedding.weight"), (1e30, "in the norm of the gradient")):
+        model = make()
+        model.embedding.weight.register_hook(lambda gradient, scale=scale: torch.full_like(gradient, scale))
+        assert located(model).startswith(place)
+        assert take(model, adamw(model), batch(0), grad_accumulation=2).bad
+
+
+@pytest.mark.parametrize("place", ["gradient", "state"])
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_between_two_logged_steps_it_is_counted(place, fused, tmp_path, monkeypatch):
+    """The next line of the metrics has the count, and training goes on."""
+    take_step = trainer._step
+
+    def step(run, measure):
+        hooks = planted(run.model, place, math.nan, part=0)[1] if run.step == 2 else []
+        assert not (measure and hooks)
+        result = take_step(run, measure)
+        for hook in hooks:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(trainer, "_step", step)
+    run = tmp_path / "run"
+    assert main(arguments(tmp_path, "--out", str(run), "--log-every", "4", "--steps", "6", fused)) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["bad_steps"]) for row in rows] == [(1, 0), (4, 1), (6, 1)]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert json.loads((run / "summary.json").read_text())["bad_steps"] == 1
+
+
+# The state's norm ---------------------------------------------------------------------------------------------------
+
+
+def test_a_state_past_the_limit_is_said_once():
+    norms = StateNorms(penalty=0.0)
+    assert norms.warning(1, [20.0, 10_000.0]) is None
+    assert norms.warning(2, [math.nan, math.inf]) is None
+    line = norms.warning(3, [math.nan, 12_345.4, 11_000.0])
+    assert line is not None
+    assert line.startswith("warning: the state's norm is 12,345 at loop 2, step 3, above 10,000: ")
+    assert line.endswith("Begin a run with --penalty 0.01 or --inter-loop-norm.")
+    assert norms.warning(4, [20_000.0, 20_000.0]) is None
+    stronger = StateNorms(penalty=0.05).warning(1, [20_000.0])
+    assert stronger is not None
+    assert "--penalty 0.5 or" in stronger
+
+
+def test_a_run_warns_of_its_state(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(state_norm, "LIMIT", 0.1)
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"), "--penalty", "0")) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "step 1, above 0:" in line

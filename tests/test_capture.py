@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_models import MODELS, D, Ouro, run, small, token_batch
+from foreign_models import MODELS, run, small, token_batch
 from numerics import assert_no_worse_than
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import looped
+from bench.competitors.recurrent_models import SMALL, Ouro
 from looped.adapters import find_adapter
 
 TOKENS, LABELS = token_batch()
@@ -337,7 +338,7 @@ def test_capture_rejects_dtypes_and_shapes():
         run(model, TOKENS)
     with pytest.raises(TypeError, match="head and states must both be float64 or neither"):
         result.cross_entropy(LABELS)
-    assert result.states[0].shape == (*TOKENS.shape, D)
+    assert result.states[0].shape == (*TOKENS.shape, SMALL.d)
 
 
 @pytest.mark.parametrize("name", ["ouro", "huginn"])

@@ -1,6 +1,8 @@
+import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from safetensors import SafetensorError
 from tiny_run import reseal
 from torch import nn
 
-from train.checkpoint import FILES, CheckpointError, Progress, load, save, step_of
+from looped.checkpoint import KINDS, RECORD, file_name
+from train.checkpoint import CheckpointError, Progress, load, save, step_of
+
+FILES = [file_name(kind) for kind in KINDS]
 
 
 def make(seed: int = 0, width: int = 8) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -40,6 +45,26 @@ def test_continues_bit_for_bit(tmp_path):
     assert [take_step(other, other_optimizer) for _ in range(3)] == expected
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
+
+
+def test_what_is_written_in_the_background_is_a_copy(tmp_path, monkeypatch):
+    """Weights, moments and generators go on before the first file is written."""
+    model, optimizer = make()
+    changed, write = threading.Event(), safetensors.torch.save_file
+
+    def late(*arguments):
+        assert changed.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", late)
+    saving = save(tmp_path, model, optimizer, Progress(2, "text"), in_background=True)
+    expected = [take_step(model, optimizer) for _ in range(3)]
+    assert not (tmp_path / "checkpoint").exists()
+    changed.set()
+    saving.wait()
+    other, other_optimizer = make(seed=1)
+    load(tmp_path, other, other_optimizer)
+    assert [take_step(other, other_optimizer) for _ in range(3)] == expected
 
 
 def test_weights_alone_leave_the_generators(tmp_path):
@@ -142,6 +167,26 @@ def test_torn_checkpoints_are_recognised(tmp_path, name, damage):
     assert "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), after, strict=True))
     assert not torch.equal(before[0], after[0])
+
+
+def test_no_flipped_bit_of_the_record_goes_unseen(tmp_path):
+    """But for one in the name of its digest, which is all that it changes."""
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, Progress(2, "text"))
+    path = tmp_path / "checkpoint" / RECORD
+    content = path.read_bytes()
+    name = content.index(b'"digest"')
+    for position in range(len(content)):
+        if name < position < name + 7 or chr(content[position]).isspace():
+            continue
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        assert step_of(tmp_path) is None, content[: position + 1]
+    path.write_bytes(content)
+    assert step_of(tmp_path) == 2
+    record = json.loads(content)
+    del record["digest"]  # as older ones are
+    path.write_text(json.dumps(record))
+    assert step_of(tmp_path) == 2
 
 
 def test_missing_checkpoint(tmp_path):

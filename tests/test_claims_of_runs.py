@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import reseal
-from tiny_sweep import finished_sweep
+from tiny_sweep import assert_rejected, finished_sweep
 
 from looped.diagnose.record import read_diagnosis_of_run
 from train.paper import judging
@@ -50,7 +50,7 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
     assert "--steps 8 " in record["commands"][1]
     assert " -- --vocab-size 300 " in record["commands"][1]
 
-    monkeypatch.setattr(judging, "make_diagnosis", None)
+    monkeypatch.setattr(judging, "diagnose_run", None)
     assert main(command) == 0  # the diagnosis is reused
     longer = claims_words(trained, out, "--tokens", "80")  # one window more
     with pytest.raises(TypeError, match="not callable"):
@@ -73,22 +73,17 @@ def test_a_sweep_from_end_to_end(trained, tmp_path, capsys, monkeypatch):
 def test_bad_input(trained, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shutil.rmtree(trained / RUN / "diagnosis", ignore_errors=True)
-    file = tmp_path / "file"
-    file.write_text("")
-    command = claims_words(trained, tmp_path / "page")
-    assert main([*command, *(option.format(file=file) for option in options)]) == 2
-    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
-    assert not (tmp_path / "page").exists()
+    (tmp_path / "file").write_text("")
+    given = [option.format(file=tmp_path / "file") for option in options]
+    assert_rejected(claims_words(trained, tmp_path / "page", *given), re.escape(message), capsys, tmp_path)
 
 
-def test_other_numbers_of_loops_are_refused(trained, tmp_path, capsys):
-    run = trained / RUN / "summary.json"
-    whole = run.read_text()
-    summary = json.loads(whole)
-    run.write_text(json.dumps(summary | {"evaluation": summary["evaluation"][:3]}))
-    assert main(claims_words(trained, tmp_path / "page")) == 2
-    run.write_text(whole)
-    assert "n_loops must be 4, the paper's" in capsys.readouterr().err
+def test_other_numbers_of_loops_are_refused(two, tmp_path, capsys):
+    path = two / "per-loop-rmsnorm" / "seed-42" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"evaluation": summary["evaluation"][:3]}))
+    words = claims_words(two, tmp_path / "page", "--seeds", "42")
+    assert_rejected(words, "n_loops must be 4, the paper's. .*seed-42 has 3", capsys, tmp_path)
 
 
 @pytest.fixture
@@ -117,12 +112,11 @@ def test_a_run_that_has_diverged_is_left_out(two, tmp_path, capsys):
     assert {tuple(one["values_by_seed"]) for one in record["claims"] if one.get("values_by_seed")} == {("42",)}
 
 
-def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(judging, "make_diagnosis", None)
+def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, capsys):
     config = two / "per-loop-rmsnorm" / "seed-101" / "config.json"
     config.write_text(config.read_text().replace('"learning_rate": 0.003', '"learning_rate": 0.1'))
-    assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101")) == 2
-    assert "learning_rate must be that of the runs" in capsys.readouterr().err
+    words = claims_words(two, tmp_path / "page", "--seeds", "42", "101")
+    assert_rejected(words, "learning_rate must be that of the runs", capsys, tmp_path)
 
 
 def test_several_at_a_time_give_the_same(two, tmp_path):

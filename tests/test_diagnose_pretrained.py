@@ -1,18 +1,26 @@
 """Models that save_pretrained wrote, diagnosed from their directories. No network."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
+import tiny_run
 import torch
-from foreign_models import VOCABULARY, albert, hrm_text, small
+from foreign_models import VOCABULARY, small
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import save_file
 
+from bench.competitors.recurrent_models import albert, hrm_text
 from looped.diagnose import from_model
 from looped.diagnose.__main__ import main
+from looped.diagnose.diagnosis import diagnose_run
 from looped.diagnose.interventions import ALPHAS
 from looped.diagnose.pretrained import load_pretrained, mask_tokens, scale_checks, scale_table
+from looped.export import main as export
+from looped.run_directory import load_run
+from train.run import main as train
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -83,6 +91,7 @@ def test_load_pretrained(saved, words, name):
     assert loaded.name == name
     assert loaded.notes["data"] == "words.txt"
     assert ("masked" in loaded.notes) == (name == "albert")
+    assert ("state" in loaded.notes) == (name == "hrm_text")
 
 
 def test_load_pretrained_takes_tokens(saved, tokens, tmp_path):
@@ -96,7 +105,7 @@ def test_load_pretrained_takes_tokens(saved, tokens, tmp_path):
 
 
 REMOTE_CODE = """
-import foreign_models
+from bench.competitors.recurrent_models import Ouro, Size
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -112,12 +121,12 @@ class OuroForCausalLM(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        whole = foreign_models.Ouro(config.total_ut_steps)
+        whole = Ouro(Size(n_loops=config.total_ut_steps))
         self.model, self.lm_head = whole.model, whole.lm_head
         self.post_init()
 
     def forward(self, input_ids, labels=None, use_cache=None):
-        return foreign_models.Ouro.forward(self, input_ids, labels, use_cache)
+        return Ouro.forward(self, input_ids, labels, use_cache)
 """
 
 
@@ -139,7 +148,13 @@ def test_load_pretrained_with_code_of_its_own(tokens, tmp_path, monkeypatch, cap
     assert type(loaded.model).__name__ == "OuroForCausalLM"
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, weights[name])
-    assert loaded.diagnose(5).verdict.control == "removed"
+    page = tmp_path / "page"
+    assert main(arguments(directory, tokens, page, "--trust-remote-code", "--scale-loops", 8)) == 0
+    (diagnosis,) = json.loads((page / "diagnosis.json").read_text(encoding="utf-8"))["diagnoses"]
+    assert diagnosis["verdict"]["control"] == "removed"
+    checks = json.loads((page / "scale.json").read_text(encoding="utf-8"))
+    assert [check["loop"] for check in checks] == list(range(1, 9))
+    assert all(check["with_norm"] < 1e-2 < check["without_norm"] for check in checks)
 
 
 def test_mask_tokens():
@@ -195,6 +210,44 @@ def test_command(saved, words, tmp_path, capsys, name):
     assert len(json.loads((tmp_path / "page" / "scale.json").read_text(encoding="utf-8"))) == 4
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run with a gate, and its export."""
+    directory = tmp_path_factory.mktemp("export")
+    options = ["--supervision", "gated", "--penalty", "0.02", "--out", str(directory / "run")]
+    assert train(tiny_run.arguments(directory, *options)) == 0
+    assert export([str(directory / "run"), "--to", "transformers", str(directory / "export")]) == 0
+    return directory
+
+
+def test_an_export_is_diagnosed_as_its_run(exported):
+    """On the same windows: the run's own validation text, as tokens."""
+    run = load_run(exported / "run")
+    path = exported / "tokens.safetensors"
+    save_file({"tokens": run.validation.tokens}, path)
+    loaded = load_pretrained(str(exported / "export"), str(path), n_tokens=160, seq_len=None)
+    assert loaded.batches[0][0].shape[1] == 16  # the model's longest
+    found, expected = loaded.diagnose(9).measured, diagnose_run(run, n_tokens=160, horizon=9).measured
+    assert found.weights == expected.weights
+    assert found.penalty == expected.penalty == 0.02
+    assert found.norms == expected.norms
+    assert found.radial == expected.radial
+    assert found.halting.skipped is not None
+    assert dataclasses.replace(found.depth, bits_per_byte=None) == dataclasses.replace(
+        expected.depth, bits_per_byte=None
+    )
+
+
+def test_command_on_an_export(exported, tmp_path, capsys):
+    """A page, and the checks of the scale, which the readout without a norm sees."""
+    data = exported / "text.txt"
+    assert main([*arguments(exported / "export", data, tmp_path / "page", "--scale-loops", 8), "--rounds", "0"]) == 0
+    assert (tmp_path / "page" / "index.html").exists()
+    checks = json.loads((tmp_path / "page" / "scale.json").read_text(encoding="utf-8"))
+    assert len(checks) == 8
+    assert all(check["with_norm"] < 1e-3 < check["without_norm"] for check in checks)
+
+
 def refused(capsys, argv) -> str:
     """The line that the command leaves with exit code 2."""
     assert main(argv) == 2
@@ -204,11 +257,14 @@ def refused(capsys, argv) -> str:
 
 
 def test_command_says_that_the_hub_is_out_of_reach(tokens, tmp_path, capsys):
+    """Once: the hub's client warns of every try."""
+    hub_logging.set_verbosity_warning()
     line = refused(capsys, arguments("nobody/no-such-model", tokens, tmp_path / "page"))
     assert line.startswith(
         "error: model must be a directory that save_pretrained wrote, or a model of the hub, if that"
     )
     assert not (tmp_path / "page").exists()
+    assert hub_logging.get_verbosity() >= hub_logging.ERROR
 
 
 @pytest.mark.parametrize(
@@ -240,7 +296,7 @@ def test_command_rejects_data(saved, tokens, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--seq-len", 65), "seq_len must be in [1, 64], the model's longest. Got 65"),
+        (("--seq-len", 513), "seq_len must be in [1, 512], the model's longest. Got 513"),
         (("--loops", 3), "horizon must be above the n_loops=3 that were trained. Got horizon=3"),
         (("--scale-loops", -1), "scale_loops must be at least 0. Got -1"),
     ],

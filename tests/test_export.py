@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from looped.export import main, provenance
 from looped.ouro_weights import load_ouro
 from looped.run_directory import load_run
+from looped.supervision import Gated
 from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig, register
 from train.run import main as train
 
@@ -26,8 +27,8 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("run")
-    assert train(arguments(directory, "--penalty", "0.02", "--out", str(directory / "tiny"))) == 0
+    directory, options = tmp_path_factory.mktemp("run"), ["--penalty", "0.02", "--backprop-loops", "2"]
+    assert train(arguments(directory, *options, "--out", str(directory / "tiny"))) == 0
     return directory / "tiny"
 
 
@@ -48,7 +49,18 @@ def test_the_export_is_the_runs_model(run, exported):
         assert torch.equal(model(tokens).logits, saved.model(tokens, n_loops=depth, logits=True).logits)
     assert model.config.shape == saved.model.config
     assert (model.config.depth, model.config.supervision, model.config.penalty) == (8, "per-loop", 0.02)
+    assert model.config.backprop_loops == 2
     assert model.generation_config.eos_token_id == saved.validation.tokens[-1]
+
+
+def test_the_export_of_a_gated_run_has_its_gate(tmp_path):
+    gated = ["--supervision", "gated", "--gate-beta", "0.2", "--gate-prior", "geometric:0.5"]
+    assert train(arguments(tmp_path, *gated, "--out", str(tmp_path / "gated"))) == 0
+    assert main([str(tmp_path / "gated"), "--to", "transformers", str(tmp_path / "export")]) == 0
+    config = LoopedForCausalLM.from_pretrained(tmp_path / "export").config
+    assert config.loss_supervision == Gated(0.2, "geometric:0.5")
+    card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "- supervision: gated (beta 0.2, geometric:0.5 prior)\n" in card
 
 
 def test_the_tokenizer_is_the_runs(run, exported):

@@ -31,6 +31,8 @@ KERNELS = {
     "swiglu_backward_kernel",
     "row_weights_kernel",
     "cross_entropy_kernel",
+    "parts_kernel",
+    "finish_kernel",
     "loss_sums_kernel",
     "scaled_kernel",
 }
@@ -57,7 +59,7 @@ def has_wide_tiles(kernel: dict, target: str) -> bool:
         return ODD_TOKENS not in kernel["case"]
     if kernel["kernel"] == "scaled_kernel":
         return not has_odd_vocabulary(kernel)
-    if kernel["kernel"] != "cross_entropy_kernel":
+    if kernel["kernel"] not in ("cross_entropy_kernel", "parts_kernel", "finish_kernel"):
         return True
     itemsize = 4 if dtypes["logits"] == "torch.float32" else 2
     return on["BLOCK_VOCAB"] * itemsize >= 16 * threads(kernel, target)
@@ -94,6 +96,13 @@ def narrow_limit(kernel: dict, target: str) -> int:
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
         numbers = 3 + given("row_weight", "z_loss") + 4 * given("statistics")  # the target, its logit, the loss
         return numbers + (1 + words) * given("bias")
+    if name in ("parts_kernel", "finish_kernel"):
+        passes = 1 + on.get("STATISTICS", 0)
+        words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
+        of_bias = (1 + words) * given("bias")  # the target's, or what label smoothing sums, which these cases have then
+        if name == "parts_kernel":
+            return 2 + (7 if on["STATISTICS"] else 4) + of_bias  # the target, its logit, what is sent
+        return 5 + given("row_weight", "z_loss") + 7 * given("statistics") + of_bias  # three of what all have sent
     if name == "row_weights_kernel":  # four results; weights under the mask of the ignored
         return 4 + given("penalty", "n_targets") + 20 * given("weights")
     if name == "loss_sums_kernel":

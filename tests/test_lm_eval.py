@@ -1,6 +1,6 @@
 """lm-evaluation-harness on an export: a task from a local file, at K = 1..8, gives the numbers of our evaluation.
 
-It brings some fifty packages, so that these tests run where the extra `eval` is installed, and nowhere else.
+It brings some fifty packages. `make` installs them; without the extra `eval` these tests are left out.
 """
 
 import json

@@ -31,11 +31,9 @@ def test_rows_are_readable_at_once_and_kept_on_reopening(tmp_path):
     for step in range(1, 6):
         log.append(row(step, loss=math.nan))
         assert read_metrics(path)[-1] == row(step, loss=None)
-    log.close()
     log = MetricsLog(path, keep=lambda row: row["step"] <= 3)
     assert [kept["step"] for kept in log.kept] == [1, 2, 3]
     log.append(row(4))
-    log.close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
 
@@ -69,7 +67,7 @@ def test_lines_that_are_no_rows_are_left_out_and_told(tmp_path, name):
     path.write_bytes(whole[0] + b"\n" + FOREIGN[name] + b"\n" + whole[1])
     assert foreign_lines(path) == [3]  # the second is blank
     assert [row["step"] for row in read_metrics(path)] == [1, 3]
-    MetricsLog(path).close()
+    MetricsLog(path)
     assert path.read_bytes() == b"".join(whole)
     assert foreign_lines(path) == []
 
@@ -99,7 +97,6 @@ try:
     log.append(row)
 except OSError as error:
     print(error)
-log.close()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr

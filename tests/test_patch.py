@@ -6,12 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_models import MODELS, VOCABULARY, Ouro, run, small, token_batch
+from foreign_models import MODELS, VOCABULARY, run, small, token_batch
 from numerics import assert_no_worse_than
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import looped
+from bench.competitors.recurrent_models import Ouro
 from looped.adapters import find_adapter
 
 TOKENS, LABELS = token_batch()

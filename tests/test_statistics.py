@@ -3,7 +3,7 @@ import torch
 from numerics import assert_no_worse_than
 
 from looped.kernels import looped_cross_entropy, readout, readout_statistics
-from looped.kernels.cross_entropy_cpu import _top2
+from looped.kernels.cross_entropy_cpu import top2
 from looped.kernels.statistics import ReadoutStatistics, readout_statistics_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -155,7 +155,7 @@ def test_top2_of_short_runs_are_those_of_the_whole_row(n_columns):
     z = torch.randn(64, n_columns, generator=torch.Generator().manual_seed(0)).mul_(4).round_()  # many ties
     z[0], z[1, : n_columns // 2] = -torch.inf, -torch.inf
     expected = z.clone()
-    largest, index, second = _top2(z)
+    largest, index, second = top2(z)
     assert torch.equal(z, expected), "the logits stay"
     ordered = torch.cat([z.sort(-1, descending=True).values, torch.full((64, 1), -torch.inf)], -1)
     assert torch.equal(largest, ordered[:, 0])

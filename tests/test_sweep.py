@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_sweep import ENVIRONMENT, NAMES, PROGRAM, finished_sweep, sweep_words, tasks_of
+from tiny_sweep import ENVIRONMENT, NAMES, PROGRAM, assert_rejected, contents, finished_sweep, sweep_words, tasks_of
 
 from looped.command_line import command_line
 from train.config import TrainConfig
@@ -23,7 +23,8 @@ from train.paper import judging, sweep
 from train.paper.__main__ import main
 from train.paper.conditions import CONDITIONS, Condition
 from train.paper.options import split_words
-from train.paper.plan import EXECUTION, SweepConfig, Task, plan, sweep_command
+from train.paper.plan import SweepConfig, Task, plan, sweep_command
+from train.paper.runs import EXECUTION
 from train.run import main as train_main
 from train.run import parse
 
@@ -67,7 +68,7 @@ def test_one_line_a_run(finished):
     lines = (finished / "printed.txt").read_text().splitlines()
     assert lines[0].endswith("0 done, 2 to train")
     for line, condition, done in zip(lines[1:3], NAMES, ("1 of 2", "2 of 2"), strict=True):
-        last = json.loads((finished / "sweep" / condition / "seed-7" / "summary.json").read_text())["evaluation"][-1]
+        last = read_evaluation(finished / "sweep" / condition / "seed-7")[-1]
         assert line.startswith(f"{condition} ")
         assert f"PPL {last['ppl']:.4g} " in line
         assert f"||H_4|| {last['state_norm']:.4g} " in line
@@ -77,28 +78,27 @@ def test_one_line_a_run(finished):
 
 def test_report(finished):
     out = finished / "sweep"
-    record = json.loads((out / "sweep.json").read_text())
+    record, page = json.loads((out / "sweep.json").read_text()), (out / "sweep.md").read_text()
     assert [run["condition"] for run in record["runs"]] == list(NAMES)
-    table = (out / "sweep.md").read_text()
     for statistics in record["conditions"]:
-        run = out / statistics["condition"] / "seed-7"
-        rows = json.loads((run / "summary.json").read_text())["evaluation"]
+        first, *_, last = read_evaluation(out / statistics["condition"] / "seed-7")
+        gap = first["ce"] - last["ce"]
         assert statistics["complete"] == 1
-        assert statistics["ppl"]["mean"] == rows[3]["ppl"]
-        assert statistics["exit_gap"]["mean"] == pytest.approx(rows[0]["ce"] - rows[3]["ce"])
-        line = next(line for line in table.splitlines() if line.startswith(f"| `{statistics['condition']}` | 1 |"))
-        for value in (
-            f"{rows[3]['ppl']:.4g}",
-            f"{rows[3]['state_norm']:,.4g}",
-            f"{rows[0]['ce'] - rows[3]['ce']:+.4f}",
-        ):
+        assert statistics["ppl"]["mean"] == last["ppl"]
+        assert statistics["exit_gap"]["mean"] == pytest.approx(gap)
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{statistics['condition']}` | 1 |"))
+        for value in (f"{last['ppl']:.4g}", f"{last['state_norm']:,.4g}", f"{gap:+.4f}"):
             assert f"| {value} |" in line
-    assert "--preset paper-129m" in table
+    assert "--preset paper-129m" in page
     command = ["python", "-m", "train.paper", *sweep_words(finished)]
     assert record["command"] == command
-    assert f"\n{shlex.join(command)}\n" in table
+    assert f"\n{shlex.join(command)}\n" in page
     assert sweep_command(out) == [shlex.join(command)]
     assert plt.imread(out / "exit_gap.png").shape[1] > 900
+
+
+def read_evaluation(run: Path) -> list[dict]:
+    return json.loads((run / "summary.json").read_text())["evaluation"]
 
 
 def test_complete_runs_are_skipped(finished, directory, capsys, monkeypatch):
@@ -107,21 +107,6 @@ def test_complete_runs_are_skipped(finished, directory, capsys, monkeypatch):
     assert main(again(finished, directory)) == 0
     assert "2 done, 0 to train" in capsys.readouterr().out
     assert contents(directory / "sweep" / NAMES[1]) == before
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
-
-
-def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> None:
-    """One line on stderr, exit code 2, and ``directory`` as it was."""
-    before = contents(directory)
-    capsys.readouterr()
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"error: [^\n]+\n", error), error
-    assert re.search(message, error), error
-    assert contents(directory) == before
 
 
 @pytest.mark.parametrize(
@@ -134,19 +119,18 @@ def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> N
     ],
 )
 def test_other_settings_in_the_same_directory(finished, directory, capsys, options, extra, message):
-    assert_rejected(again(finished, directory, *options, extra=extra), directory, message, capsys)
+    assert_rejected(again(finished, directory, *options, extra=extra), message, capsys, directory)
 
 
 def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
     config = directory / "sweep" / NAMES[1] / "seed-7" / "config.json"
     config.write_text(config.read_text().replace('"penalty": 0.0', '"penalty": 0.5'))
     message = r"penalty must be that .* Got penalty=0.0; .*per-loop-rmsnorm/seed-7 has 0.5"
-    assert_rejected(again(finished, directory), directory, message, capsys)
-    assert_rejected(
-        ["sweep", "--out", str(directory / "sweep"), "--report-only"], directory, "penalty must be that", capsys
-    )
+    assert_rejected(again(finished, directory), message, capsys, directory)
+    report_only = ["sweep", "--out", str(directory / "sweep"), "--report-only"]
+    assert_rejected(report_only, "penalty must be that", capsys, directory)
     config.write_text("{")
-    assert_rejected(again(finished, directory), directory, "config.json cannot be used: remove", capsys)
+    assert_rejected(again(finished, directory), "config.json cannot be used: remove", capsys, directory)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +158,7 @@ def test_bad_options(tmp_path, capsys, monkeypatch, options, extra, message):
     if "cuda:0" in extra:  # as where there is one
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    argv = sweep_words(tmp_path, *options, extra=extra)
-    assert_rejected(argv, tmp_path, message, capsys)
+    assert_rejected(sweep_words(tmp_path, *options, extra=extra), message, capsys, tmp_path)
 
 
 def test_a_sweep_that_did_not_keep_its_command_has_one_that_trains_the_same(finished, directory):
@@ -187,10 +170,10 @@ def test_a_sweep_that_did_not_keep_its_command_has_one_that_trains_the_same(fini
     assert note.startswith("# the command was not kept")
     assert command.startswith("python -m train.paper sweep ")
     own, extra = split_words(shlex.split(command)[4:])
-    derived = {task.condition: task.config for task in plan(command_line(own, SweepConfig()), extra)}
+    derived = {task.run.condition: task.config for task in plan(command_line(own, SweepConfig()), extra)}
     for task in tasks_of(sweep_words(finished)):
         carried_out = {name: getattr(task.config, name) for name in EXECUTION} | {"seed": 7}
-        assert dataclasses.replace(derived[task.condition], **carried_out) == task.config
+        assert dataclasses.replace(derived[task.run.condition], **carried_out) == task.config
     assert sweep_command(directory / "nowhere") == []
 
 
@@ -201,11 +184,8 @@ def test_claims_are_judged_after_training(finished, directory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging, "run", lambda words: called.append(words) or 0)
         assert main(argv) == 0
-        assert (
-            main(["sweep", "--out", str(directory / "sweep"), "--report-only", "--claims", str(page), "--seeds", "7"])
-            == 0
-        )
-    out = str(directory / "sweep")
+        out = str(directory / "sweep")
+        assert main(["sweep", "--out", out, "--report-only", "--claims", str(page), "--seeds", "7"]) == 0
     assert called == [["--runs", out, "--out", str(page), "--jobs", "1", "--seeds", "7"]] * 2
 
 
@@ -218,17 +198,16 @@ def test_report_only(directory, capsys):
     assert main(["sweep", "--out", str(out), "--report-only"]) == 0
     assert [(out / name).read_bytes() for name in names[:2]] == before
     assert (out / "exit_gap.png").exists()
-    assert_rejected(
-        ["sweep", "--out", str(directory / "empty"), "--report-only"], directory, "out must hold the runs", capsys
-    )
+    empty = ["sweep", "--out", str(directory / "empty"), "--report-only"]
+    assert_rejected(empty, "out must hold the runs", capsys, directory)
 
 
 def stop_half_way(task: Task) -> None:
     """Replace a finished run by the same one, stopped after half of its steps."""
-    shutil.rmtree(task.directory)
-    assert train_main([*task.options, "--steps", "4", "--out", str(task.directory)]) == 0
-    (task.directory / "summary.json").unlink()
-    config = task.directory / "config.json"
+    shutil.rmtree(task.run.directory)
+    assert train_main([*task.options, "--steps", "4", "--out", str(task.run.directory)]) == 0
+    (task.run.directory / "summary.json").unlink()
+    config = task.run.directory / "config.json"
     config.write_text(config.read_text().replace('"steps": 4', '"steps": 8'))
 
 
@@ -236,50 +215,41 @@ def test_stopped_runs_are_continued_or_begun_again(finished, directory, capsys):
     argv = again(finished, directory, "--jobs", "2")
     stopped, unfinished = tasks_of(argv)
     stop_half_way(stopped)
-    shutil.rmtree(unfinished.directory / "checkpoint")
-    (unfinished.directory / "summary.json").unlink()
-    (unfinished.directory / "report.png").unlink()
-    (unfinished.directory / "metrics.jsonl").write_text('{"step": 1, "loss"')  # killed while it wrote
+    shutil.rmtree(unfinished.run.directory / "checkpoint")
+    (unfinished.run.directory / "summary.json").unlink()
+    (unfinished.run.directory / "report.png").unlink()
+    (unfinished.run.directory / "metrics.jsonl").write_text('{"step": 1, "loss"')  # killed while it wrote
     capsys.readouterr()
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert re.search(r"terminal-rmsnorm +seed 7 +is continued", printed)
     assert re.search(r"per-loop-rmsnorm +seed 7 +had no checkpoint yet: removed", printed)
     for task in (stopped, unfinished):
-        whole = finished / "sweep" / task.condition / "seed-7"
-        weights = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, task.directory)]
+        whole = finished / "sweep" / task.run.condition / "seed-7"
+        weights = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, task.run.directory)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        assert [row["step"] for row in read_metrics(task.directory / "metrics.jsonl")] == list(range(1, 9))
-    assert "from step 4" in stopped.log.read_text()
-
-
-def test_nothing_but_a_run_is_removed(finished, directory, capsys):
-    run = directory / "sweep" / NAMES[1] / "seed-7"
-    shutil.rmtree(run)
-    run.mkdir()
-    (run / "thesis.tex").write_text("x")
-    assert main(again(finished, directory)) == 2
-    assert re.search(r"out must hold nothing but runs. .*seed-7 holds thesis.tex", capsys.readouterr().err)
-    assert (run / "thesis.tex").read_text() == "x"
+        assert [row["step"] for row in read_metrics(task.run.directory / "metrics.jsonl")] == list(range(1, 9))
+    assert "from step 4" in stopped.run.log.read_text()
 
 
 def test_what_would_fail_after_training_is_found_before(finished, directory, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "_start", None)  # nothing is trained
+    """Nothing is trained, and nothing but a run is removed."""
+    monkeypatch.setattr(sweep, "_start", None)
     shutil.rmtree(directory / "sweep" / NAMES[0] / "seed-7")
     unknown = directory / "sweep" / NAMES[1] / "seed-7"
-    shutil.rmtree(unknown / "checkpoint")
-    (unknown / "summary.json").unlink()
+    shutil.rmtree(unknown)
+    unknown.mkdir()
+    (unknown / "metrics.jsonl.new").write_text("")  # as a run leaves that was killed
     (unknown / "thesis.tex").write_text("x")
-    assert main(again(finished, directory)) == 2
-    assert re.search(r"out must hold nothing but runs. .*seed-7 holds .*thesis.tex", capsys.readouterr().err)
-    argv = sweep_words(
-        directory, "--claims", str(directory / "page"), "--out", str(directory / "x"), extra=("--n-loops", "3")
-    )
-    assert main(argv) == 2
-    assert "n_loops must be 4, the paper's, for --claims. Got n_loops=3" in capsys.readouterr().err
-    assert main(again(finished, directory, "--claims", "/proc/page")) == 2
-    assert "out must be a directory that can be written. Got out=/proc/page" in capsys.readouterr().err
+    message = "out must hold nothing but runs. .*seed-7 holds thesis.tex"
+    assert_rejected(again(finished, directory), message, capsys, directory)
+    page = str(directory / "page")
+    argv = sweep_words(finished, "--claims", page, "--out", str(directory / "x"), extra=("--n-loops", "3"))
+    message = "n_loops must be 4, the paper's, for --claims. Got n_loops=3"
+    assert_rejected(argv, message, capsys, directory)
+    message = "out must be a directory that can be written. Got out=/proc/page"
+    assert_rejected(again(finished, directory, "--claims", "/proc/page"), message, capsys, directory)
 
 
 def test_divergence_is_a_result(tmp_path, capsys):
@@ -297,8 +267,8 @@ def test_failure_of_one_run_does_not_end_the_sweep(finished, directory, capsys):
     argv = again(finished, directory)
     torn, missing = tasks_of(argv)
     stop_half_way(torn)
-    (torn.directory / "checkpoint" / "model.safetensors").write_bytes(b"")
-    shutil.rmtree(missing.directory)
+    (torn.run.directory / "checkpoint" / "model.safetensors").write_bytes(b"")
+    shutil.rmtree(missing.run.directory)
     capsys.readouterr()
     assert main(argv) == 1
     printed = capsys.readouterr().out
@@ -319,7 +289,7 @@ def begin(directory: Path) -> subprocess.Popen[str]:
     """Two long runs at once, both in training when this returns."""
     argv = sweep_words(directory, "--steps", "100000", "--jobs", "2")
     process = subprocess.Popen([*PROGRAM, *argv], cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    runs = [task.directory for task in tasks_of(argv)]
+    runs = [task.run.directory for task in tasks_of(argv)]
     wait_until(lambda: all(read_metrics(run / "metrics.jsonl") for run in runs))
     return process
 
@@ -338,11 +308,11 @@ def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeyp
     assert command[:3] == PROGRAM
     assert command[3:] == sweep_words(tmp_path, "--steps", "100000", "--jobs", "2")
     for task in tasks_of(argv):
-        step = json.loads((task.directory / "checkpoint" / "checkpoint.json").read_text())["step"]
+        step = json.loads((task.run.directory / "checkpoint" / "checkpoint.json").read_text())["step"]
         assert 1 <= step < 100_000
-        assert f"stopped at step {step} of 100000" in task.log.read_text()
+        assert f"stopped at step {step} of 100000" in task.run.log.read_text()
         table = (tmp_path / "sweep" / "sweep.md").read_text()
-        assert f"`{task.condition}` seed 7 (at step {step})" in table
+        assert f"`{task.run.condition}` seed 7 (at step {step})" in table
 
 
 def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
@@ -355,8 +325,8 @@ def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
         assert "out must not be in use" in capsys.readouterr().err
     finally:
         for task in tasks_of(argv):
-            os.kill(_process_of(task.directory), signal.SIGTERM)
-    wait_until(lambda: all((task.directory / "checkpoint").exists() for task in tasks_of(argv)))
+            os.kill(_process_of(task.run.directory), signal.SIGTERM)
+    wait_until(lambda: all((task.run.directory / "checkpoint").exists() for task in tasks_of(argv)))
 
 
 def _process_of(run: Path) -> int:
@@ -385,12 +355,12 @@ def test_jobs_share_the_machine(monkeypatch, tmp_path):
 
 def test_order_and_options(tmp_path):
     tasks = plan(SweepConfig(out=tmp_path, preset="paper-44m", seeds=(1, 2), epochs=0.5), ["--device", "cpu"])
-    assert [(task.condition, task.seed) for task in tasks] == [(name, seed) for seed in (1, 2) for name in CONDITIONS]
+    assert [task.run[:2] for task in tasks] == [(name, seed) for seed in (1, 2) for name in CONDITIONS]
     for task in tasks:
         config = parse(task.options)
         assert dataclasses.replace(config, out=None) == task.config
         assert (config.preset, config.epochs, config.d_model) == ("paper-44m", 0.5, 512)
-        for name, value in CONDITIONS[task.condition].items():
+        for name, value in CONDITIONS[task.run.condition].items():
             assert getattr(config, name) == value
 
 

@@ -5,6 +5,8 @@ import tiny_decoder
 import torch
 from transformers import Trainer, TrainingArguments
 
+import looped
+from bench.competitors.recurrent_models import Size, hrm_text
 from looped.supervision import IGNORE_INDEX
 from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig
 
@@ -84,3 +86,25 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
         results.append(dict(trained.named_parameters()))
     for name, weight in results[1].items():
         torch.testing.assert_close(weight, results[0][name], msg=name)
+
+
+def test_a_patched_model_trains_as_it_would(tmp_path):
+    """One step of HRM-Text: its own computation, patched, and patched in four micro-batches."""
+    results = []
+    for patched, size, parts in ((False, 8, 1), (True, 8, 1), (True, 2, 4)):
+        torch.manual_seed(0)
+        trained = hrm_text(Size(vocabulary=tiny_decoder.V))
+        if patched:
+            looped.patch(trained)
+        done = trainer(
+            tmp_path, trained, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=parts,
+            learning_rate=0.5, optim="sgd",
+        )  # fmt: skip
+        done.train()
+        losses = [done.state.log_history[0]["loss"], done.evaluate()["eval_loss"]]
+        results.append((losses, dict(trained.named_parameters())))
+    (own, expected), *others = results
+    for losses, found in others:
+        assert losses == pytest.approx(own, abs=2e-4)
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-4, msg=name)

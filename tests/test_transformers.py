@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from looped import PRESETS, LoopedConfig, LoopedLM
-from looped.supervision import IGNORE_INDEX
+from looped.supervision import IGNORE_INDEX, Gated
 from looped.transformers import LoopedForCausalLM, LoopedPretrainedConfig, register
 
 SHAPES = [
@@ -66,6 +66,40 @@ def test_the_names_that_others_ask_for():
     assert config.num_hidden_layers == 1 + 5 * 2 + 2
     assert isinstance(config, PreTrainedConfig)
     assert not isinstance(config, LoopedConfig)
+
+
+def test_loops_without_gradient_are_those_of_the_run(tmp_path):
+    decoder, model = wrapped()
+    model.config.backprop_loops = 2
+    model.save_pretrained(tmp_path)
+    model = LoopedForCausalLM.from_pretrained(tmp_path)
+    tokens = tiny_decoder.tokens()
+    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
+    expected, output = decoder(tokens, targets, backprop_loops=2), model(tokens, labels=tokens)
+    expected.loss.backward()
+    output.loss.backward()
+    torch.testing.assert_close(output.per_loop, expected.per_loop, equal_nan=True)
+    found, wanted = (
+        {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        for module in (model.decoder, decoder)
+    )
+    tiny_decoder.assert_same_gradients(found, wanted)
+
+
+def test_gated_supervision_keeps_its_options(tmp_path):
+    decoder = tiny_decoder.model(exit_gate=True)
+    options = {"supervision": "gated", "gate_beta": 0.3, "gate_prior": "geometric:0.4"}
+    model = LoopedForCausalLM(LoopedPretrainedConfig.of(decoder.config, **options))
+    model.decoder.load_state_dict(decoder.state_dict())
+    model.save_pretrained(tmp_path)
+    tokens = tiny_decoder.tokens()
+    expected = decoder.readout_loss(
+        decoder.unroll(tokens, 3), torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX),
+        supervision=Gated(0.3, "geometric:0.4"),
+    ).loss  # fmt: skip
+    torch.testing.assert_close(LoopedForCausalLM.from_pretrained(tmp_path)(tokens, labels=tokens).loss, expected)
+    with pytest.raises(ValueError, match="prior of the gate must be uniform or geometric:P"):
+        LoopedPretrainedConfig.of(decoder.config, **(options | {"gate_prior": "normal"}))
 
 
 def test_a_configuration_that_breaks_a_rule_is_refused():
@@ -302,12 +336,38 @@ def test_padding_on_the_right_keeps_the_loss():
     torch.testing.assert_close(model(tokens, attention_mask=mask, labels=labels).loss, sum(alone))
 
 
+@pytest.mark.parametrize("supervision", ["per-loop", "gated"])
+def test_padding_on_the_left_keeps_the_loss(supervision):
+    """Of a coda too, which sees the rows as the loops do."""
+    _, model = wrapped(supervision=supervision, exit_gate=True, n_coda=1, positions="rotary", penalty=0.0)
+    torch.nn.init.normal_(model.decoder.exit_gate.weight)
+    rows = rows_of(9, 5)
+    tokens, mask = padded(rows)
+    labels = torch.where(mask.cumsum(1) > 1, tokens, IGNORE_INDEX)  # nothing predicts a row's first token
+    alone = [model(row.unsqueeze(0), labels=row.unsqueeze(0), num_items_in_batch=12).loss for row in rows]
+    for given in ({}, {"use_cache": True}, {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}):
+        loss = model(tokens, attention_mask=mask, labels=labels, **given).loss
+        torch.testing.assert_close(loss, sum(alone), msg=str(given))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cache_of_rows_with_labels_continues(training):
+    """The coda's keys of the last loop, and no others, are in it."""
+    _, model = wrapped(n_coda=2, positions="rotary")
+    tokens, mask = padded(rows_of(9, 5))
+    model.train(training)
+    cache = model(tokens[:, :6], attention_mask=mask[:, :6], labels=tokens[:, :6], use_cache=True).cache
+    found = model(tokens[:, 6:], attention_mask=mask, cache=cache).logits
+    torch.testing.assert_close(found, model(tokens, attention_mask=mask).logits[:, 6:], atol=1e-4, rtol=1e-4)
+
+
 def test_labels_that_a_coda_would_read_wrongly_are_refused():
     _, model = wrapped(n_coda=1)
-    tokens, mask = padded(rows_of(9, 5))
-    for given in ({"attention_mask": mask}, {"use_cache": True}, {"position_ids": torch.arange(9).expand(2, 9)}):
-        with pytest.raises(ValueError, match=r"need a model without coda\. Got n_coda=1\."):
-            model(tokens, labels=tokens, **given)
+    tokens = tiny_decoder.tokens(2, 9)
+    cache = model(tokens[:, :6], use_cache=True).cache
+    with pytest.raises(ValueError, match=r"need a model without coda\. Got 6 cached tokens, n_coda=1\."):
+        model(tokens[:, 6:], cache=cache, labels=tokens[:, 6:])
+    assert cache.get_seq_length() == 6
 
 
 def test_dropout_reaches_the_attention_weights_of_padded_rows(monkeypatch):

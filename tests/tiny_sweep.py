@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tiny_run import MODEL, TRAINING, text
 
 from looped.command_line import command_line
+from train.paper.__main__ import main
 from train.paper.options import split_words
 from train.paper.plan import SweepConfig, Task, plan
 
@@ -39,6 +41,23 @@ def sweep_words(directory: Path, *options: str, extra: tuple[str, ...] = ()) -> 
 def tasks_of(words: list[str]) -> list[Task]:
     own, extra = split_words(words[1:])
     return plan(command_line(own, SweepConfig()), extra)
+
+
+def assert_rejected(argv: list[str], message: str, capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    """One line on stderr, exit code 2, and ``directory`` as it was, or still not there."""
+    before = contents(directory)
+    capsys.readouterr()
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    assert re.search(message, error), error
+    assert contents(directory) == before
+
+
+def contents(directory: Path) -> dict[str, bytes] | None:
+    if not directory.exists():
+        return None
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def finished_sweep(factory: pytest.TempPathFactory) -> Path:

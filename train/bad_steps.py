@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from looped.model import LoopedLM, LoopedOutput
 from looped.recurrence import first_with_gradient
 from looped.supervision import Gated, Supervision
 from train.step import autocast
+
+NOWHERE = "at a place that did not show again: the step, repeated, was finite"
 
 
 class BadSteps:
@@ -59,10 +62,10 @@ def locate(
     for name, weight in model.named_parameters():
         if not _is_finite(weight):
             return f"in the weight {name}"
+    model.zero_grad(set_to_none=True)
     for part_inputs, part_targets in zip(
         inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True
     ):
-        model.zero_grad(set_to_none=True)
         with autocast(inputs.device, dtype):
             outputs, result = _watched(
                 model, part_inputs, part_targets,
@@ -88,7 +91,9 @@ def locate(
         for name, weight in model.named_parameters():
             if weight.grad is not None and not _is_finite(weight.grad):
                 return f"in the gradient of {name}"
-    return "at a place that did not show again: the step, repeated, was finite"
+    if not _is_finite(get_total_norm([w.grad for w in model.parameters() if w.grad is not None])):
+        return "in the norm of the gradient, whose elements are finite"
+    return NOWHERE
 
 
 def _watched(

@@ -22,12 +22,15 @@ from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
+from train import processes
 from train.depth import parse_depth
 from train.task import TASKS, make_task
 from train.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]
+OnSaveError = Literal["stop", "continue"]
+Shard = Literal["none", "fsdp2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class TrainConfig(LoopedShape, _Source):
     epochs: float | None = None
     """Passes over the training windows, instead of steps."""
     batch_size: int = 16
-    """Sequences of one optimisation step."""
+    """Sequences of one optimisation step, of all processes together."""
     grad_accumulation: int = 1
     """Micro-batches that a step's sequences are divided into: less memory, the same mean gradient."""
     learning_rate: float = 3e-3
@@ -102,11 +105,20 @@ class TrainConfig(LoopedShape, _Source):
     """Arithmetic of the forward and backward pass, by autocast; weights stay fp32. None: bf16 where the device has
     instructions for it, else fp32."""
     device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda or cuda:N."""
+    """auto (CUDA if there is one), cpu, cuda or cuda:N. Of several processes each has the GPU of its number."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cuda_graph: bool = True
     """On a GPU: capture a step once and launch it as one CUDA graph. A continued run decides anew."""
+    shard: Shard = "none"
+    """With several processes: every one has all weights (none, DDP), or a share of weights, gradients and moments
+    (fsdp2), gathered where they are used."""
+    shard_head: bool = False
+    """With several processes: each has its rows of the head alone (and of the embedding that is the head), of their
+    gradient and moments, and its columns of the logits. Whole only where a checkpoint is written and to evaluate."""
+    collective_timeout: float = 600.0
+    """Seconds that a process waits for another that is silent before it gives up. One that has ended is noticed at
+    once."""
     checkpoint_loops: bool = False
     """Recompute each loop in the backward pass instead of keeping its activations."""
 
@@ -119,8 +131,15 @@ class TrainConfig(LoopedShape, _Source):
     None: n_loops if the depth is fixed, else four times that; of a task twice n_loops."""
     save_every: int = 1000
     """Steps between two checkpoints, and at most 50 before the first; 0 for one at the end only."""
+    async_save: bool = False
+    """Only copy what a checkpoint is of, and train on while it is written; one at a time. A kill then loses not only
+    the steps since the last checkpoint, but also those taken while the next was being written."""
+    on_save_error: OnSaveError = "stop"
+    """What a checkpoint or a line of metrics.jsonl does that cannot be written: stop the run, or have it continue, say
+    so, and try again when the next is due. What cannot be written at the end is an error in any case."""
     out: Path | None = None
-    """Directory the run is left in. None: runs/<preset>-<time>."""
+    """Directory the run is left in. None: runs/<preset>-<time>. torchrun --max-restarts needs it: the processes that
+    are started again go on from the checkpoint there."""
     resume: Path | None = None
     """Directory of a run to continue with its own configuration. Of the options only those of length, execution and
     tuning may change, and where the same text is."""
@@ -134,6 +153,7 @@ MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(LoopedShape))
 RESUMABLE = (
     "steps", "epochs", "fused", "device", "compile", "checkpoint_loops", "grad_accumulation",
     "log_every", "eval_tokens", "eval_loops", "save_every", "resume", "cache", "max_bad_steps", "cuda_graph",
+    "shard", "shard_head", "collective_timeout", "async_save", "on_save_error",
 )  # fmt: skip
 
 # What else may change then, because training may ask for it; the run says so.
@@ -225,6 +245,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.supervision == "gated":
         filled["exit_gate"] = True
     if config.out is None:
+        if processes.may_restart() and config.resume is None:
+            raise ValueError("out must be given with torchrun --max-restarts, to find the run again. Got out=None.")
         filled["out"] = config.resume or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(config, **filled)
 
@@ -286,10 +308,15 @@ def supervision_of(config: TrainConfig) -> Supervision | Gated:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """The device that ``config.device`` names. Raises ValueError if there is no such device."""
+    """The device that ``config.device`` names; of several processes, this one's. Raises ValueError if there is no such
+    device."""
     name, count = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N. Got device={name!r}.")
+    if processes.world_size() > 1 and (name == "cuda" or (name == "auto" and count)):
+        name = f"cuda:{processes.local_rank()}"
+    elif processes.world_size() > 1 and ":" in name:
+        raise ValueError(f"device must be auto, cpu or cuda with several processes. Got device={name!r}.")
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     device = torch.device(name)
@@ -322,11 +349,20 @@ def validate(config: TrainConfig) -> None:
     _check(config, "seed", lambda value: 0 <= value < 2**63, "in [0, 2^63)")
     parse_depth(config.depth, config.n_loops)
     _check(config, "eval_loops", lambda value: value >= config.n_loops, f"at least n_loops={config.n_loops}")
-    if config.batch_size % config.grad_accumulation:
+    _check(config, "collective_timeout", lambda value: 0 < value < math.inf, "finite and above 0")
+    n_processes = processes.world_size()
+    if config.batch_size % (n_processes * config.grad_accumulation):
+        times, given = ("processes x ", f"{n_processes} processes, ") if n_processes > 1 else ("", "")
         raise ValueError(
-            "batch_size must be divisible by grad_accumulation. "
-            f"Got batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
+            f"batch_size must be divisible by {times}grad_accumulation. "
+            f"Got {given}batch_size={config.batch_size}, grad_accumulation={config.grad_accumulation}."
         )
+    if config.shard != "none" and config.compile:
+        raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
+    if config.shard != "none" and n_processes == 1:
+        raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
+    if config.shard_head:
+        _check_shard_head(config, n_processes)
     _check_gate(config)
     if config.tokenizer is not None:
         if config.tokenizer not in ("bpe", "paper") and not Path(config.tokenizer).is_file():
@@ -346,6 +382,18 @@ def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: s
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name} must be {rule}. Got {name}={value}.")
+
+
+def _check_shard_head(config: TrainConfig, n_processes: int) -> None:
+    rules = {
+        "several processes, which torchrun starts": (n_processes > 1, "one process"),
+        "fused, as the plain readout forms all logits": (config.fused, "fused=False"),
+        "shard=none, as fsdp2 gathers all weights": (config.shard == "none", f"shard={config.shard}"),
+        "compile to be left out": (not config.compile, "compile=True"),
+    }
+    for rule, (holds, got) in rules.items():
+        if not holds:
+            raise ValueError(f"shard_head needs {rule}. Got shard_head=True and {got}.")
 
 
 def _check_gate(config: TrainConfig) -> None:

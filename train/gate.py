@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped.checkpoint import WEIGHTS, check_whole, found, seal
+from looped.checkpoint import WEIGHTS, check_whole, files_of, found, seal
 from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabilities, mean_exit_loop
 from looped.model import LoopedLM
 from looped.run_directory import TOKENIZER, VALIDATION, SavedRun, load_run, write_config
@@ -123,7 +123,7 @@ def gated_copy(model: LoopedLM, *, fused: bool) -> LoopedLM:
 def _source_of(run: Path, config: TrainConfig) -> Source:
     """The run's text or task. Raises ValueError if it is not the one that the run was trained on."""
     source = load_source(config)
-    if source.fingerprint != check_whole(found(run), [WEIGHTS]).fingerprint:
+    if source.fingerprint != check_whole(found(run), ["model"]).fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {run} was trained on.")
     return source
 
@@ -198,8 +198,10 @@ def _write(out: Path, saved: SavedRun, model: LoopedLM, record: dict[str, Any]) 
             if (saved.directory / name).exists():
                 shutil.copyfile(saved.directory / name, whole / name)
         shutil.copytree(found(saved.directory), whole / "checkpoint")
-        progress = check_whole(whole / "checkpoint", [WEIGHTS])
+        progress = check_whole(whole / "checkpoint", ["model"])
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        for name in files_of(whole / "checkpoint", "model"):
+            (whole / "checkpoint" / name).unlink()
         (whole / "checkpoint" / WEIGHTS).write_bytes(safetensors.torch.save(weights))
         seal(whole / "checkpoint", progress)
         write_config(whole, saved.config["train"] | {"exit_gate": True}, model.config)

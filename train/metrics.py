@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +71,44 @@ def _is_number(value: Any) -> bool:
 
 
 class MetricsLog:
-    """metrics.jsonl, open for appending. Rows already there stay only where ``keep`` says so."""
+    """metrics.jsonl, to be appended to. Rows already there stay only where ``keep`` says so."""
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
         self.kept = [row for row in read_metrics(path) if keep(row)]
+        self._path = path
+        self._unwritten = b""
         with replacing(path) as scratch:
             scratch.write_bytes(b"".join(map(_line, self.kept)))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row, so that a reader of the file sees it at once; or, if the disk is full, nothing of it."""
-        line, size = _line(row), self._file.tell()
-        written = 0
-        try:
-            while written < len(line):
-                written += self._file.write(line[written:])
-        except OSError as error:
-            os.truncate(self._file.fileno(), size)
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+        """Write a row, so that a reader of the file sees it at once. Raises as `flush`."""
+        self._unwritten += _line(row)
+        self.flush()
 
-    def close(self) -> None:
-        self._file.close()
+    def flush(self) -> None:
+        """Write the rows that are not in the file. Raises OSError if the disk is full or the file gone; nothing of them
+        is in it then, and they are kept for the next time."""
+        if not self._unwritten:
+            return
+        with open(self._path, "r+b", buffering=0) as file:  # which makes no new file, without the rows before
+            size, written = file.seek(0, os.SEEK_END), 0
+            try:
+                while written < len(self._unwritten):
+                    written += file.write(self._unwritten[written:])
+            except OSError as error:
+                file.truncate(size)
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._unwritten = b""
+
+
+class NoLog:
+    """The log of a process that writes none: the first of several does."""
+
+    kept: Sequence[dict[str, Any]] = ()
+
+    def append(self, row: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def _line(row: dict[str, Any]) -> bytes:

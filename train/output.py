@@ -38,17 +38,28 @@ class LastingStream:
             self._on_error(error)
 
 
+class NoTerminal(LastingStream):
+    """A stream that no progress bar is drawn on."""
+
+    def isatty(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Have sys.stdout and sys.stderr outlast errors. One line on stderr says that stdout is gone."""
+def lasting_output(*, errors_alone: bool = False) -> Iterator[None]:
+    """Have sys.stdout and sys.stderr outlast errors. One line on stderr says that stdout is gone.
+
+    errors_alone: write nothing on stdout, and no progress bars: another process does.
+    """
     before = sys.stdout, sys.stderr
 
     def say(error: OSError) -> None:
         print(f"standard output cannot be written ({error.strerror}). The run goes on.", file=sys.stderr, flush=True)
 
     # A stream is None where the program was started with its descriptor closed, which the null device takes here.
-    sys.stderr = LastingStream(sys.stderr or open(os.devnull, "w"), lambda error: None)  # noqa: SIM115
-    sys.stdout = LastingStream(sys.stdout or open(os.devnull, "w"), say)  # noqa: SIM115
+    kind, stdout = (NoTerminal, None) if errors_alone else (LastingStream, sys.stdout)
+    sys.stderr = kind(sys.stderr or open(os.devnull, "w"), lambda error: None)  # noqa: SIM115
+    sys.stdout = LastingStream(stdout or open(os.devnull, "w"), say)  # noqa: SIM115
     try:
         yield
     finally:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from looped.checkpoint import Progress
 from looped.flash_attention import attention_implementation
 from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
 from looped.run_directory import hold, remove_beginnings, write_config
-from train import checkpoint
+from looped.sharding import replicate, share_out
+from looped.vocabulary import share_vocabulary, whole_vocabulary
+from train import checkpoint, processes
 from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.data import cache_directory, load_data
@@ -29,16 +32,18 @@ from train.task import TASKS, TaskSource, make_task
 class Run:
     """A run that is ready to train: everything is checked, loaded and built, and its directory is there.
 
-    step: optimisation steps done. steps: those to do, all told. schedule_steps: the length of the learning rate's
-    schedule. attention: what serves it in training, in words. penalty: the configuration's, on the device if it is to
-    be captured. capture_refusal: why a training step cannot be captured, though the device could. changes: what is
-    trained otherwise than before, in words.
+    model: with its weights, or this process's share of them. trained: what a training step calls: the model, or what
+    averages its gradients over several processes. step: optimisation steps done. steps: those to do, all told.
+    schedule_steps: the length of the learning rate's schedule. attention: what serves it in training, in words.
+    penalty: the configuration's, on the device if it is to be captured. capture_refusal: why a training step cannot be
+    captured, though the device could. changes: what is trained otherwise than before, in words.
     """
 
     config: TrainConfig
     out: Path
     source: Source
     model: LoopedLM
+    trained: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
@@ -76,13 +81,15 @@ def prepare(config: TrainConfig) -> Run:
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     device = device_of(config)
-    source = load_source(config)
+    processes.work(device, config.collective_timeout)
+    source = processes.first_then_others(lambda: load_source(config))
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
+    trained = _trained(model, config, depth)
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
@@ -94,6 +101,7 @@ def prepare(config: TrainConfig) -> Run:
         out=config.out,
         source=source,
         model=model,
+        trained=trained,
         optimizer=_optimizer(model, config, device, capturable=graphs),
         device=device,
         dtype=dtype,
@@ -107,7 +115,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     try:
         if config.resume is None:
-            _write_directory(run)
+            processes.from_first(lambda: _write_directory(run))
         else:
             _restore(run, before)
     except BaseException:
@@ -138,14 +146,35 @@ def _compile(model: LoopedLM, n_depths: int) -> None:
     The loops are unrolled, so that there is a graph for each depth, measured or not, for two sizes of micro-batches;
     and for evaluation, and its speed at every K, as many again.
     """
+    if processes.world_size() > 1:  # gradients of shared weights are ready at the end alone: nothing to overlap
+        torch._dynamo.config.optimize_ddp = False
     needed = 4 * n_depths + 2 * model.config.n_loops + 2
     torch._dynamo.config.recompile_limit = max(needed, torch._dynamo.config.recompile_limit)
     model.compile()
 
 
 def launcher(config: TrainConfig, device: torch.device) -> Launch:
-    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted."""
-    return CudaGraphs(device) if device.type == "cuda" and config.cuda_graph else eagerly
+    """How functions of the device's tensors are launched: as CUDA graphs, on a GPU and unless that is not wanted.
+
+    What several processes exchange is not captured.
+    """
+    graphs = device.type == "cuda" and config.cuda_graph and processes.world_size() == 1
+    return CudaGraphs(device) if graphs else eagerly
+
+
+def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
+    """What a training step calls."""
+    if processes.world_size() == 1:
+        return model
+    if config.shard == "fsdp2":
+        share_out(model, processes.group(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        return model
+    if config.shard_head:
+        share_vocabulary(model, processes.group())
+    idle_norm = config.inter_loop_norm and 1 in depth.values  # it stands between loops
+    idle_gate = config.exit_gate and config.supervision != "gated"
+    truncated = config.backprop_loops is not None  # a step may not reach the embedding
+    return replicate(model, processes.group(), find_unused=idle_norm or idle_gate or truncated)
 
 
 def _capture_refusal(config: TrainConfig) -> str | None:
@@ -181,15 +210,17 @@ def _write_directory(run: Run) -> None:
     created = not run.out.exists()
     try:
         run.out.mkdir(parents=True, exist_ok=True)
-        run.lock = hold(run.out)
+        _take(run)
         check_out_directory(run.out)  # another process may have been first while the text was loaded
     except OSError as error:
         raise _not_writable(run, error) from error
     try:
+        processes.note_launch(run.out)
         run.source.write(run.out)
         _write_config(run)
     except BaseException as error:
         remove_beginnings(run.out)
+        processes.forget_launch(run.out)
         if created:
             shutil.rmtree(run.out, ignore_errors=True)
         if isinstance(error, OSError):
@@ -215,8 +246,16 @@ def _write_config(run: Run) -> None:
 
 def _restore(run: Run, before: TrainConfig) -> None:
     """Continue from the checkpoint. ``before``: the configuration that the run had."""
-    run.lock = hold(run.out)
-    progress = checkpoint.load(run.out, run.model, run.optimizer)
+    processes.from_first(lambda: _take(run))
+    with whole_vocabulary(run.model, run.optimizer):
+        progress = checkpoint.load(run.out, run.model, run.optimizer)
+    processes.from_first(lambda: _check_progress(run, progress))
+    run.step = progress.step
+    run.changes = _changes(run, before)
+    processes.from_first(lambda: _begin_again(run))
+
+
+def _check_progress(run: Run, progress: Progress) -> None:
     if progress.fingerprint != run.source.fingerprint:
         raise ValueError(f"the text, its tokenizer or the task is not the one that {run.out} was begun with.")
     if run.steps < progress.step:
@@ -225,8 +264,14 @@ def _restore(run: Run, before: TrainConfig) -> None:
         )
     if run.steps == progress.step and (run.out / "summary.json").exists():
         raise ValueError(f"{run.out} is complete at step {run.steps}. Continue it with --steps above that.")
-    run.step = progress.step
-    run.changes = _changes(run, before)
+
+
+def _take(run: Run) -> None:
+    run.lock = hold(run.out)
+
+
+def _begin_again(run: Run) -> None:
+    processes.note_launch(run.out)
     _write_config(run)
     for name in ("summary.json", "report.png"):
         (run.out / name).unlink(missing_ok=True)  # of the steps done so far

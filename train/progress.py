@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from looped.graph import eagerly
-from train import checkpoint, report
+from train import checkpoint, processes, report
 from train.prepare import Run
 from train.step import LoopResult
 from train.utilisation import peak_flops
@@ -52,7 +52,7 @@ def utilisation(run: Run, steps: Sequence[int], seconds: float) -> float | None:
 
     steps: those taken in the seconds, from 0. Each counts at its own depth.
     """
-    peak = peak_flops(run.device)
+    peak = peak_flops(run.device)  # of one of the processes' devices
     if peak is None:
         return None
     config = run.config
@@ -65,7 +65,7 @@ def utilisation(run: Run, steps: Sequence[int], seconds: float) -> float | None:
         )
         for step in steps
     )
-    return per_token * run.tokens_per_step / seconds / peak
+    return per_token * run.tokens_per_step / seconds / (peak * processes.world_size())
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -110,7 +110,8 @@ def print_start(run: Run) -> None:
 
 def launch_line(run: Run) -> str:
     if run.launch is eagerly:
-        return "kernel by kernel"
+        several = processes.world_size() > 1 and run.config.cuda_graph
+        return "kernel by kernel" + (" (several processes capture no CUDA graphs)" if several else "")
     if run.capture_refusal is not None:
         return f"kernel by kernel ({run.capture_refusal}); evaluation as CUDA graphs"
     return "as CUDA graphs"
@@ -122,8 +123,13 @@ def model_line(run: Run) -> str:
     return (
         f"{config.preset}: {run.model.parameter_count():,} parameters, K = {config.n_loops} loops{_depth(run)}, "
         f"{config.readout} readout, {config.supervision} supervision{gate}, penalty {config.penalty:g}, "
-        f"{'fused' if config.fused else 'plain PyTorch'}, {config.dtype} on {run.device.type}"
+        f"{'fused' if config.fused else 'plain PyTorch'}, {config.dtype} on {_devices(run)}"
     )
+
+
+def _devices(run: Run) -> str:
+    n, shards = processes.world_size(), " that share the weights" if run.config.shard == "fsdp2" else ""
+    return run.device.type if n == 1 else f"{n} {run.device.type} processes{shards}"
 
 
 def _depth(run: Run) -> str:
@@ -161,8 +167,10 @@ def print_end(run: Run, rows: Sequence[dict[str, Any]], results: Sequence[LoopRe
 
 def resume_command(out: Path, *options: str) -> str:
     """The shell command that continues the run in ``out`` from the present directory."""
-    program = (sys.executable, str(Path(__file__).with_name("run.py")))
-    return shlex.join([*(_shorter(path) for path in program), "--resume", str(out), *options])
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") if processes.world_size() > 1 else None
+    launcher = [_shorter(sys.executable)] if several is None else ["torchrun", "--nproc-per-node", several]
+    program = _shorter(str(Path(__file__).with_name("run.py")))
+    return shlex.join([*launcher, program, "--resume", str(out), *options])
 
 
 def _shorter(path: str) -> str:
@@ -173,6 +181,8 @@ def _shorter(path: str) -> str:
 def how_to_continue(out: Path, *options: str) -> str:
     """The last good checkpoint of a run that has stopped, and the command that goes on from it; in one line."""
     step = checkpoint.step_of(out)
+    if not out.is_dir():
+        return f"{out} is not there. Once it is: {resume_command(out, *options)}"
     if step is None:
         return f"That was before the first checkpoint: {out} cannot be continued."
     return f"The checkpoint of step {step} is whole. To continue from it: {resume_command(out, *options)}"

@@ -18,7 +18,9 @@ if not __package__:  # run by its path: with the packages of its own checkout, i
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from looped.command_line import command_line
-from train.checkpoint import CheckpointError
+from looped.kernels.out_of_memory import is_out_of_memory
+from train import processes
+from train.checkpoint import CheckpointError, find
 from train.config import (
     MOVABLE,
     RESUMABLE,
@@ -32,6 +34,7 @@ from train.config import (
     validate,
 )
 from train.interrupt import Interrupted, Interruptions
+from train.out_of_memory import out_of_memory
 from train.output import lasting_output
 from train.prepare import prepare
 from train.progress import how_to_continue
@@ -44,31 +47,53 @@ PROGRAM = "train/run.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's).
 
-    Returns the exit code: 0; 1 after one line on stderr if training diverged or a file could not be written; 2 after
-    one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
+    Returns the exit code: 0; 1 after one line on stderr if training diverged, memory ran out or a file could not be
+    written; 2 after one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
     """
     run = None
-    with lasting_output(), Interruptions().installed() as interruptions:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with lasting_output(errors_alone=processes.is_later()), Interruptions().installed() as interruptions:
         try:
-            config = parse(sys.argv[1:] if argv is None else list(argv))
-            validate(config)
+            processes.join()
+            config = processes.from_first(lambda: configured(arguments))
             run = prepare(config)
         except (ValueError, OSError, ImportError) as error:
-            return _fail(str(error), 2)
+            return _fail(error, str(error), 2)
+        except RuntimeError as error:
+            return _fail(error, _lost(error), 1)
         except Interrupted as interrupted:
-            return _fail(str(interrupted), 128 + interrupted.signum)
+            return _fail(interrupted, str(interrupted), 128 + interrupted.signum)
         try:
             return train(run, interruptions)
         except NotFiniteError as error:
             lower = ("--learning-rate", f"{config.learning_rate / 2:g}")
-            return _fail(f"{error} {how_to_continue(run.out, *lower)}", 1)
+            return _fail(error, f"{error} {how_to_continue(run.out, *lower)}", 1)
         except (OSError, CheckpointError) as error:
-            return _fail(f"step {run.step} of {run.steps}: {error}. {how_to_continue(run.out)}", 1)
+            return _fail(error, f"step {run.step} of {run.steps}: {error}. {how_to_continue(run.out)}", 1)
+        except RuntimeError as error:
+            why, *options = out_of_memory(error, config) if is_out_of_memory(error) else (f"{_lost(error)}.",)
+            return _fail(error, f"step {run.step} of {run.steps}: {why} {how_to_continue(run.out, *options)}", 1)
         except Interrupted as interrupted:
             print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum
         finally:
             run.close()
+
+
+def configured(argv: list[str]) -> TrainConfig:
+    """The configuration that ``argv`` asks for, checked. Where torchrun has started the processes again, it is that of
+    the run which they had begun, to be continued from its checkpoint, or begun anew if it has none.
+
+    Raises ValueError as `parse` and `validate` do.
+    """
+    config = parse(argv)
+    if config.resume is None and config.out is not None and processes.was_begun_here(config.out):
+        if find(config.out) is None:
+            processes.discard(config.out)
+        else:
+            config = parse([*argv, "--resume", str(config.out)])
+    validate(config)
+    return config
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -105,10 +130,19 @@ def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _lost(error: RuntimeError) -> str:
+    """In words that another process is gone. Raises the error if it says something else."""
+    reason = processes.why_lost(error)
+    if reason is None:
+        raise error
+    return reason
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if processes.is_to_be_said(error):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.end(main)

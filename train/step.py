@@ -3,19 +3,25 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.graph import WARM_UP, Launch, eagerly
+from looped.kernels.arguments import gathered
 from looped.model import LoopedLM
+from looped.sharding import reshard
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
+from looped.vocabulary import clip_grad_norm_
+from train import processes
 from train.config import Schedule
 from train.source import Sequences
 
@@ -73,7 +79,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def training_step(
-    model: LoopedLM,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     targets: Tensor,
@@ -89,6 +95,8 @@ def training_step(
 ) -> StepResult:
     """One step of the optimiser on inputs and targets [B, T], taken in ``grad_accumulation`` micro-batches.
 
+    model: a `LoopedLM`, or one as looped/sharding.py has it on several devices. inputs and targets are then this
+    process's rows, of which every process has as many, and everything returned is of all of them together.
     n_loops, backprop_loops: those of `LoopedLM.forward`; all micro-batches have the same.
 
     The micro-batches may differ in rows and in ignored targets. Each loss is a sum over the whole batch's targets, and
@@ -100,25 +108,24 @@ def training_step(
     if not optimizer.defaults.get("fused"):
         raise ValueError(f"optimizer must be fused, so that it can leave out a step. Got {type(optimizer).__name__}.")
     optimizer.zero_grad(set_to_none=True)
-    whole = grad_accumulation == 1  # then the loss itself counts the targets
-    n_targets = None if whole else (targets != IGNORE_INDEX).sum().clamp(min=1)
+    n_targets = _n_targets(targets, grad_accumulation)
     parts: list[list[Tensor]] = []
-    for part_inputs, part_targets in zip(
-        inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True
-    ):
+    micro_batches = list(zip(inputs.chunk(grad_accumulation), targets.chunk(grad_accumulation), strict=True))
+    for number, (part_inputs, part_targets) in enumerate(micro_batches, start=1):
         share = len(part_inputs) / len(inputs)
-        with autocast(inputs.device, dtype):
-            output = model(
-                part_inputs,
-                part_targets,
-                supervision=supervision,
-                penalty=share * penalty,
-                n_loops=n_loops,
-                backprop_loops=backprop_loops,
-                statistics=measure,
-                n_targets=n_targets,
-            )
-        output.loss.backward()
+        with _unaveraged(model) if number < len(micro_batches) else nullcontext():
+            with autocast(inputs.device, dtype):
+                output = model(
+                    part_inputs,
+                    part_targets,
+                    supervision=supervision,
+                    penalty=share * penalty,
+                    n_loops=n_loops,
+                    backprop_loops=backprop_loops,
+                    statistics=measure,
+                    n_targets=n_targets,
+                )
+            output.loss.backward()
         parts.append([output.loss.detach(), output.per_loop])
         if measure:
             radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
@@ -127,11 +134,41 @@ def training_step(
             parts[-1] += [share * state_norms(output.states), share * radial_fraction]
             if output.log_exits is not None:
                 parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
-    loss, per_loop, *measured = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    reshard(model)
+    sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
+    loss, per_loop, *measured = _mean_over_processes(sums)
+    decoder: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    grad_norm = gathered(clip_grad_norm_(decoder, grad_clip))
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
     return StepResult(loss, per_loop, grad_norm, bad, *measured)
+
+
+def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
+    """By what a sum over some of the batch's targets is divided; None where the loss itself counts them.
+
+    Of several processes it is their targets over the number of processes: what is then averaged over the processes,
+    gradients by looped/sharding.py and the rest by `_mean_over_processes`, is the sum over all targets' number.
+    """
+    n_processes = processes.world_size()
+    if grad_accumulation == n_processes == 1:
+        return None
+    n = processes.total((targets != IGNORE_INDEX).sum()).clamp(min=1)
+    return n if n_processes == 1 else n / n_processes
+
+
+def _unaveraged(model: nn.Module) -> AbstractContextManager[None]:
+    """In which gradients of replicas are summed up and not yet averaged; shares of them are averaged every time."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    """The means over the processes, in one exchange."""
+    if processes.world_size() == 1:
+        return tensors
+    means = processes.mean(torch.cat([tensor.float().flatten() for tensor in tensors]))
+    parts = means.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -176,6 +213,8 @@ def evaluate(
 
     What a window is filled up with counts nowhere.
 
+    Of several processes each evaluates its share of the windows, and the speed is that of all of them together.
+
     ``bytes_per_token``: [V], or None if bits per byte are not defined. Bits per byte charge the end-of-document
     tokens, which stand for no bytes, to the text: all bits over all bytes.
     """
@@ -184,9 +223,11 @@ def evaluate(
     losses = torch.zeros(len(depths), dtype=torch.float64, device=device)
     norms = torch.zeros(len(depths), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
-    groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    groups = processes.own_batches(indices, batch_size)
     for group in tqdm(groups, desc="evaluating", unit="batch", disable=None, leave=False):
-        inputs, targets = windows.gather(group)
+        inputs, targets = windows.gather(group if len(group) else indices[:1])
+        if len(group) == 0:  # every process calls the model as often as the others
+            targets = torch.full_like(targets, IGNORE_INDEX)
         counted = targets[targets != IGNORE_INDEX]
         n_tokens += len(counted)
         n_bytes += 0 if bytes_per_token is None else int(bytes_per_token[counted.numpy()].sum())
@@ -195,8 +236,11 @@ def evaluate(
         )
         losses += batch_losses
         norms += batch_norms
-    rates = throughput(model, to_device(windows.gather(groups[0])[0], device), dtype=dtype, launch=launch)
-    rate_at = dict(enumerate(rates, start=1))
+    first = groups[0] if len(groups[0]) else indices[:1]
+    rates = throughput(model, to_device(windows.gather(first)[0], device), dtype=dtype, launch=launch)
+    rate_at = dict(enumerate(processes.total(torch.tensor(rates, dtype=torch.float64)).tolist(), start=1))
+    n_tokens, n_bytes = processes.total(torch.tensor([n_tokens, n_bytes])).tolist()
+    losses, norms = processes.total(losses), processes.total(norms)
     results = []
     for n_loops, total, norm in zip(depths, losses.tolist(), norms.tolist(), strict=True):
         ce = total / n_tokens

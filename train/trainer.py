@@ -2,20 +2,23 @@
 
 import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from looped.graph import eagerly
-from train import checkpoint, report
+from looped.sharding import own_part, whole
+from looped.vocabulary import whole_vocabulary
+from train import checkpoint, processes, report
 from train.accuracy import with_accuracy
-from train.bad_steps import BadSteps, locate
-from train.checkpoint import Progress
+from train.bad_steps import NOWHERE, BadSteps, locate
+from train.checkpoint import Progress, Saving
 from train.config import supervision_of
 from train.depth import evaluated_depths
 from train.interrupt import Interruptions
-from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
+from train.metrics import MetricsLog, NoLog, foreign_lines, read_metrics, write_json
 from train.prepare import Run, set_learning_rate
 from train.progress import (
     Clock,
@@ -27,6 +30,8 @@ from train.progress import (
     resume_command,
     show,
 )
+from train.saves import Saves
+from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
@@ -45,14 +50,22 @@ def train(run: Run, interruptions: Interruptions) -> int:
     started = time.perf_counter()
     first = run.step
     print_start(run)
-    with interruptions.deferred():
-        _optimise(run, interruptions)
-        save(run)
+    with interruptions.deferred(), Saves(run.config.on_save_error) as saves:
+        _optimise(run, interruptions, saves)
     if interruptions.pending is not None and run.step < run.steps:
+        processes.forget_launch(run.out)
         print(f"\nstopped at step {run.step} of {run.steps}. To continue:\n  {resume_command(run.out)}")
         return 128 + interruptions.pending
     train_seconds = time.perf_counter() - started
     results = _evaluate(run)
+    took = f"{run.steps - first} steps in {train_seconds:.0f} s"
+    processes.from_first(lambda: _report(run, results, took, train_seconds, time.perf_counter() - started))
+    if saves.failed:
+        print(f"not saved {saves.failed} times on the way; at the end everything was")
+    return 0
+
+
+def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float, seconds: float) -> None:
     rows = read_metrics(run.out / "metrics.jsonl")
     summary = {
         "preset": run.config.preset,
@@ -63,14 +76,15 @@ def train(run: Run, interruptions: Interruptions) -> int:
         "evaluation": [result._asdict() for result in results if result.n_loops <= run.config.n_loops],
         "evaluation_beyond": [result._asdict() for result in results if result.n_loops > run.config.n_loops],
         **report.environment(run.device),
+        "processes": processes.world_size(),
         "cuda_graphs": run.graphs_used,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "train_seconds": train_seconds,
     }
     report.draw(run.out / "report.png", rows, results, f"{model_line(run)}\n{data_line(run)}")
+    processes.forget_launch(run.out)
     write_json(run.out / "summary.json", summary)  # last: it says that the run is complete
-    print_end(run, rows, results, f"{run.steps - first} steps in {train_seconds:.0f} s")
-    return 0
+    print_end(run, rows, results, took)
 
 
 def _is_logged(step: int, run: Run) -> bool:
@@ -82,29 +96,42 @@ def _is_saved(step: int, run: Run) -> bool:
     return every > 0 and (step % every == 0 or step == min(FIRST_SAVE, every)) and step < run.steps
 
 
-def _optimise(run: Run, interruptions: Interruptions) -> None:
-    """Take the steps that remain, until a signal is pending."""
-    log = _open_log(run)
+def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
+    """Take the steps that remain, until a signal is pending, and save what was reached."""
+    log = _open_log(run) if processes.is_first() else NoLog()
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
-    bar, clock = progress_bar(run), Clock(run)
-    with closing(log), closing(bar):
-        while run.step < run.steps and interruptions.pending is None:
+    bar, clock, state_norms = progress_bar(run), Clock(run), StateNorms(run.config.penalty)
+    with closing(bar):
+        while run.step < run.steps and not _stopping(interruptions):
             measure = _is_logged(run.step + 1, run)
             rate, result = _step(run, measure)
             bad_steps.add(result.bad)
-            stop = bad_steps.too_many()
+            stop = processes.any_of(bad_steps.too_many())
             if measure or stop:
                 row = _row(run, result, rate, clock, bad_steps.total)
-                log.append(row)
+                with saves.attempt():
+                    log.append(row)
                 show(bar, row, clock.left(run))
+                if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
+                    bar.write(warning)
             if stop:
-                raise NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row()))
+                raise processes.agreed(NotFiniteError(_bad_steps_line(run, bad_steps.in_a_row())))
             bar.update(1)
             if _is_saved(run.step, run):
                 with clock.paused():
-                    save(run)
+                    saves.take(partial(save, run))
+        saves.take_last(partial(save, run))
+        processes.from_first(log.flush)
+
+
+def _stopping(interruptions: Interruptions) -> bool:
+    """Whether a signal is pending, in any of the processes: then it is in all of them."""
+    signum = processes.largest(interruptions.pending or 0)
+    if signum:
+        interruptions.pending = signum
+    return signum > 0
 
 
 def _open_log(run: Run) -> MetricsLog:
@@ -120,36 +147,47 @@ def _open_log(run: Run) -> MetricsLog:
 def _bad_steps_line(run: Run, n: int) -> str:
     """Why the run stops. The first step of the row is repeated: the weights are still those that it began with."""
     first = run.step - n + 1
-    config = run.config
-    inputs, targets = _batch(run, first - 1)
-    began = locate(
-        run.model,
-        inputs,
-        targets,
-        supervision=supervision_of(config),
-        penalty=config.penalty,
-        dtype=run.dtype,
-        n_loops=run.depth.at(config.seed, first - 1),
-        backprop_loops=config.backprop_loops,
-        grad_accumulation=config.grad_accumulation,
-    )
+    places = processes.gather(_place(run, first))
+    began = next((place for place in places if place != NOWHERE), NOWHERE)
     return (
         f"the loss or the gradient was not finite in {n} steps in a row, {first} to {run.step}, which were not taken. "
         f"At step {first} it began {began}. Lower --learning-rate."
     )
 
 
-def save(run: Run) -> None:
+def _place(run: Run, first: int) -> str:
+    config = run.config
+    inputs, targets = _batch(run, first - 1)
+    with whole(run.model):
+        return locate(
+            run.model,
+            inputs,
+            targets,
+            supervision=supervision_of(config),
+            penalty=config.penalty,
+            dtype=run.dtype,
+            n_loops=run.depth.at(config.seed, first - 1),
+            backprop_loops=config.backprop_loops,
+            grad_accumulation=config.grad_accumulation,
+        )
+
+
+def save(run: Run) -> Saving:
     """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
-    if not bool(torch.stack([weight.detach().isfinite().all() for weight in run.model.parameters()]).all()):
-        raise NotFiniteError(f"a weight is not finite after step {run.step}. Lower --learning-rate.")
-    checkpoint.save(run.out, run.model, run.optimizer, Progress(run.step, run.source.fingerprint))
+    finite = torch.stack([own_part(weight.detach()).isfinite().all() for weight in run.model.parameters()]).all()
+    if processes.any_of(not finite):
+        line = f"a weight is not finite after step {run.step}. Lower --learning-rate."
+        raise processes.agreed(NotFiniteError(line))
+    progress = Progress(run.step, run.source.fingerprint)
+    with whole_vocabulary(run.model, run.optimizer):
+        return checkpoint.save(run.out, run.model, run.optimizer, progress, in_background=run.config.async_save)
 
 
 def _batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] of step ``step``, from 0, on the device."""
+    """This process's inputs and targets [B, T] of step ``step``, from 0, on the device."""
     config = run.config
-    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size)
+    share = {"rank": processes.rank(), "world": processes.world_size()}
+    inputs, targets = run.source.batch(step, seed=config.seed, batch_size=config.batch_size, **share)
     return to_device(inputs, run.device), to_device(targets, run.device)
 
 
@@ -164,7 +202,8 @@ def _step(run: Run, measure: bool) -> tuple[float, StepResult]:
         steps=run.schedule_steps,
     )
     set_learning_rate(run.optimizer, rate)
-    run.model.train()
+    processes.seed_step(config.seed, run.step)
+    run.trained.train()
     launch = run.launch if run.capture_refusal is None else eagerly
     n_loops = run.depth.at(config.seed, run.step)
     result = launch(_training_step, run, measure, n_loops, inputs, targets, run.penalty)
@@ -178,7 +217,7 @@ def _training_step(
     """What is captured on a GPU: once for each depth, measured or not."""
     config = run.config
     return training_step(
-        run.model,
+        run.trained,
         run.optimizer,
         inputs,
         targets,
@@ -224,11 +263,17 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        return _results(run)
+
+
+def _results(run: Run) -> list[LoopResult]:
     config = run.config
     sequences, indices = run.source.validation(config.eval_tokens)
     task, deepest = run.source.task, config.eval_loops or config.n_loops
     depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
-    how: dict[str, Any] = {"batch_size": config.batch_size, "device": run.device, "dtype": run.dtype}
+    at_once = config.batch_size // config.grad_accumulation  # what training has memory for
+    how: dict[str, Any] = {"batch_size": at_once, "device": run.device, "dtype": run.dtype}
     results = evaluate(
         run.model,
         sequences,

@@ -55,11 +55,11 @@ def with_fresh_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def why_missing(package: str, *, needs_gpu: bool = False) -> str | None:
-    """Why what needs a package cannot run here, or None."""
+def why_missing(package: str, *, needs_gpu: bool = False, extra: str = "bench") -> str | None:
+    """Why what needs a package, which an extra of ours has, cannot run here, or None."""
     if needs_gpu and DEVICE.type != "cuda":
         return "needs a GPU"
-    return None if find_spec(package) else f"{package} is not installed (the bench extra has it)"
+    return None if find_spec(package) else f"{package} is not installed (the {extra} extra has it)"
 
 
 def cannot_run_here(error: Exception) -> bool:

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
+from looped.kernels import (
+    VocabularyShard,
+    looped_cross_entropy,
+    radial_gradient,
+    readout_statistics,
+    rms_norm_penalty,
+    swiglu,
+)
+from looped.kernels.cross_entropy import LossOptions, RowResults
+from looped.kernels.sharded_cross_entropy import finish_rows, form_parts, n_parts
 
 CHANNELS = (512, 768, 2048)
 WIDE_CHANNELS = (4096,)
@@ -140,6 +149,30 @@ def statistics(d: int, n_columns: int, dtype: torch.dtype, everything: bool = Tr
         readout_statistics(states, head, targets, norm_weight=_gpu(d), bias=bias, softcap=30.0 if softcap else None)
 
 
+def sharded_losses(n_columns: int, dtype: torch.dtype, everything: bool = True, tokens: int = 2048) -> None:
+    """The two passes over a rank's logits, an eighth of all: gradient, bias, softcap, weights and statistics.
+
+    The kernels alone, as there is no process group to exchange what is between them.
+    """
+    shard = VocabularyShard(n_columns, group="", rank=1, n_ranks=8)
+    width = shard.rows.stop - shard.rows.start
+    targets, z_loss = _gpu(tokens, dtype=torch.int64), _gpu(trained=False)
+    flags = list(itertools.product(YES_NO, repeat=4))
+    for gradient, bias, softcap, statistics in flags if everything else [flags[i] for i in (8, 9, 14, 15)]:
+        logits = _gpu(tokens, -(-width // 16) * 16, dtype=dtype, trained=False)[:, :width]
+        options = LossOptions(
+            label_smoothing=0.1 * bias, softcap=30.0 if softcap else None, z_loss=z_loss if bias else None
+        )
+        of_bias = _gpu(width, dtype=dtype if softcap else torch.float32, trained=False) if bias else None
+        parts = _gpu(n_parts(statistics=statistics), tokens, trained=False)
+        form_parts(logits, targets, of_bias, options, shard, parts)
+        results = RowResults(_gpu(tokens), *((_gpu(3, tokens), _gpu(tokens, dtype=torch.int64)) if statistics else ()))
+        finish_rows(
+            logits, targets, _gpu(tokens) if bias else None, of_bias, options, shard, _gpu(8, *parts.shape), results,
+            gradient=gradient,
+        )  # fmt: skip
+
+
 def cases(sampled: bool) -> Iterator[Case]:
     """Named calls at every shape and dtype; sampled: those that a quick check takes."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -151,6 +184,8 @@ def cases(sampled: bool) -> Iterator[Case]:
         for d, n_columns, dtype in ((768, 20_000, fp32), (2048, 128_256, bf16)):
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype, False)
             yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype, False)
+        for n_columns, dtype in ((20_000, fp32), (128_256, bf16)):
+            yield f"sharded V={n_columns // 8}", functools.partial(sharded_losses, n_columns, dtype, False)
         yield "losses d=512 V=50257", functools.partial(losses, 512, 50_257, bf16, False)
         yield "trainer d=768 V=20000", lambda: trainer_readout(768, 20_000, everything=False)
         return
@@ -171,6 +206,8 @@ def cases(sampled: bool) -> Iterator[Case]:
         yield f"losses of 2047 tokens {dtype}", functools.partial(losses, 768, 20_000, dtype, tokens=2047)
         for d, n_columns in SHAPES + SMALL_SHAPES:
             yield f"losses d={d} V={n_columns} {dtype}", functools.partial(losses, d, n_columns, dtype)
+        for _, n_columns in SHAPES + SMALL_SHAPES[2:3]:
+            yield f"sharded V={-(-n_columns // 8)} {dtype}", functools.partial(sharded_losses, n_columns, dtype)
         for d, n_columns in SHAPES + SMALL_SHAPES[2:3]:
             yield f"statistics d={d} V={n_columns} {dtype}", functools.partial(statistics, d, n_columns, dtype)
     for d, n_columns in SHAPES[:2]:

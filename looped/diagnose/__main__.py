@@ -1,6 +1,7 @@
 """Diagnose saved runs and write a page that compares them: ``python -m looped.diagnose RUN [RUN ...]``.
 
-Or one model of others that is known: ``python -m looped.diagnose --model NAME_OR_PATH --data FILES --out DIR``.
+Or one model as transformers saves it, an export or one of others that is known:
+``python -m looped.diagnose --model NAME_OR_PATH --data FILES --out DIR``.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def _of_a_model(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
     )
     check_writable(out)
     print(f"diagnosing {pretrained.name}", flush=True)
-    diagnosis = pretrained.diagnose(options.loops)
+    diagnosis = pretrained.diagnose(options.loops, rounds=options.rounds)
     if options.scale_loops:
         checks = scale_checks(pretrained.model, pretrained.batches, options.scale_loops)
         print(scale_table(checks), flush=True)
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run that training wrote")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a model of transformers or the hub, instead of runs")
     parser.add_argument("--data", metavar="FILES", help="for --model: text files, or a .safetensors file with tokens")
-    parser.add_argument("--seq-len", type=int, default=256, help="for --model: tokens of a window (default: 256)")
+    parser.add_argument("--seq-len", type=int, help="for --model: tokens of a window (default: 256 or the longest)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="for --model: run the code that comes with the model"
     )

@@ -152,7 +152,7 @@ def diagnose_run(
     training = run.config["train"]
     batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
     first = first_with_gradient(decoder.config.n_loops, training.get("backprop_loops"))
-    weights = _loop_weights(decoder, training["supervision"], first, batches, device)
+    weights = loop_weights(decoder, training["supervision"], first, batches, device)
     return diagnose(
         from_decoder(decoder, weights=weights, penalty=training["penalty"]),
         [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
@@ -166,8 +166,8 @@ def diagnose_run(
 
 
 @torch.no_grad()
-def _loop_weights(
-    decoder: LoopedLM, supervision: Supervision, first: int, batches: list[Batch], device: str
+def loop_weights(
+    decoder: LoopedLM, supervision: Supervision, first: int, batches: Sequence[Batch], device: str | torch.device
 ) -> tuple[float, ...]:
     """[K], of each loop in the training loss; those of gated supervision as means over the tokens.
 

@@ -1,5 +1,9 @@
-"""Models as transformers saves them: loaded by name or directory, with text or tokens to measure on."""
+"""Models as transformers saves them: loaded by name or directory, with text or tokens to measure on.
 
+Those that `looped.adapters` knows, and our own as `looped.export` writes them.
+"""
+
+import copy
 import dataclasses
 import glob
 import json
@@ -15,11 +19,15 @@ from torch import Tensor, nn
 
 from looped.adapters import ADAPTERS
 from looped.diagnose.adapted import from_model, in_float64
-from looped.diagnose.diagnosis import Diagnosis, diagnose, validation_batches
+from looped.diagnose.diagnosis import Diagnosis, diagnose, loop_weights, validation_batches
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
-from looped.diagnose.model import Batch
+from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 from looped.run_directory import Validation
 
+OURS = "looped_lm"  # the model_type of an export
+SEQ_LEN = 256  # of a window, where the model takes so many
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to predict (BERT, arXiv 1810.04805)
 
 
@@ -32,18 +40,36 @@ class Pretrained:
     batches: list[Batch]
     notes: dict[str, str]
 
-    def diagnose(self, horizon: int) -> Diagnosis:
-        """The diagnosis. Raises ValueError as `diagnose` and `from_model` do."""
-        described = from_model(self.model)
-        double = in_float64(described)
-        found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double)
+    def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
+        """The diagnosis. rounds: of one of ours, as `diagnose` takes it. Raises ValueError as it and `describe` do."""
+        described = describe(self.model, self.batches)
+        if described.decoder is None:
+            double, rounds = in_float64(described), 0
+        else:
+            double = from_decoder(copy.deepcopy(described.decoder).double())
+        found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
         return dataclasses.replace(found, origin=found.origin | self.notes)
 
 
+def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool = True) -> LoopedModel:
+    """A model that `load_pretrained` has loaded as a LoopedModel; `from_model` says what the options mean.
+
+    Of one of ours the weights are those of its supervision, with a gate as means over the batches.
+    """
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, LoopedLM):
+        return from_model(model, readout_norm=readout_norm)
+    config: Any = model.config
+    first = first_with_gradient(decoder.config.n_loops, config.backprop_loops)
+    weights = loop_weights(decoder, config.supervision, first, batches, decoder.embedding.weight.device)
+    described = from_decoder(decoder, weights=weights, penalty=config.penalty)
+    return described if readout_norm else dataclasses.replace(described, norm=None)
+
+
 def load_pretrained(
-    name: str, data: str, *, n_tokens: int, seq_len: int, device: str = "cpu", trust_remote_code: bool = False
+    name: str, data: str, *, n_tokens: int, seq_len: int | None, device: str = "cpu", trust_remote_code: bool = False
 ) -> Pretrained:
-    """A model and windows of `seq_len` tokens, `n_tokens` in all, from `data`.
+    """A model and windows of `seq_len` tokens, `n_tokens` in all, from `data`. None: of 256, or the model's longest.
 
     name: a directory that save_pretrained wrote, or a model of the hub. trust_remote_code: run the code that comes with
     it, as transformers means it.
@@ -54,7 +80,8 @@ def load_pretrained(
     """
     files = _files(data)
     content = _config(name, trust_remote_code)
-    longest = content.get("max_position_embeddings", content.get("block_size"))
+    longest = _longest(content)
+    seq_len = min(SEQ_LEN, longest or SEQ_LEN) if seq_len is None else seq_len
     if not 1 <= seq_len <= (longest or seq_len):
         raise ValueError(f"seq_len must be in [1, {longest or 'any'}], the model's longest. Got {seq_len}.")
     masked = content["model_type"] == "albert"
@@ -71,6 +98,8 @@ def load_pretrained(
     loader = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     model = _load(name, loader, trust_remote_code, dtype=torch.float32).to(device).eval().requires_grad_(False)
     notes = {"model": name, "data": Path(data).name}
+    if content["model_type"] == "hrm_text":
+        notes["state"] = "both states before their norms, side by side"
     if masked:
         notes["masked"] = f"{MASKED_SHARE:.0%} of the tokens; all are predicted"
     return Pretrained(
@@ -116,7 +145,9 @@ def scale_checks(model: nn.Module, batches: Sequence[Batch], n_loops: int = 8) -
     n is n_loops. The loops beyond the trained ones are run as the trained ones are. Raises ValueError for n_loops < 1.
     """
     sweeps = [
-        sweep_alpha(dataclasses.replace(from_model(model, readout_norm=norm), n_loops=n_loops, weights=None), batches)
+        sweep_alpha(
+            dataclasses.replace(describe(model, batches, readout_norm=norm), n_loops=n_loops, weights=None), batches
+        )
         for norm in (True, False)
     ]
     normed, raw = sweeps
@@ -179,29 +210,44 @@ def _read_tokens(files: Sequence[Path], tokenizer: Any) -> Tensor:
 
 def _transformers() -> Any:
     try:
-        import transformers  # slow to import, and needed here alone
+        import huggingface_hub  # slow to import, and needed here alone
+        import transformers
     except ImportError as error:
         raise ValueError("transformers must be installed for a model by name (extra hf). It is not.") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one line, and not one for every try
     return transformers
 
 
 def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
-    """The model's config.json, if its code is here and looped.adapters knows it."""
+    """The model's config.json, if its code is here and the model is known."""
     transformers = _transformers()
     try:
         content, _ = transformers.PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name, error)) from error
     kind = content.get("model_type")
-    if kind not in ADAPTERS:
-        raise ValueError(f"model must be one of {', '.join(sorted(ADAPTERS))}. Got {name} of model_type {kind!r}.")
+    if kind == OURS:
+        from looped.transformers import register
+
+        register()
+    elif kind not in ADAPTERS:
+        raise ValueError(
+            f"model must be one of {', '.join(sorted([*ADAPTERS, OURS]))}. Got {name} of model_type {kind!r}."
+        )
     if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(
             f"a model whose code comes with it needs --trust-remote-code: look at the code first. Got {name} of {kind}."
         )
     return dict(content)
+
+
+def _longest(content: dict[str, Any]) -> int | None:
+    """The most tokens that the model of a config.json takes; None for any number."""
+    if content["model_type"] == OURS:
+        return content.get("max_seq_len") if content.get("positions") == "learned" else None
+    return content.get("max_position_embeddings", content.get("block_size"))
 
 
 def _load(name: str, loader: str, trust_remote_code: bool, **options: Any) -> Any:

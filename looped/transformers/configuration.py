@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from looped.config import LoopedConfig
-from looped.supervision import Supervision
+from looped.supervision import Gated, Supervision
 
 # Where AutoConfig and AutoModelForCausalLM find the classes with trust_remote_code=True: in a file beside config.json.
 AUTO_FILE = "looped_lm.py"
@@ -27,9 +27,11 @@ class LoopedPretrainedConfig(PreTrainedConfig):
 
     depth: K, how often the stack is applied here. It may be changed at any time; by default n_loops.
     supervision, penalty: of the loss that labels give, as `LoopedLM.readout_loss` describes them.
+    backprop_loops: of the loss, as `LoopedLM.forward` takes it; None for all.
+    gate_beta, gate_prior: of gated supervision, as `looped.supervision.Gated` describes them.
     run: what is known of the run that the weights are from; the model card shows it. {} if nothing is.
 
-    Raises TypeError or ValueError as LoopedConfig does, and TypeError where a field without default is missing.
+    Raises TypeError or ValueError as LoopedConfig and Gated do, and TypeError where a field without default is missing.
     """
 
     model_type = "looped_lm"
@@ -50,6 +52,9 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         depth: int | None = None,
         supervision: Supervision = "per-loop",
         penalty: float = 0.0,
+        backprop_loops: int | None = None,
+        gate_beta: float = Gated.beta,
+        gate_prior: str = Gated.prior,
         run: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -60,6 +65,9 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         self.depth = shape.n_loops if depth is None else depth
         self.supervision = supervision
         self.penalty = penalty
+        self.backprop_loops = backprop_loops
+        gate = Gated(gate_beta, gate_prior)
+        self.gate_beta, self.gate_prior = gate.beta, gate.prior
         self.run = {} if run is None else run
         self.auto_map = AUTO_MAP
         super().__init__(**{name: value for name, value in options.items() if name != "auto_map"})
@@ -72,6 +80,11 @@ class LoopedPretrainedConfig(PreTrainedConfig):
     def shape(self) -> LoopedConfig:
         """The decoder's own configuration."""
         return LoopedConfig(**{field.name: getattr(self, field.name) for field in fields(LoopedConfig)})
+
+    @property
+    def loss_supervision(self) -> Supervision | Gated:
+        """The supervision of the loss, with its options."""
+        return Gated(self.gate_beta, self.gate_prior) if self.supervision == "gated" else self.supervision
 
     @property
     def num_hidden_layers(self) -> int:

@@ -1,8 +1,9 @@
 """LoopedForCausalLM: the decoder behind the calls that transformers makes of a causal language model."""
 
+import math
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from looped.context import Context
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 from looped.supervision import IGNORE_INDEX
 from looped.transformers.attention import Rows, is_padded_on_the_left, mask_of, positions_of
 from looped.transformers.card import model_card
@@ -92,29 +95,32 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         one. logits_to_keep: how many of the last positions, 0 for all, or which ones. output_hidden_states: return the
         states.
         labels: [B, T], the tokens themselves, -100 where they do not count: the one at t + 1 is what position t
-        predicts. In training no logits are formed then.
+        predicts. In training no logits are formed then, unless there is a cache.
         num_items_in_batch: the number of predictions that count in all micro-batches of a step; the loss is divided by
         it, and the penalty counts by this micro-batch's share, so that the micro-batches' losses add up to the loss of
         the whole.
 
-        Raises ValueError for rows longer than learned positions, for labels where a coda would need more than the
-        states to read them, and as LoopedLM does.
+        Raises ValueError for rows longer than learned positions, for labels of rows that follow cached ones in a model
+        with a coda, which would have to know how every loop read those, and as LoopedLM does.
         """
         decoder = self.decoder
+        if labels is not None and decoder.config.n_coda and cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "labels of rows that follow cached ones need a model without coda. "
+                f"Got {cache.get_seq_length()} cached tokens, n_coda={decoder.config.n_coda}."
+            )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         rows, position_ids = self._attending(input_ids, attention_mask, position_ids, cache)
-        states = decoder.unroll(input_ids, self.config.depth, positions=position_ids, cache=rows)
+        with_gradient = None if labels is None else self.config.backprop_loops
+        states = decoder.unroll(input_ids, self.config.depth, with_gradient, positions=position_ids, cache=rows)
         output = LoopedCausalLMOutput(cache=cache, hidden_states=states if output_hidden_states else None)
         if labels is not None:
-            if decoder.config.n_coda and (rows is not None or position_ids is not None):
-                raise ValueError(
-                    "labels of rows that are padded on the left, cached or have positions need a model without coda. "
-                    f"Got n_coda={decoder.config.n_coda}."
-                )
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            output.loss, output.per_loop = self._loss(states, targets, num_items_in_batch)
-        if labels is None or not self.training:
+            uncached = None if rows is None else replace(rows, cache=None)  # the coda reads every state, and keeps none
+            context = decoder.context(input_ids, positions=position_ids, cache=uncached)
+            output.loss, output.per_loop = self._loss(states, targets, num_items_in_batch, context)
+        if labels is None or not self.training or cache is not None:  # a coda has its place in the cache
             context = decoder.context(input_ids, positions=position_ids, cache=rows)
             output.logits = decoder.head_logits(_kept(decoder.read(states[-1], context), logits_to_keep))
         return output.to_tuple() if return_dict is False else output
@@ -144,15 +150,17 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         return Rows(config, mask, cache, config.dropout if self.training else 0.0), position_ids
 
     def _loss(
-        self, states: tuple[Tensor, ...], targets: Tensor, num_items: int | Tensor | None
+        self, states: tuple[Tensor, ...], targets: Tensor, num_items: int | Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor | None]:
+        first = first_with_gradient(len(states), self.config.backprop_loops)
         penalty: float | Tensor = self.config.penalty
         if num_items is not None and penalty:
             penalty = penalty * (targets != IGNORE_INDEX).sum() / num_items
         result = self.decoder.readout_loss(
-            states, targets, supervision=self.config.supervision, penalty=penalty, n_targets=num_items
-        )
-        return result.loss, result.per_loop
+            states[first:], targets, supervision=self.config.loss_supervision, penalty=penalty, n_targets=num_items,
+            context=context,
+        )  # fmt: skip
+        return result.loss, F.pad(result.per_loop, (first, 0), value=math.nan)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As transformers does, with a README.md where the configuration knows of a run."""

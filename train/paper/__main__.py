@@ -24,27 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     with Interruptions().installed() as interruptions:
         try:
-            return _run(words, interruptions)
+            match words:
+                case ["sweep", *options]:
+                    return sweep.run(options, interruptions)
+                case ["claims", *options]:
+                    return judging.run(options)
+                case ["frontier", *options]:
+                    return frontier.run(options, interruptions)
+                case ["-h" | "--help"]:
+                    print(__doc__)
+                    return 0
+            got = shlex.join(words)
+            raise ValueError(f"the command must be sweep, claims or frontier, before its options. Got {got!r}.")
         except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except Interrupted as interrupted:
             print(f"\nstopped. To continue:\n  {shlex.join([sys.executable, '-m', 'train.paper', *words])}")
             return 128 + interrupted.signum
-
-
-def _run(words: list[str], interruptions: Interruptions) -> int:
-    match words:
-        case ["sweep", *options]:
-            return sweep.run(options, interruptions)
-        case ["claims", *options]:
-            return judging.run(options)
-        case ["frontier", *options]:
-            return frontier.run(options, interruptions)
-        case ["-h" | "--help"]:
-            print(__doc__)
-            return 0
-    raise ValueError(f"the command must be sweep, claims or frontier, before its options. Got {shlex.join(words)!r}.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Speed of prefill at K = 1..n_loops: a decoder of each architecture that was trained, and its competitors.
 
 What is timed: tokens [B, T] through K loops of the decoder, and the logits [B, T, V] of the last state, without
-gradients.  Conditions that differ in training alone have one architecture and so one speed.
+gradients. Conditions that differ in training alone have one architecture and so one speed.
 """
 
 import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
+from looped.run_directory import SavedRun
+from train.batches import Windows
 from train.step import autocast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,6 +30,11 @@ class Rate(NamedTuple):
     median: float
     low: float
     high: float
+
+
+def rates_at(rates: dict[str, dict[str, list[Rate]]], model: str, loop: int) -> dict[str, dict[str, Any]]:
+    """The rates of a model after a loop (from 0) by batch size, from those by batch size and model."""
+    return {batch: by_model[model][loop]._asdict() for batch, by_model in rates.items()}
 
 
 def architecture(config: LoopedConfig) -> str:
@@ -43,6 +50,13 @@ def competitors(model: LoopedLM) -> dict[str, LoopedLM]:
     for block in compiled.blocks:
         block.compile(dynamic=False)
     return {"plain PyTorch": plain, "plain PyTorch, blocks compiled": compiled}
+
+
+def window_batch(run: SavedRun, batch: int) -> Tensor:
+    """[batch, T] inputs from the validation split, over again where it is short."""
+    seq_len = run.model.config.max_seq_len
+    windows = Windows(run.validation.tokens.numpy(), seq_len, seq_len)
+    return windows.gather(np.arange(batch) % len(windows))[0].to(DEVICE)
 
 
 def seconds_of(call: Callable[[], None]) -> float:
@@ -61,7 +75,7 @@ def _wait() -> None:
 
 @torch.no_grad()
 def throughput(models: dict[str, LoopedLM], inputs: Tensor, dtype: torch.dtype, rounds: int) -> dict[str, list[Rate]]:
-    """Of every model, at K = 1..n_loops, on ``inputs`` [B, T].
+    """The rates of every model at K = 1..n_loops, on ``inputs`` [B, T].
 
     In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
     while is so for all of them.

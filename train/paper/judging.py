@@ -6,10 +6,11 @@ claims.md, with its figures, claims.json, and the diagnosis of one seed's runs s
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,26 +18,27 @@ from typing import Any, Literal, get_args
 import torch
 
 from looped.command_line import command_line
-from looped.diagnose import Diagnosis, write_diagnosis
+from looped.diagnose import Diagnosis, diagnose_run, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
-from looped.diagnose.record import read_diagnosis_of_run
+from looped.diagnose.record import read_diagnosis_of_run, record_of_run
+from looped.diagnose.record import write_record as write_diagnosis_record
 from looped.run_directory import check_writable, load_run
 from train.metrics import finite
-from train.paper.claim import Claim, Mark, Seed, Untestable, judge
+from train.paper.claim import Evidence, Mark, Seed, judge
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
 from train.paper.conditions import N_LOOPS, SEEDS
-from train.paper.evidence import HORIZON, Evidence, make_diagnosis
-from train.paper.exit_gap import COLOURS, draw_exit_gap
-from train.paper.options import check_distinct, check_positive
-from train.paper.plan import check_runs, sweep_command
+from train.paper.figures import COLOURS, draw_exit_gap
+from train.paper.options import check_options
+from train.paper.plan import sweep_command
 from train.paper.record import write_record
-from train.paper.runs import FoundRun, RunResult, complete_runs, find_runs, read_run, sweep_settings
+from train.paper.runs import Run, RunResult, check_alike, complete_runs, read_runs, sweep_settings
 from train.paper.seed_tables import measurements
 from train.paper.tables import distinct
 from train.report import environment
 
 COMMAND = ["python", "-m", "train.paper", "claims"]
+HORIZON = 30  # loops over which the paper follows the state
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Sweep:
     settings: dict[str, Any]
     seeds: Mapping[int, Seed]
     asked: tuple[int, ...]
-    commands: list[str] = field(default_factory=list)
+    commands: list[str]
 
 
 def run(words: Sequence[str]) -> int:
@@ -84,8 +86,7 @@ def run(words: Sequence[str]) -> int:
 def parse(words: Sequence[str]) -> ClaimsConfig:
     """Raises ValueError for an option that is out of its range, or a directory that cannot be written."""
     config = command_line(list(words), ClaimsConfig(), " ".join(COMMAND))
-    check_distinct(config, "seeds")
-    check_positive(config, "jobs")
+    check_options(config, distinct=("seeds",), positive=("jobs",))
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
     check_writable(config.out)
@@ -99,54 +100,50 @@ def collect(config: ClaimsConfig, command: str) -> Sweep:
     run, if one was not trained with 4 loops, if runs were trained with different settings, if tokens are too few, or
     if files are damaged. A run that has diverged is reported, and left out of what is judged.
     """
-    results = {run: read_run(run) for run in find_runs(config.runs) if run.seed in config.seeds}
+    results = {run: result for run, result in read_runs(config.runs).items() if run.seed in config.seeds}
     complete = [run for run in results if results[run].status == "complete"]
     if not complete:
         raise ValueError(f"runs must hold a complete run of the seeds. {config.runs} has none of {config.seeds}.")
-    check_runs(config.runs)
+    check_alike(config.runs)
     for run in complete:
         if len(results[run].evaluation) != N_LOOPS:
             raise ValueError(
                 f"n_loops must be {N_LOOPS}, the paper's. {run.directory} has {len(results[run].evaluation)}."
             )
-    seeds: dict[int, dict[str, Evidence]] = {seed: {} for seed in config.seeds}
+    seeds: dict[int, dict[str, Evidence]] = {}
     for run, diagnosis in _diagnoses(complete, config).items():
         if diagnosis is None:
             results[run] = replace(results[run], status="diverged")
         else:
-            seeds[run.seed][run.condition] = Evidence(results[run], replace(diagnosis, name=run.condition))
-    judged = {seed: runs for seed, runs in seeds.items() if runs}
-    if not judged:
+            evidence = Evidence(results[run], replace(diagnosis, name=run.condition))
+            seeds.setdefault(run.seed, {})[run.condition] = evidence
+    if not seeds:
         raise ValueError(f"runs must hold a run that has not diverged. {config.runs} has none of {config.seeds}.")
     commands = [*sweep_command(config.runs), command]
-    return Sweep(list(results.values()), sweep_settings(list(results)), judged, config.seeds, commands)
+    seeds = {seed: seeds[seed] for seed in config.seeds if seed in seeds}
+    return Sweep(list(results.values()), sweep_settings(config.runs), seeds, config.seeds, commands)
 
 
-def _diagnoses(runs: Sequence[FoundRun], config: ClaimsConfig) -> dict[FoundRun, Diagnosis | None]:
+def _diagnoses(runs: Sequence[Run], config: ClaimsConfig) -> dict[Run, Diagnosis | None]:
     """The diagnosis of every run, in their order, None if it has diverged."""
     seq_len = load_run(runs[0].directory).model.config.max_seq_len
     n_tokens = config.tokens // seq_len * seq_len
     diagnoses = {run: read_diagnosis_of_run(run.directory, n_tokens=n_tokens, horizon=HORIZON) for run in runs}
     waiting = []
-    for run in (run for run, kept in diagnoses.items() if kept is None):
+    for run in (run for run, diagnosis in diagnoses.items() if diagnosis is None):
         try:
             check_run(load_run(run.directory), name=str(run), n_tokens=config.tokens, horizon=HORIZON)
             waiting.append(run)
         except DivergedError as error:
             print(f"left out: {error}", flush=True)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    return diagnoses | dict(zip(waiting, _diagnose_all(waiting, config, device), strict=True))
-
-
-def _diagnose_all(runs: Sequence[FoundRun], config: ClaimsConfig, device: str) -> Iterator[Diagnosis | None]:
-    tasks = [(run, config.tokens, device) for run in runs]
-    if config.jobs == 1 or len(runs) < 2:
-        yield from (_diagnose(*task) for task in tasks)
-        return
+    diagnose = partial(_diagnose, n_tokens=config.tokens, device=device)
+    if config.jobs == 1 or len(waiting) < 2:
+        return diagnoses | {run: diagnose(run) for run in waiting}
     threads = max(1, torch.get_num_threads() // config.jobs)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with ProcessPoolExecutor(config.jobs, get_context("spawn"), _begin, (threads,)) as pool:
-        yield from pool.map(_diagnose, *zip(*tasks, strict=True))
+        return diagnoses | dict(zip(waiting, pool.map(diagnose, waiting), strict=True))
 
 
 def _begin(threads: int) -> None:
@@ -156,13 +153,16 @@ def _begin(threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def _diagnose(run: FoundRun, n_tokens: int, device: str) -> Diagnosis | None:
+def _diagnose(run: Run, n_tokens: int, device: str) -> Diagnosis | None:
+    """Diagnose a run and keep the record with it."""
     print(f"diagnosing {run}", flush=True)
     try:
-        return make_diagnosis(run.directory, n_tokens, device)
+        diagnosis = diagnose_run(load_run(run.directory), n_tokens=n_tokens, horizon=HORIZON, device=device)
     except DivergedError as error:  # on text that the check did not read
         print(f"left out: {error}", flush=True)
         return None
+    write_diagnosis_record([diagnosis], record_of_run(run.directory))
+    return diagnosis
 
 
 def write_claims(sweep: Sweep, out: Path) -> list[Mark]:
@@ -191,15 +191,8 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
                 "commit": distinct(diagnosis.origin.get("commit") for diagnosis in diagnoses),
                 "shown": max(sweep.seeds, key=lambda seed: (len(sweep.seeds[seed]), -sweep.asked.index(seed))),
             },
-            "claims": [_judged(claim, sweep) for claim in CLAIMS],
+            "claims": [judge(claim, sweep.seeds, sweep.settings["preset"]) for claim in CLAIMS],
             "measurements": measurements(sweep.seeds),
             "runs": [asdict(result) for result in sweep.results],
         }
     )
-
-
-def _judged(claim: Claim | Untestable, sweep: Sweep) -> dict[str, Any]:
-    if isinstance(claim, Claim):
-        return judge(claim, sweep.seeds)
-    why = claim.why.format(preset=sweep.settings["preset"])
-    return {"title": claim.title, "paper": claim.paper, "mark": "not testable at this scale", "why": why}

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def check_distinct(options: Any, *names: str) -> None:
-    """Raise ValueError unless each of these options has values, and none of them twice."""
-    for name in names:
-        values = getattr(options, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be at least one, and each only once. Got {' '.join(map(str, values))}.")
+def check_options(options: Any, *, distinct: Sequence[str] = (), positive: Sequence[str] = ()) -> None:
+    """Raise ValueError for an option that breaks its rule.
 
-
-def check_positive(options: Any, *names: str) -> None:
-    """Raise ValueError unless each of these options, and every one of several values, is at least 1."""
-    for name in names:
+    distinct: names of options that need a value, and none twice. positive: of those that must be at least 1, every one
+    of several values.
+    """
+    for name in positive:
         value = getattr(options, name)
         if min(value if isinstance(value, tuple) else [value]) < 1:
             raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+    for name in distinct:
+        values = getattr(options, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be at least one, and each only once. Got {' '.join(map(str, values))}.")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,8 +1,8 @@
 """The sweep at the paper's scale: the commands, and what a run needs on one GPU, estimated from one measured step.
 
-Memory is 16 bytes a parameter (fp32 weight, gradient and AdamW's two moments) and, for every token and application of a
-block, `21 d + 8 d_ff` bytes that the backward pass keeps: two fp32 residual sums (8 d), two bf16 norm outputs (4 d), q,
-k, v and the attention's output in bf16 (8 d), a dropout mask (d), and gate, up, SiLU and product in bf16 (8 d_ff).
+A parameter takes 16 bytes: fp32 weight, gradient and AdamW's two moments. For every token and application of a block
+the backward pass keeps `21 d + 8 d_ff` bytes: two fp32 residual sums (8 d), two bf16 norm outputs (4 d), q, k, v and
+the attention's output in bf16 (8 d), a dropout mask (d), and gate, up, SiLU and product in bf16 (8 d_ff).
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,8 @@ STEP_GIB = 17.0  # as one CUDA graph
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run. tokens: trained on, repetitions included. flops: of the matrix multiplications. hours: the least and
-    the most."""
+    """What one run needs. tokens: trained on, with repetitions. flops: of the matrix multiplications."""
 
-    preset: str
-    supervision: Supervision
     parameters: int
     tokens: int
     flops: float
@@ -39,7 +36,7 @@ class Estimate:
 
     @property
     def hours(self) -> tuple[float, float]:
-        """At the FLOP/s of the measured step."""
+        """The least and the most, at the FLOP/s of the measured step."""
         least, most = (self.flops / step_flops() * seconds / 3600 for seconds in STEP_SECONDS)
         return least, most
 
@@ -57,12 +54,12 @@ def estimate(preset: str, supervision: Supervision = "per-loop") -> Estimate:
     flops = tokens * model.flops_per_token(seq_len=training.seq_len, n_readouts=n_readouts)
     kept = (21 * shape.d_model + 8 * shape.d_ff) * shape.n_layers * shape.n_loops
     step_tokens = training.batch_size * training.seq_len // training.grad_accumulation
-    n_bytes = 16 * model.parameter_count() + kept * step_tokens
-    return Estimate(preset, supervision, model.parameter_count(), tokens, flops, n_bytes)
+    parameters = model.parameter_count()
+    return Estimate(parameters, tokens, flops, 16 * parameters + kept * step_tokens)
 
 
 def step_flops() -> float:
-    """Of the step that was measured."""
+    """FLOPs of the step that was measured."""
     training, run = preset_config("paper-129m"), estimate("paper-129m")
     return run.flops * training.batch_size * training.seq_len / run.tokens
 
@@ -71,15 +68,15 @@ def paper_scale() -> str:
     """The section of a page, in Markdown."""
     rows = []
     for preset in PAPER_PRESETS:
-        runs = [estimate(preset, supervision) for supervision in RUNS]
-        rows += [
-            [
-                preset, run.supervision, f"{run.parameters:,}", f"{run.tokens / 1e9:.2f}e9",
-                f"{run.flops / 1e18:.2f}e18", f"{run.bytes / 2**30:.0f} GiB", "{:.1f} to {:.1f} h".format(*run.hours),
-            ]
-            for run in runs
-        ]  # fmt: skip
-        least, most = (sum(RUNS[run.supervision] * run.hours[end] for run in runs) / 24 for end in (0, 1))
+        least = most = 0.0
+        for supervision, n_runs in RUNS.items():
+            run = estimate(preset, supervision)
+            hours = run.hours
+            rows.append([
+                preset, supervision, f"{run.parameters:,}", f"{run.tokens / 1e9:.2f}e9", f"{run.flops / 1e18:.2f}e18",
+                f"{run.bytes / 2**30:.0f} GiB", f"{hours[0]:.1f} to {hours[1]:.1f} h",
+            ])  # fmt: skip
+            least, most = least + n_runs * hours[0] / 24, most + n_runs * hours[1] / 24
         rows.append([preset, f"all {sum(RUNS.values())} runs", "", "", "", "", f"{least:.1f} to {most:.1f} days"])
     header = [
         "preset", "supervision", "parameters", "tokens a run", "FLOPs a run", "*estimated* memory",

@@ -1,24 +1,24 @@
-"""What a sweep trains: conditions by seeds, as options of train/run.py; and whether runs are of one sweep."""
+"""What a sweep trains: conditions by seeds, as options of train/run.py."""
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config import RESUMABLE, TrainConfig, comparable, complete, preset_config, read_config, validate
-from train.paper.conditions import CONDITIONS, NAMES, SEEDS, Condition
-from train.paper.options import check_distinct, check_positive
-from train.paper.runs import FoundRun, find_runs
-from train.paper.sweep_report import stored_command
+from train.config import TrainConfig, complete, preset_config, validate
+from train.paper.conditions import CONDITIONS, NAMES, RAW, SEEDS, Condition
+from train.paper.options import check_options
+from train.paper.runs import EXECUTION, Run, configured_runs
 from train.run import parse
 from train.task import TASKS
 
-# What the sweep itself sets in every run, and what two runs of one sweep may differ in: how they are carried out.
+# What the sweep itself sets in every run.
 OWN_OPTIONS = {"preset", "data", "steps", "epochs", "supervision", "readout", "penalty", "inter-loop-norm", "seed",
                "out", "resume"}  # fmt: skip
-EXECUTION = set(RESUMABLE) - {"steps", "epochs", "eval_tokens"}
 SWEEP = ["python", "-m", "train.paper", "sweep"]
 
 
@@ -52,19 +52,13 @@ class SweepConfig:
 class Task:
     """A run that is to be trained, and the options of train/run.py that do so from the start."""
 
-    condition: Condition
-    seed: int
-    directory: Path
+    run: Run
     config: TrainConfig
     options: list[str]
 
     @property
     def name(self) -> str:
-        return f"{self.condition:<26} seed {self.seed:<5}"
-
-    @property
-    def log(self) -> Path:
-        return self.directory.with_name(f"seed-{self.seed}.log")
+        return f"{self.run.condition:<26} seed {self.run.seed:<5}"
 
 
 def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
@@ -72,16 +66,14 @@ def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
 
     ``extra``: further options of train/run.py. Raises ValueError naming the option, the rule and the value.
     """
-    check_distinct(config, "conditions", "seeds")
-    check_positive(config, "jobs")
+    check_options(config, distinct=("conditions", "seeds"), positive=("jobs",))
     for word in extra:
         name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
         if word.startswith("--") and name in OWN_OPTIONS:
             raise ValueError(f"{word} is the sweep's own option: it cannot follow ' -- '.")
-    shared = ["--preset", config.preset, *extra]
-    for name in ("steps", "epochs", "data"):
-        if getattr(config, name) is not None:
-            shared += [f"--{name}", str(getattr(config, name))]
+    chosen = {name: getattr(config, name) for name in ("steps", "epochs", "data")}
+    given = options_of({name: value for name, value in chosen.items() if value is not None})
+    shared = ["--preset", config.preset, *extra, *given]
     base = dataclasses.replace(parse(shared), out=None)
     if base.data in TASKS:
         raise ValueError(f"data must be text in a sweep: the paper has no tasks. Got data={base.data}.")
@@ -90,13 +82,11 @@ def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
             f"device must be auto, cpu or cuda with several jobs. Got device={base.device}, jobs={config.jobs}."
         )
     tasks = []
-    for seed in config.seeds:
-        for condition in config.conditions:
-            values = CONDITIONS[condition] | {"seed": seed}
-            directory = config.out / condition / f"seed-{seed}"
-            run = dataclasses.replace(base, **values)
-            validate(run)
-            tasks.append(Task(condition, seed, directory, run, [*shared, *options_of(values)]))
+    for seed, condition in product(config.seeds, config.conditions):
+        values = CONDITIONS[condition] | {"seed": seed}
+        run = Run(condition, seed, config.out / condition / f"seed-{seed}")
+        tasks.append(Task(run, dataclasses.replace(base, **values), [*shared, *options_of(values)]))
+        validate(tasks[-1].config)
     return tasks
 
 
@@ -109,58 +99,29 @@ def options_of(values: dict[str, Any]) -> list[str]:
     return words
 
 
-def check_same(out: Path, asked: TrainConfig) -> None:
-    """Check that every run in ``out`` is what its directory says and, but for condition and seed, what ``asked`` says.
-
-    Raises ValueError naming the first run and option that differ.
-    """
-    for run in configured_runs(out):
-        stored = stored_config(run.directory)
-        expected = dataclasses.replace(asked, seed=run.seed, **CONDITIONS[run.condition])
-        for field in dataclasses.fields(TrainConfig):
-            before, now = comparable(stored, field.name), comparable(expected, field.name)
-            if field.name not in EXECUTION | {"out"} and before != now:
-                raise ValueError(
-                    f"{field.name} must be that of the runs in {out}, or out another directory. "
-                    f"Got {field.name}={now}; {run.directory} has {before}."
-                )
-
-
-def stored_config(directory: Path) -> TrainConfig:
+def stored_command(out: Path) -> list[str] | None:
+    """The words of the command that last trained in ``out``; None for a sweep that has not kept them."""
     try:
-        return read_config(directory)
-    except ValueError as error:
-        raise ValueError(
-            f"{directory / 'config.json'} cannot be used: remove {directory}. ({error.__cause__!r:.100})"
-        ) from error
-
-
-def check_runs(out: Path) -> None:
-    """Check that the runs in ``out`` are what their directories say and were trained alike. Raises as `check_same`."""
-    configured = configured_runs(out)
-    if configured:
-        check_same(out, stored_config(configured[0].directory))
-
-
-def configured_runs(out: Path) -> list[FoundRun]:
-    return [run for run in find_runs(out) if (run.directory / "config.json").exists()]
+        command = json.loads((out / "sweep.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(word) for word in command] if isinstance(command, list) and command else None
 
 
 def sweep_command(out: Path) -> list[str]:
     """The command that trained the runs in ``out``, from its sweep.json; or, if that does not have it, one that would
     train the same, from their configuration, after a line that says so. Empty if there are no runs."""
-    command = stored_command(out)
+    command, configured = stored_command(out), configured_runs(out)
     if command is not None:
         return [shlex.join(command)]
-    configured = configured_runs(out)
     if not configured:
         return []
-    stored = stored_config(configured[0].directory)
+    stored = configured[0].config
     usual = complete(preset_config(stored.preset))
     own, rest = ["--preset", stored.preset], list[str]()
-    for field in dataclasses.fields(TrainConfig):
-        name, value = field.name, getattr(stored, field.name)
-        if name in CONDITIONS["per-loop-raw"] or name in EXECUTION or name in ("preset", "seed", "out"):
+    for name in (field.name for field in dataclasses.fields(TrainConfig)):
+        value = getattr(stored, name)
+        if name in CONDITIONS[RAW].keys() | EXECUTION | {"preset", "seed", "out"}:
             continue
         # The usual dtype is the machine's own choice, so that it has to be said.
         if name == "dtype" or (value is not None and value != getattr(usual, name)):

@@ -1,4 +1,4 @@
-"""The runs of a sweep, ``<condition>/seed-<seed>/`` in its directory, and what each of them found."""
+"""The runs of a sweep, ``<condition>/seed-<seed>/`` in its directory: where they are, and what each of them found."""
 
 import dataclasses
 import json
@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from looped import run_directory
 from train import checkpoint
+from train.config import RESUMABLE, TrainConfig, comparable, read_config
 from train.metrics import read_metrics
-from train.paper.conditions import NAMES, Condition
+from train.paper.conditions import CONDITIONS, NAMES, Condition
 
 Status = Literal["absent", "unfinished", "checkpoint", "diverged", "complete"]
+EXECUTION = set(RESUMABLE) - {"steps", "epochs", "eval_tokens"}  # how a run is carried out, not what it trains
 SHARED_SETTINGS = (
     "preset", "data", "tokenizer", "vocab_size", "n_loops", "seq_len", "batch_size", "steps", "epochs",
     "learning_rate", "dtype", "fused", "eval_tokens",
 )  # fmt: skip
 
 
-class FoundRun(NamedTuple):
+class Run(NamedTuple):
     """Where a run is."""
 
     condition: Condition
@@ -28,6 +31,33 @@ class FoundRun(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.condition} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What train/run.py printed."""
+        return self.directory.with_name(f"seed-{self.seed}.log")
+
+    @property
+    def status(self) -> Status:
+        """How far it got. unfinished: begun, and nothing to continue from."""
+        if not self.directory.is_dir() or not any(self.directory.iterdir()):
+            return "absent"
+        if (self.directory / "summary.json").exists():
+            return "complete"
+        rows = read_metrics(self.directory / "metrics.jsonl")
+        if rows and rows[-1]["loss"] is None:
+            return "diverged"
+        return "unfinished" if checkpoint.find(self.directory) is None else "checkpoint"
+
+    @property
+    def config(self) -> TrainConfig:
+        """What it trains, as it has written it down. Raises ValueError if that cannot be used."""
+        try:
+            return read_config(self.directory)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.directory / 'config.json'} cannot be used: remove {self.directory}. ({error.__cause__!r:.100})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -72,58 +102,68 @@ class RunResult:
         return self.evaluation[-1]["bits_per_byte"]
 
 
-def find_runs(out: Path, conditions: Sequence[Condition] = NAMES) -> list[FoundRun]:
+def read_runs(out: Path, conditions: Sequence[Condition] = NAMES) -> dict[Run, RunResult]:
+    """Every run of a sweep, however far it got, in the order of `find_runs`. Raises as `read_run`."""
+    return {run: read_run(run) for run in find_runs(out, conditions)}
+
+
+def find_runs(out: Path, conditions: Sequence[Condition] = NAMES) -> list[Run]:
     """Every run of a sweep, in the order of ``conditions``, then of the seeds."""
     found = []
     for condition in conditions:
         seeds = [path for path in (out / condition).glob("seed-*") if path.is_dir() and path.name[5:].isdecimal()]
-        found += sorted(FoundRun(condition, int(path.name[5:]), path) for path in seeds)
+        found += sorted(Run(condition, int(path.name[5:]), path) for path in seeds)
     return found
 
 
-def status(run: Path) -> Status:
-    """How far the run in a directory got. unfinished: begun, and nothing to continue from."""
-    if not run.is_dir() or not any(run.iterdir()):
-        return "absent"
-    if (run / "summary.json").exists():
-        return "complete"
-    rows = read_metrics(run / "metrics.jsonl")
-    if rows and rows[-1]["loss"] is None:
-        return "diverged"
-    return "unfinished" if checkpoint.find(run) is None else "checkpoint"
+def configured_runs(out: Path) -> list[Run]:
+    """Those that have written what they train."""
+    return [run for run in find_runs(out) if (run.directory / "config.json").exists()]
 
 
-def read_run(run: FoundRun) -> RunResult:
+def read_run(run: Run) -> RunResult:
     """The result of a run, however far it got. Raises ValueError for a damaged summary.json."""
-    state, rows = status(run.directory), read_metrics(run.directory / "metrics.jsonl")
-    steps = rows[-1]["step"] if rows else 0
-    begun = RunResult(run.condition, run.seed, state, steps, _training_minutes(rows), [])
-    if state != "complete":
-        return begun
+    status, rows = run.status, read_metrics(run.directory / "metrics.jsonl")
+    # From the rates, and so the time of all the processes that the run was continued in.
+    before = [0, *(row["tokens"] for row in rows)]
+    seconds = [(row["tokens"] - old) / row["tokens_per_second"] for old, row in zip(before, rows, strict=False)]
+    result = RunResult(run.condition, run.seed, status, rows[-1]["step"] if rows else 0, sum(seconds) / 60, [])
+    if status != "complete":
+        return result
     path = run.directory / "summary.json"
     try:
         summary = json.loads(path.read_text())
         taken = {name: summary[name] for name in ("evaluation", "parameters", "device", "versions", "commit")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r:.100}). Remove {run.directory}.") from error
-    return dataclasses.replace(begun, **taken)
+    return dataclasses.replace(result, **taken)
 
 
-def _training_minutes(rows: Sequence[dict[str, Any]]) -> float:
-    """From the rates in metrics.jsonl, and so of all the processes that a run was continued in."""
-    before = [0, *(row["tokens"] for row in rows)]
-    return sum((row["tokens"] - old) / row["tokens_per_second"] for old, row in zip(before, rows, strict=False)) / 60
-
-
-def sweep_settings(found: Sequence[FoundRun]) -> dict[str, Any]:
-    """The configuration that the runs share: that of the first one that has written it."""
-    for run in found:
-        path = run.directory / "config.json"
-        if path.exists():
-            stored = json.loads(path.read_text())
-            config = stored["train"] | {"vocab_size": stored["model"]["vocab_size"]}
-            return {name: config[name] for name in SHARED_SETTINGS}
+def sweep_settings(out: Path) -> dict[str, Any]:
+    """The configuration that the runs in ``out`` share; empty if none has written it."""
+    for run in configured_runs(out):
+        stored = run_directory.read_config(run.directory)
+        config = stored["train"] | {"vocab_size": stored["model"]["vocab_size"]}
+        return {name: config[name] for name in SHARED_SETTINGS}
     return {}
+
+
+def check_alike(out: Path, config: TrainConfig | None = None) -> None:
+    """Check that every run in ``out`` is what its directory says and, but for condition and seed, what ``config`` says.
+
+    None: what the first of them was trained with. Raises ValueError naming the first run and option that differ.
+    """
+    for run in configured_runs(out):
+        stored = run.config
+        config = config or stored
+        expected = dataclasses.replace(config, seed=run.seed, **CONDITIONS[run.condition])
+        for name in TrainConfig.__dataclass_fields__:
+            before, now = comparable(stored, name), comparable(expected, name)
+            if name not in EXECUTION | {"out"} and before != now:
+                raise ValueError(
+                    f"{name} must be that of the runs in {out}, or out another directory. "
+                    f"Got {name}={now}; {run.directory} has {before}."
+                )
 
 
 def complete_runs(results: Sequence[RunResult]) -> list[RunResult]:
@@ -131,7 +171,5 @@ def complete_runs(results: Sequence[RunResult]) -> list[RunResult]:
 
 
 def by_condition(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    groups: dict[str, list[RunResult]] = {}
-    for result in results:
-        groups.setdefault(result.condition, []).append(result)
-    return groups
+    names = dict.fromkeys(result.condition for result in results)
+    return {name: [result for result in results if result.condition == name] for name in names}

@@ -8,7 +8,7 @@ from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.verdict import Measurements
 from train.paper.claim import Quantity, Seed, diagnosed
 from train.paper.conditions import N_LOOPS, NAMES
-from train.paper.tables import spread, table
+from train.paper.tables import page, spread, table
 
 TRAINED = range(1, N_LOOPS + 1)
 
@@ -25,17 +25,17 @@ def second_order_error(run: Measurements) -> float:
 
 def _by_loop(
     label: str, values: Callable[[Measurements], Sequence[float]], form: str, loops: Iterable[int] = TRAINED
-) -> tuple[Quantity, ...]:
+) -> list[Quantity]:
     """A column for each loop (from 1); ``label`` has a place for its number."""
 
-    def after(loop: int) -> Callable[[Measurements], float]:
-        return lambda run: values(run)[loop - 1]
+    def after(loop: int) -> Quantity:
+        return diagnosed(label.format(loop), lambda run: values(run)[loop - 1], form)
 
-    return tuple(diagnosed(label.format(loop), after(loop), form) for loop in loops)
+    return list(map(after, loops))
 
 
-def _percentile_ratio(percentiles: Sequence[float]) -> float:
-    named = dict(zip(PERCENTILES, percentiles, strict=True))
+def _percentile_ratio(run: Measurements) -> float:
+    named = dict(zip(PERCENTILES, run.norms.percentiles[3], strict=True))
     return named[99] / named[1]
 
 
@@ -44,12 +44,12 @@ def _penalised(run: Measurements) -> Sequence[float]:
 
 
 # By title: what is measured, and its columns.
-TABLES: dict[str, tuple[Quantity, ...]] = {
+TABLES: dict[str, Sequence[Quantity]] = {
     "Norm of the state: mean over tokens, spread over tokens, and what one loop makes of the norm it begins with": (
         diagnosed("\\|\\|H_0\\|\\|", lambda run: run.norms.entered[0]),
         diagnosed("\\|\\|H_1\\|\\|", lambda run: run.norms.mean[0]),
         diagnosed("\\|\\|H_4\\|\\|", lambda run: run.norms.mean[3]),
-        diagnosed("99th over 1st percentile of tokens, 4", lambda run: _percentile_ratio(run.norms.percentiles[3])),
+        diagnosed("99th over 1st percentile of tokens, 4", _percentile_ratio),
         diagnosed("\\|\\|H_30\\|\\|", lambda run: run.norms.mean[29]),
         diagnosed("within loop 1, times", lambda run: run.norms.within[0]),
         diagnosed("within loop 4, times", lambda run: run.norms.within[3]),
@@ -70,8 +70,8 @@ TABLES: dict[str, tuple[Quantity, ...]] = {
         diagnosed("both", lambda run: run.clamp.both.change[3], "{:+.4f}"),
         diagnosed("standard error", lambda run: run.clamp.both.error[3], "{:.4f}"),
     ),
-    "Range of the cross-entropy over alpha in [0.1, 10], nats": _by_loop(
-        "loop {}", lambda run: run.alpha.ranges, "{:.2g}"
+    "Range of the cross-entropy over alpha in [0.1, 10], nats": (
+        _by_loop("loop {}", lambda run: run.alpha.ranges, "{:.2g}")
     ),
     "Updates: growth of the scale, errors of its predictions over 29 updates, angular motion": (
         diagnosed("s_5 - s_4", lambda run: run.updates.increment[3]),
@@ -82,8 +82,8 @@ TABLES: dict[str, tuple[Quantity, ...]] = {
         diagnosed("loop 4", lambda run: run.updates.angular[3]),
         diagnosed("loop 29", lambda run: run.updates.angular[28]),
     ),
-    "Response of the next loop to twice the state (about 1: the scale is fed back; 0: it is removed)": _by_loop(
-        "loop {}", lambda run: run.response, "{:.2g}", (1, 2, 3)
+    "Response of the next loop to twice the state (about 1: the scale is fed back; 0: it is removed)": (
+        _by_loop("loop {}", lambda run: run.response, "{:.2g}", (1, 2, 3))
     ),
     "Cross-entropy of stopping after K loops, nats, tokens of the diagnosis; the paper gives no number beyond 4": (
         *_by_loop("as trained, K = {}", lambda run: run.depth.as_trained, "{:.3f}"),
@@ -102,19 +102,18 @@ TABLES: dict[str, tuple[Quantity, ...]] = {
 def measurements(seeds: Mapping[int, Seed]) -> list[dict[str, Any]]:
     """Every number of the tables: of each its title, the names of its columns, and these by condition and seed."""
     present = [condition for condition in NAMES if any(condition in runs for runs in seeds.values())]
-
-    def values(columns: Sequence[Quantity], condition: str) -> dict[int, list[float]]:
-        return {
-            seed: [column.value(runs[condition]) for column in columns]
-            for seed, runs in seeds.items()
-            if condition in runs
-        }
-
     return [
         {
             "title": title,
             "columns": [column.label for column in columns],
-            "values_by_seed": {condition: values(columns, condition) for condition in present},
+            "values_by_seed": {
+                condition: {
+                    seed: [column.value(runs[condition]) for column in columns]
+                    for seed, runs in seeds.items()
+                    if condition in runs
+                }
+                for condition in present
+            },
         }
         for title, columns in TABLES.items()
     ]
@@ -126,10 +125,9 @@ def seed_tables(measured: Sequence[dict[str, Any]]) -> str:
     for record, columns in zip(measured, TABLES.values(), strict=True):
         rows = []
         for condition, by_seed in record["values_by_seed"].items():
-            numbers = [
-                [value for value in column if value is not None] for column in zip(*by_seed.values(), strict=True)
-            ]
-            cells = (spread(values, column.form) for values, column in zip(numbers, columns, strict=True))
+            numbers = zip(*by_seed.values(), strict=True)
+            known = [[value for value in column if value is not None] for column in numbers]
+            cells = [spread(values, column.form) for values, column in zip(known, columns, strict=True)]
             rows.append([f"`{condition}`", *cells])
         parts += [f"{record['title']}:", table(["condition", *record["columns"]], rows)]
-    return "\n\n".join(parts)
+    return page(parts)

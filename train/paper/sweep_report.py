@@ -1,7 +1,6 @@
 """What a sweep found, from the runs' files: sweep.json, sweep.md (the paper's Table 1), exit_gap.png (its Figure 1)."""
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +8,24 @@ from statistics import mean
 from typing import Any
 
 from train.paper.conditions import PAPER_TABLE
-from train.paper.exit_gap import draw_exit_gap
+from train.paper.figures import draw_exit_gap
 from train.paper.paper_scale import paper_scale
+from train.paper.plan import stored_command
 from train.paper.record import write_record
-from train.paper.runs import RunResult, by_condition, complete_runs, find_runs, read_run, sweep_settings
+from train.paper.runs import RunResult, by_condition, complete_runs, read_runs, sweep_settings
 from train.paper.tables import condition_table, cost, depth_table, known_values, made_by, page, settings_line
 
 
 def write_report(out: Path, command: Sequence[str] | None = None) -> list[RunResult]:
-    """Write sweep.json, sweep.md and exit_gap.png into ``out``. Returns the results of its runs; if there are none,
-    nothing is written. command: that trains them; None: the one that is already there."""
-    command = stored_command(out) if command is None else list(command)
-    found = find_runs(out)
-    results = [read_run(run) for run in found]
+    """Write the report of the runs in ``out`` into it. Returns their results; if there are none, nothing is written.
+
+    command: that trains them; None: the one that is already there.
+    """
+    command = command or stored_command(out)
+    results = list(read_runs(out).values())
     if not results:
         return []
-    settings = sweep_settings(found)
+    settings = sweep_settings(out)
     record = {
         "command": command,
         "settings": settings,
@@ -33,17 +34,19 @@ def write_report(out: Path, command: Sequence[str] | None = None) -> list[RunRes
     }
     write_record(out / "sweep.json", record)
     draw_exit_gap(out / "exit_gap.png", complete_runs(results))
-    (out / "sweep.md").write_text(markdown(results, settings, command), encoding="utf-8")
+    sections = [
+        "# Loss placement, readout and the size of the state",
+        settings_line(results, settings),
+        made_by([shlex.join(command)] if command else []),
+        condition_table(results, settings),
+        "Perplexity when stopping after K loops, each read as the last, mean over seeds:",
+        depth_table(results),
+        "![exit gap against the size of the last state](exit_gap.png)",
+        cost(results),
+        paper_scale(),
+    ]
+    (out / "sweep.md").write_text(page(sections), encoding="utf-8")
     return results
-
-
-def stored_command(out: Path) -> list[str] | None:
-    """The words of the command that last trained in ``out``; None for a sweep that has not kept them."""
-    try:
-        command = json.loads((out / "sweep.json").read_text())["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return [str(word) for word in command] if isinstance(command, list) and command else None
 
 
 def statistics(condition: str, results: Sequence[RunResult]) -> dict[str, Any]:
@@ -54,20 +57,3 @@ def statistics(condition: str, results: Sequence[RunResult]) -> dict[str, Any]:
         values = known_values(results, name)
         measured[name] = {"mean": mean(values), "min": min(values), "max": max(values)} if values else None
     return measured | {"paper": PAPER_TABLE.get(condition, {})}
-
-
-def markdown(results: Sequence[RunResult], settings: dict[str, Any], command: Sequence[str] | None = None) -> str:
-    """sweep.md: Table 1, perplexity at every K, the figure, the cost, and the commands for the paper's scale."""
-    return page(
-        [
-            "# Loss placement, readout and the size of the state",
-            settings_line(results, settings),
-            made_by([shlex.join(command)] if command else []),
-            condition_table(results, settings),
-            "Perplexity when stopping after K loops, each read as the last, mean over seeds:",
-            depth_table(results),
-            "![exit gap against the size of the last state](exit_gap.png)",
-            cost(results),
-            paper_scale(),
-        ]
-    )

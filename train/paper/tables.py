@@ -15,7 +15,7 @@ PAPER_NOTE = (
 )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], rule: Sequence[str] = ()) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: Sequence[str] = ()) -> str:
     """rule: what stands between header and rows, to align them."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule or ["---"] * len(header), *rows])
 
@@ -65,20 +65,25 @@ def condition_table(results: Sequence[RunResult], settings: dict[str, Any]) -> s
     return f"{table(header, rows)}\n\n{note}"
 
 
+def depth_header(n_loops: int, first: str) -> list[str]:
+    return [first, *(f"K = {depth}" for depth in range(1, n_loops + 1))]
+
+
 def depth_table(results: Sequence[RunResult]) -> str:
     """Perplexity after K loops, mean over seeds."""
     groups = by_condition(complete_runs(results))
-    depths = range(1, 1 + max((len(group[0].evaluation) for group in groups.values()), default=0))
+    n_loops = max((len(group[0].evaluation) for group in groups.values()), default=0)
     rows = [
-        [f"`{name}`", *(f"{mean(result.at(depth, 'ppl') for result in group):.4g}" for depth in depths)]
+        [f"`{name}`", *(f"{mean(result.at(k, 'ppl') for result in group):.4g}" for k in range(1, n_loops + 1))]
         for name, group in groups.items()
     ]
-    return table(["condition", *(f"K = {depth}" for depth in depths)], rows)
+    return table(depth_header(n_loops, "condition"), rows)
 
 
-def paper_depth_rows() -> list[list[str]]:
+def paper_depth_table(corner: str, *more_rows: Sequence[str]) -> str:
     """Perplexity after K loops in the paper."""
-    return [[f"`{name}`", *(f"{value:.2f}" for value in values)] for name, values in PAPER_PPL.items()]
+    rows = [[f"`{name}`", *(f"{value:.2f}" for value in values)] for name, values in PAPER_PPL.items()]
+    return table(depth_header(len(rows[0]) - 1, corner), [*rows, *more_rows])
 
 
 def settings_line(results: Sequence[RunResult], settings: dict[str, Any]) -> str:

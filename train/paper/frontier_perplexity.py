@@ -1,4 +1,9 @@
-"""Perplexities of conditions with their intervals: a bootstrap over documents, the seeds averaged within a draw."""
+"""Perplexities of conditions with their intervals.
+
+A value is the mean over seeds. Its 95% interval is a percentile bootstrap of that mean: documents are drawn with
+replacement, the same draws for all runs, and within a draw the seeds are averaged. It covers the text, and not what
+another seed would give. Each token's loss belongs to the document in which the predicted token lies.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,10 +11,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from looped.run_directory import SavedRun
+from train.batches import evaluation_windows
 from train.paper.conditions import BLIND
-from train.paper.frontier_speed import Rate
+from train.paper.frontier_speed import DEVICE, Rate, rates_at
+from train.step import autocast
 
+BATCH = 16
 DRAWS = 1000
 REFERENCE = BLIND  # whose perplexity is subtracted from that of the others
 
@@ -33,9 +43,49 @@ class Estimate(NamedTuple):
     by_seed: list[float]
 
 
-def resample(n_documents: int, draws: int, seed: int = 0) -> np.ndarray:
+@torch.no_grad()
+def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents:
+    """Losses of about ``n_tokens`` targets at K = 1..n_loops by document; documents without a target are left out.
+
+    With at least as many tokens as the validation text has, every one but the first is a target once. Raises ValueError
+    for a text without a window.
+    """
+    validation, seq_len = run.validation, run.model.config.max_seq_len
+    windows, indices = evaluation_windows(validation.tokens.numpy(), seq_len, n_tokens)
+    if len(windows) == 0:
+        raise ValueError(
+            f"the validation text must hold a window of seq_len + 1 = {seq_len + 1} tokens. "
+            f"Got {len(windows.tokens)} in {run.directory}."
+        )
+    model = run.model.to(DEVICE)
+    losses, targets = [], []
+    for start in range(0, len(indices), BATCH):
+        batch_inputs, batch_targets = windows.gather(indices[start : start + BATCH])
+        with autocast(DEVICE, dtype):
+            loss = model.evaluation_losses(model(batch_inputs.to(DEVICE)).states, batch_targets.to(DEVICE))
+        losses.append(loss.flatten(1).cpu())
+        targets.append(batch_targets.flatten())
+    model.cpu()
+    positions = (indices[:, None] * windows.stride + 1 + np.arange(seq_len)).ravel()  # of the targets
+    inside = positions < len(windows.tokens)  # the last window may be filled up
+    document = np.searchsorted(validation.bounds.numpy(), positions[inside], side="right") - 1
+
+    def summed(values: np.ndarray | None) -> np.ndarray:
+        return np.bincount(document, weights=values, minlength=len(validation.bounds) - 1).astype(np.float64)
+
+    counted = summed(None)
+    seen = counted > 0
+    sizes = validation.bytes_per_token
+    return Documents(
+        np.stack([summed(loss[inside])[seen] for loss in torch.cat(losses, 1).double().numpy()]),
+        counted[seen],
+        None if sizes is None else summed(sizes[torch.cat(targets)[torch.from_numpy(inside)]].numpy())[seen],
+    )
+
+
+def resample(n_documents: int, draws: int) -> np.ndarray:
     """[1 + draws, D] float64: how often each draw has each document. The first row is the sample itself."""
-    drawn = np.random.default_rng(seed).multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=draws)
+    drawn = np.random.default_rng(0).multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=draws)
     return np.concatenate([np.ones((1, n_documents)), drawn])
 
 
@@ -81,11 +131,11 @@ def points(
     reference = sampled(perplexity, REFERENCE)
     found = []
     for name, seeds in measured.items():
-        own = sampled(perplexity, name)
-        paired = [own[seed] - reference[seed] for seed in own if seed in reference and name != REFERENCE]
+        ppl = sampled(perplexity, name)
+        paired = [ppl[seed] - reference[seed] for seed in ppl if seed in reference and name != REFERENCE]
         lossless = all(documents.n_bytes is not None for documents in seeds.values())
         columns = {
-            "ppl": list(own.values()),
+            "ppl": list(ppl.values()),
             "ppl_difference": paired,
             "bits_per_byte": list(sampled(bits_per_byte, name).values()) if lossless else [],
         }
@@ -94,6 +144,6 @@ def points(
             found.append(
                 {"condition": name, "n_loops": loop + 1, "seeds": list(seeds)}
                 | {key: estimated[key][loop]._asdict() if key in estimated else None for key in columns}
-                | {"tokens_per_second": {batch: of[architectures[name]][loop]._asdict() for batch, of in rates.items()}}
+                | {"tokens_per_second": rates_at(rates, architectures[name], loop)}
             )
     return found

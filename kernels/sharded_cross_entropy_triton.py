@@ -1,0 +1,180 @@
+"""The Triton kernels of kernels/sharded_cross_entropy.py: one program a row of logits, before and after the exchange.
+
+The passes over a row are those of kernels/cross_entropy_triton.py: the first kernel has its first read, the second its
+second.  With statistics the first kernel reads the row twice.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cross_entropy import LossOptions, RowResults
+from .cross_entropy_triton import (
+    LN2,
+    LOG2E,
+    NUM_WARPS,
+    block_vocab,
+    gradient_of,
+    load_logits,
+    measured,
+    summed,
+    target_logit,
+    top2_of_lanes,
+)
+from .launch import HIP, launch, power_of_2
+from .vocabulary_shard import VocabularyShard
+
+
+@triton.jit
+def parts_kernel(
+    logits_ptr, targets_ptr, bias_ptr, parts_ptr,
+    n_columns, row_length, n_rows, first_column, smoothing, softcap,
+    STATISTICS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * row_length
+    out = parts_ptr + row
+    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+    target = tl.load(targets_ptr + row) - first_column
+    here = (target >= 0) & (target < n_columns)
+
+    z_target = target_logit(logits_row, bias_ptr, target, here, softcap)
+    maximum, shift, total, pivot, sum_z = summed(
+        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap
+    )
+    residue = tl.fma(maximum, LOG2E, -shift)
+    unshift = tl.exp2(-residue)  # total is relative to shift, and goes out relative to the maximum
+    tl.store(out, maximum)
+    tl.store(out + n_rows, total * unshift)
+    tl.store(out + 2 * n_rows, z_target)
+    if smoothing is not None:
+        tl.store(out + 3 * n_rows, n_columns * (maximum - pivot) - sum_z)
+    else:
+        tl.store(out + 3 * n_rows, 0.0)
+
+    if STATISTICS:
+        lane_top1 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
+        lane_top2 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
+        lane_best = tl.full((BLOCK_VOCAB,), 2147483647, tl.int32)
+        lane_moment = tl.zeros((BLOCK_VOCAB,), tl.float32)
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + block_column
+            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
+            exponent = tl.fma(z, LOG2E, -shift)
+            lane_moment, lane_top1, lane_top2, lane_best = measured(
+                z, tl.exp2(exponent), exponent - residue, column, lane_moment, lane_top1, lane_top2, lane_best
+            )
+        _, best, top2 = top2_of_lanes(lane_top1, lane_top2, lane_best)
+        tl.store(out + 4 * n_rows, tl.sum(lane_moment, axis=0) * unshift * LN2)
+        tl.store(out + 5 * n_rows, top2)
+        tl.store(out + 6 * n_rows, best.to(tl.float32))
+
+
+@triton.jit
+def finish_kernel(
+    logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, parts_ptr, loss_ptr, statistics_ptr, top1_ptr,
+    n_columns, row_length, n_rows, n_parts, first_column, n_words, most_rows, n_ranks, ignore_index, smoothing, softcap,
+    GRADIENT: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * row_length
+    block_column = tl.arange(0, BLOCK_VOCAB)  # [BLOCK_VOCAB]
+    rank = tl.arange(0, BLOCK_RANKS)  # [BLOCK_RANKS]
+    in_ranks = rank < n_ranks
+    sent = parts_ptr + rank.to(tl.int64) * n_parts * n_rows + row
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+
+    largest = tl.load(sent, mask=in_ranks, other=-1.0e38)
+    sums = tl.load(sent + n_rows, mask=in_ranks, other=0.0)
+    z_target = tl.sum(tl.load(sent + 2 * n_rows, mask=in_ranks, other=0.0), axis=0)
+    maximum = tl.max(largest, axis=0)
+    shift = tl.fma(maximum, LOG2E, 0.0)
+    residue = tl.fma(maximum, LOG2E, -shift)
+    factor = tl.exp2(tl.fma(largest, LOG2E, -shift))
+    total = tl.sum(factor * sums, axis=0)
+    log_total = LN2 * (tl.log2(total) - residue)  # log sum_j exp(z_j - maximum)
+    lse = maximum + log_total
+
+    # differences from the maximum, not from lse, which a large common offset would round
+    loss = log_total + (maximum - z_target)
+    scale = tl.full((), 1.0, tl.float32)  # of the softmax in the gradient
+    if smoothing is not None:
+        of_rank = tl.minimum(most_rows, n_words - rank * most_rows)  # columns
+        gaps = tl.load(sent + 3 * n_rows, mask=in_ranks, other=0.0) + of_rank * (maximum - largest)
+        mean_gap = tl.sum(tl.where(in_ranks, gaps, 0.0), axis=0) / n_words
+        loss = (1.0 - smoothing) * loss + smoothing * (log_total + mean_gap)
+    if z_loss_ptr is not None:
+        z_loss = tl.load(z_loss_ptr)
+        loss += z_loss * lse * lse
+        scale += 2.0 * z_loss * lse
+    loss = tl.where((target >= 0) & (target < n_words), loss, float("nan"))
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+
+    if statistics_ptr is not None:
+        moments = tl.load(sent + 4 * n_rows, mask=in_ranks, other=0.0)
+        seconds = tl.load(sent + 5 * n_rows, mask=in_ranks, other=float("-inf"))
+        best = tl.load(sent + 6 * n_rows, mask=in_ranks, other=0.0).to(tl.int32)
+        winner = tl.min(tl.where(largest == maximum, rank, BLOCK_RANKS), axis=0)
+        others = tl.where(sums == 0, float("-inf"), largest)
+        second = tl.max(tl.where(rank == winner, seconds, others), axis=0)
+        moment = tl.sum(factor * (moments + sums * (largest - maximum)), axis=0)
+        tl.store(statistics_ptr + row, lse)
+        tl.store(statistics_ptr + n_rows + row, log_total - moment / total)
+        tl.store(statistics_ptr + 2 * n_rows + row, maximum - second)
+        top1 = winner * most_rows + tl.sum(tl.where(rank == winner, best, 0), axis=0)
+        tl.store(top1_ptr + row, top1.to(tl.int64))
+
+    if GRADIENT:
+        if row_weight_ptr is not None:
+            counts = counts & (tl.load(row_weight_ptr + row) != 0.0)
+        here = target - first_column
+        here = tl.where(here < n_columns, here, -1)  # the next rank's may be past V_p in memory
+        for start in range(0, n_columns, BLOCK_VOCAB):
+            column = start + block_column
+            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
+            e = tl.exp2(tl.fma(z, LOG2E, -shift))
+            g = gradient_of(e, z, scale / total, column, here, n_columns, n_words, smoothing, softcap, counts)
+            tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
+
+
+def _step(
+    logits: Tensor, bias: Tensor | None, options: LossOptions, statistics: bool = False
+) -> tuple[int, dict[str, int]]:
+    """Columns of a step, and how it is launched."""
+    finished, padded = bias is not None or options.softcap is not None, logits.stride(0) > logits.shape[1]
+    block = block_vocab(logits.shape[1], finished, statistics, padded)
+    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
+    elaborate = (finished or statistics) and logits.is_cuda and not HIP
+    return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
+
+
+def form_parts(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, shard: VocabularyShard, parts: Tensor
+) -> None:
+    n_rows, n_columns = logits.shape
+    statistics = len(parts) > 4
+    block, launched = _step(logits, bias, options, statistics)
+    launch(
+        parts_kernel, (n_rows,), logits,
+        logits, targets, bias, parts,
+        n_columns, logits.stride(0), n_rows, shard.rows.start, options.label_smoothing or None, options.softcap,
+        statistics, block,
+        **launched,
+    )  # fmt: skip
+
+
+def finish_rows(
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
+    shard: VocabularyShard, parts: Tensor, results: RowResults, gradient: bool,
+) -> None:  # fmt: skip
+    n_rows, n_columns = logits.shape
+    block, launched = _step(logits, bias, options)
+    launch(
+        finish_kernel, (n_rows,), logits,
+        logits, targets, row_weight, bias, options.z_loss, parts, results.loss, results.statistics, results.top1,
+        n_columns, logits.stride(0), n_rows, parts.shape[1], shard.rows.start, shard.n_words, shard.most_rows,
+        shard.n_ranks, options.ignore_index, options.label_smoothing or None, options.softcap,
+        gradient, power_of_2(shard.n_ranks), block,
+        **launched,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""The chunks of kernels/readout.py where each rank of a group has a part of the head: W_p [V_p, d].
+
+    rank q: y_q                     gathered:        Y = [y_0; ...; y_{P-1}]
+    rank p: logits = Y W_p^T   ->   exchanged: 4 or 7 numbers a row   ->   CE, and g in place
+            dW_p += g^T Y           in whole
+            g W_p                   summed over p:   dy_q goes to rank q, over y_q
+
+A chunk holds rows of all loops, and takes these three exchanges whatever K.  Chunk by chunk, not in whole, as the bytes
+are the same and memory then holds the rows of all ranks for one chunk alone.  A rank's rows are weighed as if it were
+alone with its tokens, and dW_p is the mean over ranks: what data-parallel training makes of a head that is whole.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import check_range
+from .cross_entropy import LossOptions, RowResults
+from .device import uses_triton
+from .products import accumulate_bias, accumulate_head, form_logits
+from .readout_call import ReadoutCall
+from .row_weights import LossScales, row_weights
+from .sharded_cross_entropy import finish_rows, form_parts, n_parts
+
+
+class RowsOfAll(NamedTuple):
+    """targets, row_weight: [B, A * N] of the rows of B ranks, or B = 1 where all have the same.
+
+    row_weight is None where all weigh the same.
+    """
+
+    targets: Tensor
+    row_weight: Tensor | None
+
+
+def weigh_all(
+    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, results: Any,
+    call: ReadoutCall,
+) -> tuple[LossScales, RowsOfAll]:  # fmt: skip
+    """Fill this rank's row weights and the factors that all ranks have in common; and what all need of all rows.
+
+    n, where it is not given, is the mean over the ranks of the number of their targets that are not ignored.
+    """
+    assert call.shard is not None
+    shard, n_loops, n_tokens = call.shard, len(call.active), len(targets)
+    all_targets = shard.blocks(targets)  # [B, N]
+    if n_targets is None:
+        n_targets = (all_targets != call.ignore_index).sum().to(results.factors.dtype) * shard.share
+    space = None
+    if weights is not None:
+        if weights.shape[1] == n_tokens:
+            weights = shard.blocks(weights).transpose(0, 1).flatten(1)
+        space = results.row_weight.new_empty(n_loops * all_targets.numel())
+    scales = row_weights(
+        all_targets.flatten(), weights, LossScales(space, results.factors), n_columns=shard.n_words,
+        ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty, n_targets=n_targets,
+        n_penalised=call.n_loops * n_tokens,
+    )  # fmt: skip
+    check_range(all_targets.flatten(), shard.n_words, call.ignore_index, scales.in_range)
+    of_all = all_targets.repeat(1, n_loops)
+    if space is None:
+        return scales, RowsOfAll(of_all, None)
+    row_weight = space.view(n_loops, *all_targets.shape).transpose(0, 1).flatten(1)
+    results.row_weight.copy_(row_weight[shard.block])
+    return LossScales(results.row_weight, results.factors, scales.in_range), RowsOfAll(of_all, row_weight)
+
+
+def read_out_shard(
+    y: Tensor, head: Tensor, of_all: RowsOfAll, bias: Tensor | None, options: LossOptions, rows: RowResults,
+    results: Any, call: ReadoutCall,
+) -> None:  # fmt: skip
+    """Row results of this rank's y [R, d], and, where needed, dhead and dbias of its rows and dy, written over y."""
+    assert call.shard is not None
+    shard, (n_rows, d), n_columns = call.shard, y.shape, len(head)
+    size = min(max(1, call.chunk_rows // shard.n_blocks), n_rows)  # of a rank's rows in a chunk
+    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
+    logits = head.new_empty((shard.n_blocks * size, row_length))[:, :n_columns]
+    space = None if shard.same_states else y.new_empty((shard.n_blocks * size, d))
+    for first in range(0, n_rows, size):
+        chunk = slice(first, min(first + size, n_rows))
+        own = y[chunk]
+        all_rows = own if space is None else shard.gathered(own, space[: shard.n_blocks * len(own)])
+        weight = None if of_all.row_weight is None else of_all.row_weight[:, chunk].flatten()
+        g = form_logits(all_rows, head, logits[: len(all_rows)])
+        _losses(g, of_all.targets[:, chunk].flatten(), weight, bias, options, rows, chunk, call)
+        if "bias" in call.needs:
+            accumulate_bias(results.dbias, g, weight, first == 0)
+        if "head" in call.needs:
+            if weight is not None:
+                all_rows.mul_(weight.unsqueeze(-1))
+            accumulate_head(results.dhead, g, all_rows, first == 0)
+        if call.needs_dy:
+            torch.mm(g, head, out=all_rows)
+            shard.sum_of_blocks(all_rows.view(shard.n_blocks, *own.shape), own)
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, options: LossOptions,
+    rows: RowResults, chunk: slice, call: ReadoutCall,
+) -> None:  # fmt: skip
+    """The results of a chunk's rows, of which this rank's are kept in `rows`; the logits become their gradient."""
+    assert call.shard is not None
+    shard, n_rows, wide = call.shard, len(logits), rows.loss.dtype
+    parts = logits.new_empty((n_parts(statistics=rows.statistics is not None), n_rows), dtype=wide)
+    form_parts(logits, targets, bias, options, shard, parts)
+    of_chunk = RowResults(rows.loss.new_empty(n_rows))
+    if rows.statistics is not None and rows.top1 is not None:
+        of_chunk = RowResults(of_chunk.loss, rows.statistics.new_empty((3, n_rows)), rows.top1.new_empty(n_rows))
+    finish_rows(
+        logits, targets, weight, bias, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits
+    )
+    size = chunk.stop - chunk.start
+    own = slice(shard.block * size, (shard.block + 1) * size)
+    rows.loss[chunk] = of_chunk.loss[own]
+    if rows.statistics is not None and of_chunk.statistics is not None:
+        rows.statistics[:3, chunk] = of_chunk.statistics[:, own]
+    if rows.top1 is not None and of_chunk.top1 is not None:
+        rows.top1[chunk] = of_chunk.top1[own]

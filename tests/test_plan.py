@@ -1,0 +1,210 @@
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from looped import plan
+from looped.config import PRESETS
+from looped.kernels.products import CPU_WIDE_CHUNK_ROWS
+from looped.model import LoopedLM
+from looped.step_memory import Step, memory, parameters
+from train.config import TrainConfig
+from train.step import training_step
+from train.utilisation import peak_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB, MIB = 2**30, 2**20
+OF_129M = {"sequences": 32, "seq_len": 256}
+
+
+def planned(preset: str, changes: dict | None = None, **step) -> float:
+    config = replace(PRESETS[preset], **(changes or {}))
+    return memory(config, Step(**{"seq_len": config.max_seq_len} | step)).total
+
+
+def test_memory_is_that_of_the_steps_that_were_measured_on_a_gpu():
+    """An H200's peaks. SwiGLU was not fused then: it kept silu(gate) too."""
+    plain = planned("paper-129m", fused=False, **OF_129M)
+    assert plain == pytest.approx(plan.MEASURED_GIB["plain"] * GIB, rel=0.05)
+    fused = planned("paper-129m", **OF_129M)
+    assert fused == pytest.approx(plan.MEASURED_GIB["fused"] * GIB, rel=0.15)
+    silu = 2 * 3072 * 12 * 4 * 8192
+    assert fused + silu == pytest.approx(plan.MEASURED_GIB["fused"] * GIB, rel=0.02)
+
+
+# MiB, fp32 without dropout on a CPU (2026-11-26, torch 2.13.0): `measured` below, of the first step's successor.
+MEASURED_MIB = {
+    ("demo", 16, True, False): 354.0, ("demo", 16, True, True): 121.3,
+    ("demo", 16, False, False): 640.0, ("demo", 16, False, True): 227.2,
+    ("paper-44m", 4, True, False): 1879.9, ("paper-44m", 4, True, True): 1024.1,
+    ("paper-44m", 4, False, False): 2662.8, ("paper-44m", 4, False, True): 1116.2,
+}  # fmt: skip
+
+
+def on_cpu(preset: str, sequences: int, fused: bool, checkpoint_loops: bool) -> float:
+    return planned(
+        preset, {"dropout": 0.0}, sequences=sequences, fused=fused, half=False, checkpoint_loops=checkpoint_loops,
+        chunk_rows=CPU_WIDE_CHUNK_ROWS,
+    )  # fmt: skip
+
+
+def measured(preset: str, sequences: int, fused: bool, checkpoint_loops: bool) -> float:
+    """The peak of a training step: every allocation, as PyTorch's profiler reports them; weights and moments."""
+    config = replace(PRESETS[preset], dropout=0.0)
+    model = LoopedLM(config, fused=fused, checkpoint_loops=checkpoint_loops)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
+
+    def step():
+        training_step(
+            model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32
+        )  # fmt: skip
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    return 12 * model.parameter_count() + max(accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+
+
+@pytest.mark.parametrize(("preset", "sequences", "fused", "checkpoint_loops"), MEASURED_MIB)
+def test_memory_is_that_of_the_steps_that_were_measured_on_a_cpu(preset, sequences, fused, checkpoint_loops):
+    step = preset, sequences, fused, checkpoint_loops
+    assert on_cpu(*step) == pytest.approx(MEASURED_MIB[step] * MIB, rel=0.15)
+
+
+def test_memory_is_that_of_a_step_now():
+    assert on_cpu("demo", 2, True, False) == pytest.approx(measured("demo", 2, True, False), rel=0.15)
+
+
+# Steps of the demo, 16 sequences, as `step_record` takes them.
+TRACED = [
+    {"fused": True},
+    {"fused": True, "checkpoint_loops": True},
+    {"fused": False, "supervision": "terminal"},
+    {"fused": False, "n_prelude": 1, "n_coda": 1, "injection": "concat", "dropout": 0.1, "n_layers": 1},
+    {"fused": False, "block_norm": "sandwich-sum", "positions": "rotary", "inter_loop_norm": True, "tied": False},
+]
+TRACE = """
+import json, sys
+from bench.offline.whole_program import step_record
+peaks = [step_record("demo", "sm_90", batch=16, **options).record.peak_bytes for options in json.load(sys.stdin)]
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_is_that_of_all_tensors_on_a_gpu():
+    """Every allocation of the CUDA path, counted on a GPU that is not there; where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE], input=json.dumps(TRACED), cwd=ROOT, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for options, peak in zip(TRACED, json.loads(done.stdout), strict=True):
+        how = {name: options[name] for name in ("fused", "checkpoint_loops", "supervision") if name in options}
+        shape = {name: value for name, value in options.items() if name not in how}
+        assert planned("demo", shape, sequences=16, **how) == pytest.approx(peak, rel=0.1), options
+
+
+def test_what_is_shared_out_is_divided():
+    count = parameters(PRESETS["ouro-1.4b"])
+    step = Step(sequences=1, seq_len=4096, gpus=8)
+    needed = [
+        memory(PRESETS["ouro-1.4b"], replace(step, **changes))
+        for changes in ({}, {"shard_head": True}, {"shard": "fsdp2"})
+    ]
+    of_head = 7 / 8 * 49_152 * 2048
+    assert [n.weights for n in needed] == [4 * count.total, 4 * (count.total - of_head), count.total / 2]
+    assert [n.moments / n.weights for n in needed] == [2, 2, 2]
+
+
+def test_speed_is_that_of_the_measured_step():
+    options = plan.parse(["--preset", "paper-129m", "--batch-size", "32", "--gpu", "h200"])
+    assert plan.tokens_per_second(options) == pytest.approx(118_400, rel=0.002)
+    again = replace(options, checkpoint_loops=True)
+    assert 0.7 < plan.tokens_per_second(again) / plan.tokens_per_second(options) < 0.8
+
+
+@pytest.mark.parametrize("gpu", plan.GPUS.values(), ids=plan.GPUS)
+def test_peaks_are_those_of_training(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
+    assert peak_flops(torch.device("cuda")) == pytest.approx(1e12 * gpu.peak)
+
+
+def test_options_are_those_of_training():
+    of_the_plan = {"gpus", "gpu", "tokens", "growth"}
+    names = set(plan.PlanOptions.__dataclass_fields__) - of_the_plan
+    trained = set(TrainConfig.__dataclass_fields__)
+    assert names - trained <= {"shard", "shard_head"}  # of several processes
+    for name in ("batch_size", "grad_accumulation", "fused", "supervision", "checkpoint_loops"):
+        assert getattr(plan.PlanOptions, name) == getattr(TrainConfig, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--preset demo", "--shard none fits"),
+        ("--preset paper-129m --batch-size 512 --gpu rtx4090", "take --shard none --grad-accumulation 16"),
+        (
+            "--preset ouro-1.4b --batch-size 8 --gpu l40s --gpus 8 --seq-len 8192",
+            "take --shard-head --checkpoint-loops",
+        ),
+        ("--preset ouro-1.4b --batch-size 1 --gpu rtx4090 --seq-len 65536", "take a shorter --seq-len, more --gpus"),
+    ],
+)
+def test_what_does_not_fit_is_told_what_does(words, advice, capsys):
+    assert plan.main(words.split()) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("advice")]
+    assert advice in line
+    options = plan.parse(words.split())
+    assert plan.fits(options) == ("too large" not in line)
+
+
+def test_report(capsys):
+    assert plan.main(["--preset", "ouro-1.4b", "--gpus", "8", "--gpu", "h100", "--tokens", "1e11"]) == 0
+    out = capsys.readouterr().out
+    for way in ("none", "none --checkpoint-loops", "fsdp2", "fsdp2 --checkpoint-loops"):
+        assert f"\n--shard {way} " in out
+    assert "1,434,652,672 parameters" in out
+    assert "predicted time for 100,000,000,000 tokens" in out
+
+
+def test_growth(capsys):
+    assert plan.main(["--preset", "paper-129m", "--batch-size", "32", "--growth"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert rows[-1].startswith("| 1,000 GPUs |")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--preset x", "preset must be one of demo"),
+        ("--gpus 3", "batch_size must be divisible by gpus * grad_accumulation"),
+        ("--gpus 0", "gpus must be at least 1. Got gpus=0"),
+        ("--tokens nan", "tokens must be finite and above 0"),
+        ("--n-heads 5", "d_model must be divisible by n_heads"),
+        ("--shard fsdp2 --shard-head", "shard_head must be left out with shard=fsdp2"),
+        ("--no-fused --shard-head", "shard_head needs the fused readout"),
+        ("--gpu z80", "z80"),
+        ("--nonsense", "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert plan.main(words.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
