@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tiny_run import text
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from train import cache_entry
 from train import corpus as corpus_module
@@ -202,8 +202,11 @@ def test_every_byte_of_the_text_must_be_in_its_tokens(tmp_path):
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     model.save(str(tmp_path / "bytes.json"))
     document = "ab " * 5000 + "q" + "ab " * 100
-    corpus = corpus_of([document], ["ab " * 20])
+    corpus, capitals = corpus_of([document], ["ab " * 20]), corpus_of(["A b " * 99], ["ab " * 20])
     assert load(tmp_path, corpus, tokenizer=str(tmp_path / "bytes.json"), vocab_size=None).lossless
+    model.normalizer = normalizers.Lowercase()
+    model.save(str(tmp_path / "lower.json"))
+    assert not load(tmp_path, capitals, tokenizer=str(tmp_path / "lower.json"), vocab_size=None).lossless
     content = json.loads((tmp_path / "bytes.json").read_text())
     del content["model"]["vocab"]["q"]
     (tmp_path / "no-q.json").write_text(json.dumps(content))
