@@ -11,6 +11,7 @@ in a thread of its own, so that a signal is handled meanwhile. It works on as ma
 """
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,10 @@ PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "[SEP]")
 PIECE = 1 << 16  # characters of the text that one core encodes at a time
 SAMPLE = 1 << 30  # bytes of text that a tokenizer is trained on at most
+# A byte of a word takes about 70 in training, once for all places where the word occurs. Words of ordinary length are
+# repeated; long ones (base64, DNA, a script without blanks) are not, and a gigabyte of them would fill any memory.
+LONG_WORD = re.compile(r"\S{33,}")
+LONG_WORDS = 1 << 24  # characters
 # Bytes that bpe merges at most into one token. Every merge goes through every word that has its pair, so that the time
 # grows with the length of the longest word too: blanks, letters or digits without end (DNA, base64) are cut here.
 LONGEST_WORD = 512
@@ -144,9 +149,16 @@ def _cut(text: str, start: int, size: int) -> int:
 
 
 def sample(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
-    """The texts, of ``n_bytes`` all together; where that is more than SAMPLE, a part of them, evenly spread."""
+    """The texts, of ``n_bytes`` all together; where that is more than SAMPLE, a part of them, evenly spread.
+
+    Long words are left out once there have been LONG_WORDS characters of them.
+    """
     kept = min(1.0, SAMPLE / max(1, n_bytes))
-    return (text for number, text in enumerate(texts) if int((number + 1) * kept) > int(number * kept))
+    n_long = 0
+    for number, text in enumerate(texts):
+        if int((number + 1) * kept) > int(number * kept):
+            n_long += sum(map(len, LONG_WORD.findall(text)))
+            yield text if n_long <= LONG_WORDS else LONG_WORD.sub("", text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
