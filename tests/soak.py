@@ -1,9 +1,9 @@
 """``python tests/soak.py --minutes 60``: the demo, trained for an hour, and whether its memory stays flat.
 
-The trainer is started as a program of its own, with a checkpoint every hundred steps, and stopped by SIGTERM. From
-its first step on, its resident memory is read once every few seconds. The first tenth of the time is left out: what is allocated once is
-allocated then. Flat means that the median of the last tenth is within 2 % of the median of the tenth that follows the
-first one. Needs /proc, so Linux.
+The trainer is started as a program of its own, with a checkpoint every hundred steps, and stopped by SIGTERM. From its
+first step on, its resident memory is read once every few seconds. The first tenth of the time is left out: what is
+allocated once is allocated then. Flat means that the median of the last tenth is within 2 % of the median of the tenth
+that follows the first one. Needs /proc, so Linux.
 """
 
 import argparse
