@@ -21,7 +21,8 @@ import torch
 from matplotlib.ticker import NullLocator
 
 from bench.measure.place import RESULTS, environment, place_of, slug
-from looped.run_directory import load_run
+from looped.command_line import Parser
+from looped.run_directory import check_writable, load_run
 from train.batches import evaluation_windows
 from train.config import read_config
 from train.depth import parse_depth
@@ -120,7 +121,7 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/depth"))
     parser.add_argument("--steps", type=int, default=300)
@@ -132,8 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1. Got {getattr(options, name)}.")
     pairs = [(supervision, depth) for supervision in options.supervision for depth in DEPTHS]
     try:
+        check_writable(options.out)
         runs = [trained(options.runs, *pair, options.steps) for pair in pairs]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     curves = [measure(run, options.tokens) for run in runs]
     where = environment()

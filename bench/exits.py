@@ -10,7 +10,6 @@ and so do the numbers of loops, and the ways to generate. A speed is the median 
 K = n_loops; tokens/s of different turns do not compare. Writes `<date>-<device>-exits.json`, `.png` and `.md`.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from bench.measure.place import RESULTS, environment, place_of, slug
+from looped.command_line import Parser
 from looped.diagnose import from_decoder
 from looped.diagnose.diagnosis import validation_batches
 from looped.diagnose.halting import TOLERANCE, measure_halting
@@ -34,7 +34,7 @@ from looped.diagnose.skipping import NO_POLICY, measure_skipping, with_all_loops
 from looped.generate import Exit, Generated
 from looped.halting import policy_named
 from looped.model import LoopedLM
-from looped.run_directory import load_run
+from looped.run_directory import check_writable, load_run
 from train.paper.record import write_record
 
 TOLERANCES = (1.0, 1.002, 1.005, TOLERANCE, 1.02, 1.05)
@@ -159,7 +159,7 @@ def page(record: Record, figure: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.exits", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.exits", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory that training wrote")
     parser.add_argument("--tokens", type=int, default=8192, help="validation tokens")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
@@ -170,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, name) < 1:
             parser.error(f"{name} must be at least 1. Got {name}={getattr(options, name)}.")
     try:
+        check_writable(options.out)
         run = load_run(options.run)
         batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=options.tokens)
     except (ValueError, OSError) as error:

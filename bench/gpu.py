@@ -29,6 +29,7 @@ import torch
 from bench.measure.pivot import table
 from bench.measure.place import RESULTS, environment, place_of, slug
 from bench.measure.records import Session, read, write
+from looped.command_line import Parser
 
 ROOT = Path(__file__).parents[1]
 SHOWN_LINES = 25  # of a part that failed
@@ -169,7 +170,7 @@ def record_of_today(results: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
     parser.add_argument("--part", choices=PARTS, help="run one part in this process")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the record is written")
@@ -178,7 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"PART must be one of {', '.join(PARTS)}. Got {', '.join(sorted(unknown))}.")
     if options.table:
-        print(table(read(options.table)))
+        try:
+            print(table(read(options.table)))
+        except (OSError, ValueError, LookupError) as error:
+            parser.error(f"--table must be a record. Got {options.table} ({error!r:.120}).")
         return 0
     if not torch.cuda.is_available():
         parser.error(f"a GPU must be there. Got torch {torch.__version__}, for which there is none.")

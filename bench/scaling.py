@@ -34,7 +34,9 @@ from bench.measure.place import RESULTS, Record, environment, slug
 from bench.measure.records import write_lines
 from bench.measure.timing import Prepare, seconds_of
 from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
+from looped.command_line import Parser
 from looped.config import PRESETS
+from looped.run_directory import check_writable
 
 VARIANTS = ("fused", "plain")
 LOOPS = tuple(range(1, 9))
@@ -171,7 +173,7 @@ def record(curves: list[Curve], dtype_name: str, rounds: int) -> list[Record]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds at every point")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it works; needs --out")
@@ -180,6 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds must be at least 1. Got {options.rounds}.")
     if options.smoke and options.out == RESULTS:
         parser.error("--smoke needs --out: tiny shapes are no record.")
+    try:
+        check_writable(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_flush_denormal(True)
     readout, step = (cases[options.smoke] for cases in (SCALING_READOUT, SCALING_STEP))
     loops = SMOKE_LOOPS if options.smoke else LOOPS

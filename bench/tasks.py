@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bench.measure.place import RESULTS
+from looped.command_line import Parser
+from looped.run_directory import check_writable
 from train.paper.record import write_record
 from train.run import main as train
 from train.task import TASKS
@@ -96,20 +98,21 @@ def table(records: dict[str, list[Record]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
     options = parser.parse_args(arguments)
     out = options.out / options.task
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        check_writable(out)
+        out.mkdir(parents=True, exist_ok=True)
         records = {
             condition: [trained(options.task, condition, seed, options.runs, out) for seed in options.seeds]
             for condition in CONDITIONS
         }
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     first = records["fixed"][0]
     title = f"{options.task}, {first['steps']} steps, {len(options.seeds)} seeds"

@@ -24,6 +24,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from looped.command_line import Parser
 from looped.kernels import VocabularyShard, looped_cross_entropy
 
 ROUNDS = 3
@@ -99,7 +100,7 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("processes", 2), ("vocabulary", 50_257), ("channels", 512), ("tokens", 2048), ("loops", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -16,10 +16,17 @@ INT64 = torch.iinfo(torch.int64)
 MAX_COLUMNS = 32768  # a program holds a row of a state: up to 4096 columns in registers, of more some may spill
 
 
+def _shown(value: object) -> str:
+    """A value in an error's one line."""
+    return f"{' '.join(repr(value).split()):.80}"
+
+
 def check_values(name: str, x: Tensor) -> None:
     """Raise unless x is a tensor of a floating dtype that the kernels take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor. Got {type(x).__name__}.")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor. Got {x.layout}.")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (
         x.dtype == torch.float64 and not uses_triton(x)
     ):
@@ -33,12 +40,24 @@ def check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have shape [..., d] with 1 <= d <= {MAX_COLUMNS}. Got {tuple(x.shape)}.")
 
 
+def _is_floating(x: object) -> bool:
+    """Whether x is a dense tensor of a floating dtype that there is arithmetic in: none has it in 8 bits."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.itemsize > 1 and x.layout == torch.strided
+
+
+def _kind(x: object) -> str:
+    """Dtype and layout of what may be no tensor."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{x.dtype}" if x.layout == torch.strided else f"{x.dtype}, {x.layout}"
+
+
 def check_vector(name: str, vector: Tensor | None, like: Tensor, length: int) -> None:
     """Raise unless `vector` is None or a floating [length] on the device of `like`."""
     if vector is None:
         return
-    if not isinstance(vector, Tensor) or not vector.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor. Got {getattr(vector, 'dtype', type(vector).__name__)}.")
+    if not _is_floating(vector):
+        raise TypeError(f"{name} must be a dense floating tensor. Got {_kind(vector)}.")
     if vector.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},). Got {tuple(vector.shape)}.")
     if vector.device != like.device:
@@ -48,7 +67,7 @@ def check_vector(name: str, vector: Tensor | None, like: Tensor, length: int) ->
 def check_number(name: str, value: object, low: float, high: float = FLOAT32_MAX, *, above: bool = False) -> None:
     """Raise unless value is a number in [low, high], or above low; without limits, one that float32 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number. Got {value!r}.")
+        raise TypeError(f"{name} must be a number. Got {_shown(value)}.")
     if not (low < value if above else low <= value) or not value <= high:
         bound = "" if low == -FLOAT32_MAX else f" and {'>' if above else '>='} {low:g}"
         rule = f"finite{bound}" if high == FLOAT32_MAX else f"in [{low:g}, {high:g}]"
@@ -73,7 +92,7 @@ def check_eps(eps: float) -> None:
 def check_integer(name: str, value: object, low: int, high: int, or_none: str = "") -> None:
     """Raise unless value is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer{or_none}. Got {value!r}.")
+        raise TypeError(f"{name} must be an integer{or_none}. Got {_shown(value)}.")
     if not low <= value <= high:
         rule = f">= {low}" if value < low and low > INT64.min else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {rule}. Got {value}.")
@@ -110,8 +129,8 @@ def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
 def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor | None) -> None:
     """Raise unless head [V, d] and targets [...] fit the states."""
     h = rows[0]
-    if not isinstance(head, Tensor) or not head.is_floating_point() or head.layout != torch.strided:
-        raise TypeError(f"head must be a dense floating tensor. Got {getattr(head, 'dtype', type(head).__name__)}.")
+    if not _is_floating(head):
+        raise TypeError(f"head must be a dense floating tensor. Got {_kind(head)}.")
     if head.dim() != 2 or head.shape[0] < 1 or head.shape[1] != h.shape[-1]:
         raise ValueError(f"head must have shape [V, {h.shape[-1]}] with V >= 1. Got {tuple(head.shape)}.")
     if head.device != h.device:
@@ -120,10 +139,12 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
         raise TypeError(f"head and states must both be float64 or neither. Got {head.dtype} and {h.dtype}.")
     if targets is None:
         return
-    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"targets must be an int64 or int32 tensor. Got {getattr(targets, 'dtype', type(targets).__name__)}."
-        )
+    if (
+        not isinstance(targets, Tensor)
+        or targets.dtype not in (torch.int64, torch.int32)
+        or targets.layout != torch.strided
+    ):
+        raise TypeError(f"targets must be a dense int64 or int32 tensor. Got {_kind(targets)}.")
     if targets.shape != shape:
         raise ValueError(f"targets must have the tokens' shape {tuple(shape)}. Got {tuple(targets.shape)}.")
     if targets.device != h.device:
@@ -149,7 +170,7 @@ def check_range(targets: Tensor, n_columns: int, ignore_index: int, in_range: Te
 def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, h: Tensor) -> None:
     """Raise unless the readout is known and its norm's parameters fit it."""
     if readout not in get_args(Readout):
-        raise ValueError(f"readout must be one of {', '.join(get_args(Readout))}. Got {readout!r}.")
+        raise ValueError(f"readout must be one of {', '.join(get_args(Readout))}. Got {_shown(readout)}.")
     check_vector("norm_weight", norm_weight, h, h.shape[-1])
     check_vector("norm_bias", norm_bias, h, h.shape[-1])
     check_eps(eps)
@@ -170,7 +191,7 @@ def check_options(
     check_softcap(softcap)
     check_index(ignore_index)
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none. Got {reduction!r}.")
+        raise ValueError(f"reduction must be mean, sum or none. Got {_shown(reduction)}.")
     if reduction == "none" and (isinstance(penalty, Tensor) or penalty > 0):
         raise ValueError(f"penalty is added to a sum and must be 0 for reduction='none'. Got {penalty}.")
     if n_targets is not None:
@@ -192,8 +213,8 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
     if weights is None:
         return
     if isinstance(weights, Tensor):
-        if not weights.is_floating_point():
-            raise TypeError(f"weights must be a floating tensor or a sequence of numbers. Got {weights.dtype}.")
+        if not _is_floating(weights):
+            raise TypeError(f"weights must be a dense floating tensor or numbers. Got {_kind(weights)}.")
         if weights.shape not in ((n_loops,), (n_loops, *shape)):
             expected = f"({n_loops},) or {(n_loops, *shape)}"
             raise ValueError(f"weights must have shape {expected}. Got {tuple(weights.shape)}.")
@@ -201,7 +222,7 @@ def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape:
             raise ValueError(f"weights must be on the states' device {h.device}. Got {weights.device}.")
         return
     if not isinstance(weights, Sequence) or isinstance(weights, str):
-        raise TypeError(f"weights must be a tensor, a sequence of numbers or None. Got {weights!r}.")
+        raise TypeError(f"weights must be a tensor, a sequence of numbers or None. Got {_shown(weights)}.")
     if len(weights) != n_loops:
         raise ValueError(f"weights must have one number for each of the {n_loops} loops. Got {len(weights)}.")
     for loop, weight in enumerate(weights):

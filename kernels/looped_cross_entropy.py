@@ -292,6 +292,8 @@ def looped_cross_entropy(
     norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]
+    if targets is None:
+        raise TypeError("targets must be a dense int64 or int32 tensor. Got None.")
     check_tensors(rows, shape, head, targets)
     check_readout(readout, norm_weight, norm_bias, eps, h)
     check_options(

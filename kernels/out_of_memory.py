@@ -21,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def within_memory(call: ReadoutCall, device: torch.device) -> ReadoutCall:
-    """The call with no larger chunks than its device has had memory for."""
-    rows = _halved.get(device)
+    """The call with no larger chunks than its device has had memory for; that of a group, whose ranks all have the same
+    chunks, as it is."""
+    rows = _halved.get(device) if call.shard is None else None
     return call if rows is None or rows >= call.chunk_rows else call._replace(chunk_rows=rows)
 
 
@@ -33,8 +34,7 @@ def halve(error: RuntimeError, call: ReadoutCall, device: torch.device, n_rows: 
     """
     rows = min(call.chunk_rows, n_rows)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    of_group = getattr(call, "shard", None) is not None
-    if not is_out_of_memory(error) or device in _halved or capturing or of_group or rows < 2:
+    if not is_out_of_memory(error) or device in _halved or capturing or call.shard is not None or rows < 2:
         raise error
     _halved[device] = rows // 2
     warnings.warn(

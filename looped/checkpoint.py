@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from looped.whole_file import read_json, regular
+
 KINDS = ("model", "optimizer", "rng")
 WEIGHTS = "model.safetensors"
 RECORD = "checkpoint.json"
@@ -78,12 +80,15 @@ def _digest(record: dict[str, Any]) -> str:
 def _read_record(directory: Path) -> dict[str, Any]:
     """The record of a checkpoint's directory. Raises CheckpointError if it is missing or damaged."""
     try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = read_json(directory / RECORD)
         digest = record.pop("digest", None)  # of older checkpoints there is none
         if digest not in (None, _digest(record)):
             raise ValueError(f"{RECORD} is not what was written")
-        return {"step": int(record["step"]), "data": str(record["data"]), "files": dict(record["files"])}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        step = record["step"]
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise ValueError(f"step must be a count. Got {step!r:.30}")
+        return {"step": step, "data": str(record["data"]), "files": dict(record["files"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {directory} is torn: {error!r:.100}.") from error
 
 
@@ -188,24 +193,29 @@ def _reader(directory: Path, kind: str) -> Any:
 
 
 def read_weights(directory: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a checkpoint's directory, on the model's device and sharded as the model's. Raises CheckpointError
-    if they cannot be read or are not the model's, naming the first that differs."""
+    """The weights in a checkpoint's directory, on the model's device (the CPU if that is meta) and sharded as the
+    model's. Raises CheckpointError if they cannot be read or are not the model's, naming the first that differs."""
     stored, wanted = contents(directory, "model"), model.state_dict()
-    here = {name: list(value.shape) for name, value in wanted.items()}
-    there = {name: list(value.shape) for name, value in stored.items()}
+    here = {name: _shape(value) for name, value in wanted.items()}
+    there = {name: _shape(value) for name, value in stored.items()}
     for name in (*here, *there):
         if here.get(name) != there.get(name):
             raise CheckpointError(
                 f"checkpoint of another shape: {name} is {there.get(name, 'missing')} in the checkpoint and "
                 f"{here.get(name, 'missing')} in the model."
             )
-    weights = {name: torch.empty_like(value) for name, value in wanted.items()}
+    weights = {name: torch.empty_like(value, device="cpu" if value.is_meta else None) for name, value in wanted.items()}
     read_into(directory, "model", weights)
     return weights
 
 
+def _shape(weight: Tensor) -> str:
+    """The shape, and the dtype where that is not the usual one."""
+    return f"{list(weight.shape)}" + ("" if weight.dtype == torch.float32 else f" {weight.dtype}")
+
+
 def _size_and_hash(path: Path) -> list[object]:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
 
 

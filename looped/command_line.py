@@ -1,8 +1,11 @@
-"""Command lines from dataclasses, whose fields are the options and whose docstrings are the help."""
+"""Command lines: from dataclasses, whose fields are the options and whose docstrings are the help, and by argparse."""
 
+import argparse
 import contextlib
 import io
-from typing import TypeVar
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -24,3 +27,17 @@ def command_line(argv: list[str], defaults: Options, prog: str | None = None) ->
         lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
         message = " ".join(line for line in lines if line)
         raise ValueError(message.partition("For full helptext")[0]) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose usage and error, on several lines, become one line. The exit code is 2, as it was."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # argparse makes an empty list of it, whatever the option's type is
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"an option must have a value other than --. Got {word}.")
+        return super().parse_args(words, namespace)

@@ -9,6 +9,8 @@ Positions = Literal["learned", "rotary"]
 Injection = Literal["none", "add", "concat", "diagonal"]
 Start = Literal["embedding", "zero", "noise"]
 BlockNorm = Literal["pre", "sandwich", "sandwich-sum"]
+LARGEST = 1 << 24  # of any size, so that no product of two overflows
+MOST = 1 << 12  # blocks and loops: each takes its time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ class LoopedConfig(LoopedShape):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                _check_size(field.name, value, least=0 if field.default == 0 else 1)
+                most = MOST if field.name in ("n_loops", "n_layers", "n_prelude", "n_coda") else LARGEST
+                _check_size(field.name, value, least=0 if field.default == 0 else 1, most=most)
             elif field.type is float:
                 _check_finite(field.name, value)
             elif field.type is bool and not isinstance(value, bool):
@@ -115,11 +118,13 @@ class LoopedConfig(LoopedShape):
                 raise ValueError(f"{name} must be above 0. Got {name}={getattr(self, name)}.")
 
 
-def _check_size(name: str, value: object, *, least: int) -> None:
+def _check_size(name: str, value: object, *, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}. Got {name}={value}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}. Got {name}={value}.")
 
 
 def _check_finite(name: str, value: object) -> None:

@@ -8,7 +8,6 @@ DIR must not exist, or be empty. It is there whole or not at all.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import tokenizers
 
 from looped.checkpoint import WEIGHTS
+from looped.command_line import Parser
 from looped.ouro_weights import write_ouro
 from looped.run_directory import TOKENIZER, SavedRun, check_writable, load_run, nearest_existing
+from looped.tokenizer_file import read_tokenizer_file
+from looped.whole_file import read_json
 
 # What tokenizers call their tokens, beside the one that ends a document.
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
@@ -107,8 +108,8 @@ def provenance(run: SavedRun) -> dict[str, Any]:
     """What the model card says of a run: from its configuration, its checkpoint and, where it ended, its summary."""
     path = run.directory / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        summary = dict(read_json(path)) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.120}).") from error
     known = {
         "name": run.name,
@@ -135,11 +136,7 @@ def _tokenizer(run: SavedRun) -> Any:
     """The run's tokenizer as transformers'. As in training, none is added, and a token's name in a text is text."""
     from transformers import PreTrainedTokenizerFast
 
-    path = run.directory / TOKENIZER
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} cannot be read ({error}).") from error
+    model = read_tokenizer_file(run.directory / TOKENIZER)
     end = model.id_to_token(int(run.validation.tokens[-1]))  # every document ends with it
     special = {name: token for name, token in SPECIAL.items() if model.token_to_id(token) is not None}
     return PreTrainedTokenizerFast(
@@ -170,7 +167,7 @@ def _umask() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m looped.export",
         description=__doc__,
         allow_abbrev=False,

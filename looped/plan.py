@@ -119,6 +119,8 @@ def parse(argv: Sequence[str]) -> PlanOptions:
             "batch_size must be divisible by gpus * grad_accumulation. Got "
             f"batch_size={options.batch_size}, gpus={options.gpus}, grad_accumulation={options.grad_accumulation}."
         )
+    if options.gpus == 1 and (options.shard != "none" or options.shard_head):
+        raise ValueError("shard and shard_head need several GPUs. Got gpus=1.")
     if options.shard == "fsdp2" and options.shard_head:
         raise ValueError("shard_head must be left out with shard=fsdp2, which shares the head out, too.")
     if options.shard_head and not options.fused:
@@ -284,8 +286,10 @@ def report(options: PlanOptions) -> str:
                 f"predicted time for {options.tokens:,.0f} tokens: {duration(options.tokens / kept)}, with "
                 f"--checkpoint-loops {duration(options.tokens / again)}"
             )
+    else:
+        lines.append("no speed: it was measured in bf16 alone")
     lines.append(
-        f"measured  of all this: paper-129m, 8,192 tokens, on one H200: {MEASURED_MFU:.1%} of the peak; "
+        f"measured  on GPUs, of all this: paper-129m, 8,192 tokens, one H200: {MEASURED_MFU:.1%} of the peak; "
         f"{MEASURED_GIB['fused']} GiB fused (before SwiGLU was), {MEASURED_GIB['plain']} GiB plain"
     )
     return "\n".join(lines)

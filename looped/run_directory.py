@@ -25,7 +25,8 @@ from torch import Tensor
 from looped import checkpoint
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
-from looped.whole_file import replacing
+from looped.supervision import IGNORE_INDEX
+from looped.whole_file import read_json, regular, replacing
 
 fcntl: ModuleType | None
 try:
@@ -142,7 +143,7 @@ def read_config(out: Path) -> dict[str, Any]:
     """The config.json of a run. Raises ValueError if there is none, or it is damaged."""
     path = out / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         return {"train": dict(config["train"]), "model": dict(config["model"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.120}).") from error
@@ -161,11 +162,11 @@ def load_run(directory: Path) -> SavedRun:
         shape = LoopedConfig(**config["model"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
-    with torch.random.fork_rng(devices=[]):
-        model = LoopedLM(shape)
     place = checkpoint.found(directory)
     progress = checkpoint.check_whole(place, ["model"])
-    model.load_state_dict(checkpoint.read_weights(place, model))
+    with torch.device("meta"):  # no memory for sizes that the weights may not have
+        model = LoopedLM(shape)
+    model.load_state_dict(checkpoint.read_weights(place, model), assign=True)
     return SavedRun(
         name=directory.resolve().name,
         directory=directory,
@@ -179,11 +180,14 @@ def load_run(directory: Path) -> SavedRun:
 
 def _read_validation(path: Path, vocab_size: int) -> Validation:
     try:
-        arrays = safetensors.numpy.load_file(path)
-        tensors = {name: torch.from_numpy(array.astype("int64")) for name, array in arrays.items()}
-        tokens, bounds = tensors["tokens"], tensors["bounds"]
+        arrays = safetensors.numpy.load_file(regular(path))
+        tensors = {name: _integers(arrays[name], f"{path} has {name}, which") for name in ("tokens", "bounds")}
+        for name, low in (("bytes_per_token", 0), ("targets", IGNORE_INDEX)):
+            if name in arrays:
+                tensors[name] = _integers(arrays[name], f"{path} has {name}, which", low)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.160}).") from error
+    tokens, bounds = tensors["tokens"], tensors["bounds"]
     if len(tokens) == 0 or int(tokens.max()) >= vocab_size:
         found = "none" if len(tokens) == 0 else int(tokens.max())
         raise ValueError(f"{path} must hold tokens below vocab_size={vocab_size}. Got {found}.")
@@ -194,7 +198,19 @@ def _read_validation(path: Path, vocab_size: int) -> Validation:
     sizes, targets = tensors.get("bytes_per_token"), tensors.get("targets")
     if targets is not None and targets.shape != tokens.shape:
         raise ValueError(f"{path} must hold a target for each of its {len(tokens)} tokens. Got {len(targets)}.")
+    if targets is not None and int(targets.max()) >= vocab_size:
+        raise ValueError(f"{path} must hold targets below vocab_size={vocab_size}. Got {int(targets.max())}.")
     if sizes is not None:
         # The model's vocabulary may be larger than the tokenizer's; what it adds stands for nothing.
         sizes = F.pad(sizes, (0, max(0, vocab_size - len(sizes))))
     return Validation(tokens, bounds, sizes, targets)
+
+
+def _integers(array: np.ndarray, what: str, low: int = 0) -> Tensor:
+    """Integers [n] as int64. Raises ValueError for what is none, or below ``low``, as what overflows is."""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be integers [n]. Got {array.dtype} {list(array.shape)}.")
+    tensor = torch.from_numpy(array.astype("int64"))
+    if len(tensor) and int(tensor.min()) < low:
+        raise ValueError(f"{what} must be at least {low}. Got {int(tensor.min())}.")
+    return tensor

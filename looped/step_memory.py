@@ -213,19 +213,24 @@ def memory(config: LoopedConfig, step: Step) -> Memory:
     states, dstates = (4 * loops * step.n_tokens * config.d_model for loops in (config.n_loops, n_loops))
 
     def at(moment: str, gradients: float, states: float, activations: float, **readout: float) -> Memory:
-        before = weights.held if step.accumulated else 0  # of the micro-batches before
         return Memory(
-            moment=moment, weights=weights.held, moments=2 * weights.held, gradients=max(before, gradients),
+            moment=moment, weights=weights.held, moments=2 * weights.held, gradients=gradients,
             gathered=weights.gathered, states=states, activations=activations, **readout,
         )  # fmt: skip
+
+    # Gradients of the micro-batches before, or DDP's buckets: new ones come beside them, summed over the loops.
+    replicated = step.gpus > 1 and step.shard == "none"
+    before = weights.held if step.accumulated or replicated else 0
 
     both, all_kept = states + dstates, kept.outside + kept.loops
     in_block = kept.recomputed + kept.working
     moments = [
-        at("readout, forward", 0, states, all_kept, readout=readout.kept, logits=readout.forward),
-        at("readout, backward", weights.of_head, both, all_kept, readout=readout.kept, logits=readout.backward),
-        at("backward pass of the last loop", weights.of_head, both, all_kept + in_block),
-        at("backward pass of the loop before", weights.of_loops, both, all_kept - kept.loop + in_block),
+        at("readout, forward", before, states, all_kept, readout=readout.kept, logits=readout.forward),
+        at(
+            "readout, backward", before + weights.of_head, both, all_kept, readout=readout.kept, logits=readout.backward
+        ),
+        at("backward pass of the last loop", before + weights.of_head, both, all_kept + in_block),
+        at("backward pass of the loop before", before + weights.of_loops, both, all_kept - kept.loop + in_block),
         at("end of the backward pass", weights.whole, 0, kept.outside),
     ]
     return max(moments, key=lambda moment: moment.total)

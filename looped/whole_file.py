@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that end."""
 
+import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -18,3 +21,18 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # of a write: say which file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def regular(path: Path) -> Path:
+    """The path, of a file to read. Raises OSError for a directory, a device or a pipe: those may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds. Raises OSError, or ValueError for what is no JSON or nested without end."""
+    try:
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

@@ -30,6 +30,7 @@ def program(directory: Path) -> None:
         for stage, processes in enumerate(PROCESSES, start=1):
             options = ["--resume", str(run)] if stage > 1 else [*argv, "--out", str(run)]
             options += ["--steps", str(2 * stage), "--shard", shard if processes > 1 else "none"]
+            options += ["--save-every", "1", "--async-save" if shard == "fsdp2" else "--no-async-save"]
             finish(start(options, processes, log), log)
             if processes == 4:
                 shutil.copytree(run, directory / "four")

@@ -1,3 +1,4 @@
+import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tiny_run import text
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from train import cache_entry
 from train import corpus as corpus_module
@@ -191,6 +192,25 @@ def test_a_tokenizer_file_neither_cuts_nor_pads_the_text(tmp_path):
     model.enable_padding(length=5000)
     model.save(str(path))
     assert np.array_equal(load(tmp_path / "cache", tokenizer=str(path)).train.tokens, expected)
+
+
+def test_every_byte_of_the_text_must_be_in_its_tokens(tmp_path):
+    """Far behind what is decoded to see whether it is given back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"<eos>": 256}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.save(str(tmp_path / "bytes.json"))
+    document = "ab " * 5000 + "q" + "ab " * 100
+    corpus, capitals = corpus_of([document], ["ab " * 20]), corpus_of(["A b " * 99], ["ab " * 20])
+    assert load(tmp_path, corpus, tokenizer=str(tmp_path / "bytes.json"), vocab_size=None).lossless
+    model.normalizer = normalizers.Lowercase()
+    model.save(str(tmp_path / "lower.json"))
+    assert not load(tmp_path, capitals, tokenizer=str(tmp_path / "lower.json"), vocab_size=None).lossless
+    content = json.loads((tmp_path / "bytes.json").read_text())
+    del content["model"]["vocab"]["q"]
+    (tmp_path / "no-q.json").write_text(json.dumps(content))
+    assert not load(tmp_path, corpus, tokenizer=str(tmp_path / "no-q.json"), vocab_size=None).lossless
 
 
 def test_text_that_a_tokenizer_cannot_encode(tmp_path):

@@ -151,7 +151,7 @@ def test_bad_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (
         second == f"error: a run must have a tokenizer to read and write text. {without / 'tokenizer.json'} is missing."
     )
-    assert third.startswith(f"error: {without / 'tokenizer.json'} cannot be used (")
+    assert third.startswith(f"error: tokenizer {without / 'tokenizer.json'} cannot be read (")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("options", "kills"), [(("--within-saving",), 3), (("--within-saving", "--processes", "2", "--shard", "fsdp2"), 1)]
+    ("options", "kills"), [(("--within-saving",), 2), (("--within-saving", "--processes", "2", "--shard", "fsdp2"), 1)]
 )
 def test_nothing_is_lost_in_the_midst_of_a_save(options, kills):
     program = str(Path(__file__).with_name("kills.py"))

@@ -6,7 +6,7 @@ import torch
 from readout_case import Case
 from tiny_run import arguments
 
-from looped.kernels import looped_cross_entropy, out_of_memory, readout
+from looped.kernels import VocabularyShard, looped_cross_entropy, out_of_memory, readout
 from looped.kernels.out_of_memory import is_out_of_memory
 from train import trainer
 from train.run import main
@@ -91,6 +91,18 @@ def test_nothing_is_repeated_in_a_capture(monkeypatch):
     call = readout.ReadoutCall("raw", 1e-6, 1, (0,), chunk_rows=64)
     with pytest.raises(torch.OutOfMemoryError):
         out_of_memory.halve(FULL, call, torch.device("cuda", 0), n_rows=64)
+
+
+def test_the_ranks_of_a_group_keep_the_same_chunks():
+    device, shard = torch.device("cpu"), VocabularyShard(100, group="", rank=0, n_ranks=2)
+    alone = readout.ReadoutCall("raw", 1e-6, 1, (0,), chunk_rows=64)
+    shared = alone._replace(shard=shard)
+    with pytest.raises(torch.OutOfMemoryError):
+        out_of_memory.halve(FULL, shared, device, n_rows=64)
+    with pytest.warns(RuntimeWarning, match="it takes 32 from here on"):
+        out_of_memory.halve(FULL, alone, device, n_rows=64)
+    assert out_of_memory.within_memory(alone, device).chunk_rows == 32
+    assert out_of_memory.within_memory(shared, device) == shared
 
 
 def test_the_hosts_memory_too():

@@ -87,6 +87,36 @@ def test_memory_is_that_of_a_step_now():
     assert on_cpu("demo", 2, True, False) == pytest.approx(measured("demo", 2, True, False), rel=0.15)
 
 
+# MiB on one of two CPU processes over gloo, and of one process with two micro-batches, fp32
+# (2026-11-26, torch 2.13.0).
+WIDER = {"dropout": 0.0, "d_model": 256, "d_ff": 1024, "n_layers": 8}
+MEASURED_ON_RANKS = {
+    ("none", False): 318.0,
+    ("none", True): 224.9,
+    ("fsdp2", False): 267.8,
+    ("fsdp2", True): 170.7,
+}
+
+
+def on_ranks(shard: str, checkpoint_loops: bool, **step) -> float:
+    return planned(
+        "demo", WIDER, sequences=2, half=False, checkpoint_loops=checkpoint_loops, chunk_rows=CPU_WIDE_CHUNK_ROWS,
+        **({"gpus": 2, "shard": shard} | step),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step", MEASURED_ON_RANKS)
+def test_memory_is_that_of_two_processes_that_were_measured(step):
+    assert on_ranks(*step) == pytest.approx(MEASURED_ON_RANKS[step] * MIB, rel=0.05)
+
+
+def test_memory_of_micro_batches_is_that_of_the_step_that_was_measured():
+    """The gradients of the micro-batch before beside those that are being formed."""
+    for checkpoint_loops, mib in ((False, 319.0), (True, 224.9)):
+        planned_bytes = on_ranks("none", checkpoint_loops, gpus=1, accumulated=True)
+        assert planned_bytes == pytest.approx(mib * MIB, rel=0.05)
+
+
 # Steps of the demo, 16 sequences, as `step_record` takes them.
 TRACED = [
     {"fused": True},
@@ -145,9 +175,8 @@ def test_peaks_are_those_of_training(gpu, monkeypatch):
 def test_options_are_those_of_training():
     of_the_plan = {"gpus", "gpu", "tokens", "growth"}
     names = set(plan.PlanOptions.__dataclass_fields__) - of_the_plan
-    trained = set(TrainConfig.__dataclass_fields__)
-    assert names - trained <= {"shard", "shard_head"}  # of several processes
-    for name in ("batch_size", "grad_accumulation", "fused", "supervision", "checkpoint_loops"):
+    assert names <= set(TrainConfig.__dataclass_fields__)
+    for name in ("shard", "shard_head", "batch_size", "grad_accumulation", "fused", "supervision", "checkpoint_loops"):
         assert getattr(plan.PlanOptions, name) == getattr(TrainConfig, name)
 
 
@@ -158,7 +187,7 @@ def test_options_are_those_of_training():
         ("--preset paper-129m --batch-size 512 --gpu rtx4090", "take --shard none --grad-accumulation 16"),
         (
             "--preset ouro-1.4b --batch-size 8 --gpu l40s --gpus 8 --seq-len 8192",
-            "take --shard-head --checkpoint-loops",
+            "take --shard fsdp2 --checkpoint-loops",
         ),
         ("--preset ouro-1.4b --batch-size 1 --gpu rtx4090 --seq-len 65536", "take a shorter --seq-len, more --gpus"),
     ],
@@ -195,8 +224,9 @@ def test_growth(capsys):
         ("--gpus 0", "gpus must be at least 1. Got gpus=0"),
         ("--tokens nan", "tokens must be finite and above 0"),
         ("--n-heads 5", "d_model must be divisible by n_heads"),
-        ("--shard fsdp2 --shard-head", "shard_head must be left out with shard=fsdp2"),
-        ("--no-fused --shard-head", "shard_head needs the fused readout"),
+        ("--shard fsdp2", "shard and shard_head need several GPUs. Got gpus=1"),
+        ("--gpus 2 --shard fsdp2 --shard-head", "shard_head must be left out with shard=fsdp2"),
+        ("--gpus 2 --no-fused --shard-head", "shard_head needs the fused readout"),
         ("--gpu z80", "z80"),
         ("--nonsense", "nonsense"),
     ],

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_run import text
 from tokenizers import models, pre_tokenizers, trainers
@@ -198,6 +198,7 @@ def test_cutting_a_document_does_not_change_its_tokens(bpe, paper):
 
 @settings(max_examples=200, deadline=None)
 @given(parts=st.lists(st.text("ab \n", max_size=30)), size=st.integers(2, 9))
+@example(parts=["aaaaa bbb ", "c"], size=9)  # whether the cut is good shows in the next part
 def test_pieces_do_not_depend_on_the_parts_that_a_text_comes_in(parts, size):
     found = list(pieces(parts, size))
     assert found == list(pieces(["".join(parts)], size))
@@ -212,6 +213,13 @@ def test_a_sample_of_a_large_text_is_spread_evenly(monkeypatch):
     found = [int(text) for text in sample(texts, 1000)]
     assert len(found) == 100
     assert set(np.diff(found)) == {10}
+
+
+def test_text_without_blanks_is_no_more_than_a_part_of_a_sample(monkeypatch):
+    """Its words are all different, and training remembers every one."""
+    monkeypatch.setattr(tokenizer_module, "LONG_WORDS", 150)
+    texts = [f"a b {'c' * 32} {letter * 60} d" for letter in "wxyz"]
+    assert list(sample(texts, 1)) == [*texts[:2], *2 * [f"a b {'c' * 32}  d"]]
 
 
 def test_an_error_of_the_text_is_raised_from_training():

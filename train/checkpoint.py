@@ -47,6 +47,8 @@ from looped.checkpoint import (
 )
 from train import processes
 
+ADAMW = ("exp_avg", "exp_avg_sq", "step")  # its state of a parameter
+
 
 def save(
     run: Path,
@@ -227,17 +229,25 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 
 def _check_moments(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    shapes = {name: list(value.shape) for name, value in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter, _, state = name.rpartition(".")
-        if parameter not in shapes:
+        if parameter not in parameters:
             raise CheckpointError(
                 f"checkpoint of another model: the optimizer has {name}, and the model no {parameter}."
             )
-        if value.dim() > 0 and list(value.shape) != shapes[parameter]:
+        weight = parameters[parameter]
+        expected = ([] if state == "step" else list(weight.shape), weight.dtype)
+        if (list(value.shape), value.dtype) != expected:
             raise CheckpointError(
-                f"checkpoint of another shape: the optimizer's {state} of {parameter} is {list(value.shape)} in the "
-                f"checkpoint and {shapes[parameter]} in the model."
+                f"checkpoint of another shape: the optimizer's {state} of {parameter} is {list(value.shape)} "
+                f"{value.dtype} in the checkpoint and {expected[0]} {expected[1]} in the model."
+            )
+        missing = [other for other in ADAMW if f"{parameter}.{other}" not in tensors]
+        if missing or state not in ADAMW:
+            raise CheckpointError(
+                f"checkpoint must hold {', '.join(ADAMW)} of AdamW for {parameter}. Got {state} without "
+                f"{', '.join(missing) or 'a use'}."
             )
 
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from looped import run_directory
-from looped.config import PRESETS, LoopedConfig, LoopedShape
+from looped.config import LARGEST, PRESETS, LoopedConfig, LoopedShape
+from looped.field_types import check_field_types
 from looped.kernels.device import multiplies_faster
 from looped.run_directory import CONFIG, check_writable, nearest_existing
 from looped.supervision import Gated, Supervision
@@ -240,6 +241,7 @@ def read_config(run: Path) -> TrainConfig:
     try:
         cache = None if stored["cache"] is None else Path(stored["cache"])
         config = TrainConfig(**(stored | {"cache": cache}))
+        check_field_types(config)
         model_config(config, config.vocab_size or 1)
         return config
     except (KeyError, TypeError, ValueError) as error:
@@ -291,9 +293,12 @@ def validate(config: TrainConfig) -> None:
 
     Raises ValueError naming the option, the rule and the value.
     """
+    check_field_types(config)
     for name in ("steps", "batch_size", "grad_accumulation", "stride", "log_every", "eval_tokens", "schedule_steps",
                  "max_bad_steps", "seq_len", "backprop_loops"):  # fmt: skip
         _check(config, name, lambda value: value >= 1, "at least 1")
+    for name in ("batch_size", "seq_len", "eval_loops"):
+        _check(config, name, lambda value: value <= LARGEST, f"at most {LARGEST:,}")
     for name in ("epochs", "learning_rate", "grad_clip"):
         _check(config, name, lambda value: 0 < value < math.inf, "finite and above 0")
     for name in ("penalty", "weight_decay"):

@@ -141,7 +141,12 @@ def _texts_of_jsonl(path: Path) -> Iterator[object]:
             if len(line) > LONGEST_ROW:
                 raise ValueError(f"data file {path}: row {number} must have at most {LONGEST_ROW:,} bytes. Got more.")
             text = line.decode("utf-8-sig")  # files that begin with a byte-order mark may have been joined
-            row = json.loads(text) if text.strip() else {"text": ""}
+            try:
+                row = json.loads(text) if text.strip() else {"text": ""}
+            except JSONDecodeError:
+                raise
+            except ValueError as error:  # a number of thousands of digits
+                raise ValueError(f"data file {path}: row {number} cannot be read ({one_line(error)}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"data file {path}: row {number} must be a JSON object. Got {row!r:.40}.")
             if "text" not in row:

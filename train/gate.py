@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from looped.checkpoint import WEIGHTS, check_whole, files_of, found, seal
+from looped.command_line import Parser
 from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabilities, mean_exit_loop
 from looped.model import LoopedLM
 from looped.run_directory import TOKENIZER, VALIDATION, SavedRun, load_run, write_config
@@ -222,7 +223,7 @@ def _check(options: argparse.Namespace, out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.gate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m train.gate", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run that training wrote")
     parser.add_argument("--out", type=Path, help="directory of the copy with the gate (default: RUN-gate)")
     parser.add_argument("--data", help="where the run's text is, if it has moved")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from looped.whole_file import replacing
+from looped.whole_file import regular, replacing
 
 SCALARS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second")  # of every row
 PER_LOOP = ("ce", "state_norm", "radial_fraction")  # lists [K]
@@ -44,7 +44,7 @@ def foreign_lines(path: Path) -> list[int]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Number and row of every line that is not blank; None for one that is no row."""
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
+    for number, line in enumerate(regular(path).read_bytes().split(b"\n") if path.exists() else [], start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -60,6 +60,7 @@ def _is_row(row: Any) -> bool:
     return (
         type(row["step"]) is int
         and row["step"] >= 1
+        and type(row.get("bad_steps", 0)) is int
         and all(_is_number(row[name]) for name in SCALARS)
         and all(isinstance(values, list) and all(map(_is_number, values)) for values in lists)
         and len({len(values) for values in lists}) == 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from looped.checkpoint import Progress
+from looped.config import LoopedConfig
 from looped.flash_attention import attention_implementation
 from looped.graph import CudaGraphs, Launch, eagerly
 from looped.model import LoopedLM
@@ -85,6 +86,7 @@ def prepare(config: TrainConfig) -> Run:
     source = processes.first_then_others(lambda: load_source(config))
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
+    check_memory(shape, device)
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
@@ -122,6 +124,24 @@ def prepare(config: TrainConfig) -> Run:
         run.close()
         raise
     return run
+
+
+def check_memory(shape: LoopedConfig, device: torch.device) -> None:
+    """Raise ValueError if this machine has no memory for the model, which is made in it before it goes to a device.
+
+    On a CPU gradients and AdamW's two moments stand beside the weights.
+    """
+    if not hasattr(os, "sysconf"):
+        return  # Windows
+    with torch.device("meta"):
+        n_parameters = LoopedLM(shape).parameter_count()
+    needed = n_parameters * (16 if device.type == "cpu" else 4)
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise ValueError(
+            f"the model must fit in memory, of which there are {present / 2**30:.1f} GiB. Got {n_parameters:,} "
+            f"parameters, which take {needed / 2**30:,.1f} GiB. Lower --d-model, --d-ff, --n-layers or --vocab-size."
+        )
 
 
 def load_source(config: TrainConfig) -> Source:

@@ -11,6 +11,7 @@ in a thread of its own, so that a signal is handled meanwhile. It works on as ma
 """
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -24,18 +25,21 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from looped.tokenizer_file import MAX_VOCAB_SIZE, read_tokenizer_file, refusing
+
 PAPER_REGEX = r"\s+|[A-Za-z0-9_]+|[^\w\s]"
 PAPER_SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 # What tokenizers call the token that ends a document; the first one in the vocabulary is taken.
 EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "[SEP]")
 PIECE = 1 << 16  # characters of the text that one core encodes at a time
 SAMPLE = 1 << 30  # bytes of text that a tokenizer is trained on at most
+# A byte of a word takes about 70 in training, once for all places where the word occurs. Words of ordinary length are
+# repeated; long ones (base64, DNA, a script without blanks) are not, and a gigabyte of them would fill any memory.
+LONG_WORD = re.compile(r"\S{33,}")
+LONG_WORDS = 1 << 24  # characters
 # Bytes that bpe merges at most into one token. Every merge goes through every word that has its pair, so that the time
 # grows with the length of the longest word too: blanks, letters or digits without end (DNA, base64) are cut here.
 LONGEST_WORD = 512
-# The largest published vocabularies have about a million tokens. The library reserves memory for as many as are asked
-# for, and where it gets none it aborts the process.
-MAX_VOCAB_SIZE = 1 << 20
 # What a vocabulary holds at least: 256 bytes and <eos>; the special tokens and a word.
 MIN_VOCAB_SIZE = {"bpe": 257, "paper": len(PAPER_SPECIALS) + 1}
 
@@ -69,10 +73,8 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int64, without special tokens. Raises ValueError for text that has none."""
-        try:
+        with refusing(f"tokenizer {self.name} cannot encode the text"):
             encodings = interruptibly(self.model.encode_batch_fast, texts, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer {self.name} cannot encode the text ({error}).") from error
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def gives_back(self, texts: list[str]) -> bool:
@@ -81,7 +83,8 @@ class Tokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids, special tokens included."""
-        return self.model.decode(ids.tolist(), skip_special_tokens=False)
+        with refusing(f"tokenizer {self.name} cannot decode"):
+            return str(self.model.decode(ids.tolist(), skip_special_tokens=False))
 
 
 def check_vocab_size(tokenizer: str, vocab_size: int) -> None:
@@ -146,9 +149,16 @@ def _cut(text: str, start: int, size: int) -> int:
 
 
 def sample(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
-    """The texts, of ``n_bytes`` all together; where that is more than SAMPLE, a part of them, evenly spread."""
+    """The texts, of ``n_bytes`` all together; where that is more than SAMPLE, a part of them, evenly spread.
+
+    Long words are left out once there have been LONG_WORDS characters of them.
+    """
     kept = min(1.0, SAMPLE / max(1, n_bytes))
-    return (text for number, text in enumerate(texts) if int((number + 1) * kept) > int(number * kept))
+    n_long = 0
+    for number, text in enumerate(texts):
+        if int((number + 1) * kept) > int(number * kept):
+            n_long += sum(map(len, LONG_WORD.findall(text)))
+            yield text if n_long <= LONG_WORDS else LONG_WORD.sub("", text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -195,10 +205,9 @@ def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
 
     Raises ValueError if it cannot be read or has no token that ends a document.
     """
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer {path} cannot be read ({error}).") from error
+    model = read_tokenizer_file(path)
+    with refusing(f"tokenizer {path} cannot be read again once it is saved"):
+        model = tokenizers.Tokenizer.from_str(model.to_str())  # cache and run keep it as the library writes it
     return _finish(name or str(path), model)
 
 

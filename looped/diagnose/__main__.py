@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from looped.command_line import Parser
 from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
 from looped.diagnose.halting import check_rounds
@@ -127,7 +128,7 @@ def _device(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m looped.diagnose", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m looped.diagnose", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run that training wrote")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a model of transformers or the hub, instead of runs")
     parser.add_argument("--data", metavar="FILES", help="for --model: text files, or a .safetensors file with tokens")

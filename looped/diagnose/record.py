@@ -13,6 +13,7 @@ from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.findings import findings
 from looped.diagnose.verdict import THRESHOLDS, Measurements, judge
+from looped.whole_file import read_json
 
 FORMAT = 4  # of the file: raised whenever something in it is added, removed or called otherwise
 
@@ -59,7 +60,7 @@ def read_record(path: Path) -> list[Diagnosis]:
     for a file that is missing or damaged, and OtherFormatError, which is one, for a record of another format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content["diagnoses"], list):
             raise ValueError("diagnoses must be a list")
         if content.get("format") != FORMAT:

@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from looped.run_directory import TOKENIZER
+from looped.tokenizer_file import read_tokenizer_file
 
 UNFINISHED = "\ufffd"  # what decoding puts for the bytes of a character that are not all there
 
@@ -15,10 +16,7 @@ def read_tokenizer(run: Path) -> tokenizers.Tokenizer:
     path = run / TOKENIZER
     if not path.is_file():
         raise ValueError(f"a run must have a tokenizer to read and write text. {path} is missing.")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} cannot be used ({error}).") from error
+    tokenizer = read_tokenizer_file(path)
     tokenizer.encode_special_tokens = True  # "<eos>" in the text is text
     tokenizer.no_truncation()
     tokenizer.no_padding()
