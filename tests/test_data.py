@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
-from hostile import bounded
 from tiny_run import text
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -112,62 +110,6 @@ def test_one_flipped_bit_is_seen(tmp_path, name, capsys):
     assert np.array_equal(again.train.tokens, expected)
     assert again.fingerprint == first.fingerprint
     assert "are damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"[1]", b"5", b"null", b"[" * 100_000, b'[["x", "y"]]', b"\xff"])
-def test_digests_that_are_none(tmp_path, content, capsys):
-    expected = np.asarray(load(tmp_path).train.tokens)
-    (entry,) = tmp_path.iterdir()
-    (entry / "digests.json").write_bytes(content)
-    assert np.array_equal(load(tmp_path).train.tokens, expected)
-    assert "are damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["digests.json", "train-00000.tokens"])
-def test_a_pipe_in_an_entry(tmp_path, name):
-    expected = np.asarray(load(tmp_path).train.tokens)
-    (entry,) = tmp_path.iterdir()
-    (entry / name).unlink()
-    os.mkfifo(entry / name)
-    with bounded():
-        assert np.array_equal(load(tmp_path).train.tokens, expected)
-
-
-@pytest.mark.parametrize("moment", ["has removed its files", "has let go"])
-def test_who_fails_leaves_the_next_process_its_directory(tmp_path, monkeypatch, moment):
-    """Another may begin to fill the entry at once."""
-    place = tmp_path / "unfinished-entry"
-    hold, rmtree, close, held = cache_entry.hold, shutil.rmtree, os.close, []
-
-    def removing(*arguments: object, **options: object) -> None:
-        rmtree(*arguments, **options)
-        if moment == "has removed its files":
-            place.mkdir(exist_ok=True)
-
-    def closing(handle: int) -> None:
-        close(handle)
-        if moment == "has let go" and handle in held:
-            held.clear()
-            place.mkdir(exist_ok=True)
-            (place / "tokens").touch()
-
-    def fail(directory: Path) -> dict[str, str]:
-        (directory / "half").touch()
-        raise ValueError("no")
-
-    monkeypatch.setattr(cache_entry, "hold", lambda path: held.append(hold(path)) or held[-1])
-    monkeypatch.setattr(shutil, "rmtree", removing)
-    monkeypatch.setattr(os, "close", closing)
-    with pytest.raises(ValueError, match=r"^no$"):
-        cache_entry.make_entry(tmp_path / "entry", fail)
-    monkeypatch.undo()
-    assert [path.name for path in place.iterdir()] == (["tokens"] if moment == "has let go" else [])
-
-
-def test_a_cache_that_may_not_be_written_keeps_nothing(tmp_path):
-    (tmp_path / "cache").touch()
-    with pytest.raises(ValueError, match=r"^cache .*cache cannot be written \((Not a directory|File exists)\)\.$"):
-        load(tmp_path / "cache")
 
 
 def test_digests_are_read_once(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 SEED = "5"  # of one process: killed between the two renames of a save, then while the files of one are written
 
 
