@@ -121,6 +121,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             bar.update(1)
             if _is_saved(run.step, run):
                 with clock.paused():
+                    with saves.attempt():
+                        log.flush()  # rows of before a checkpoint are not written again after it
                     saves.take(partial(save, run))
         saves.take_last(partial(save, run))
         processes.from_first(log.flush)
