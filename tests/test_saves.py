@@ -14,7 +14,7 @@ import safetensors.torch
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
-from train import trainer
+from train import processes, trainer
 from train.checkpoint import step_of
 from train.metrics import MetricsLog, read_metrics
 from train.run import main
@@ -152,20 +152,22 @@ def test_a_row_that_could_not_be_written_is_there_before_the_next_checkpoint(tmp
     assert rows == [1, 2, 3]  # of step 1, 4 and 8, at the checkpoints of 3, 6 and 8
 
 
-def test_a_run_that_fails_waits_for_what_is_being_written(tmp_path):
+@pytest.mark.parametrize(("n_processes", "patience"), [(1, None), (2, 30.0)])
+def test_a_run_that_fails_waits_for_what_is_being_written(n_processes, patience, monkeypatch):
     """As when the loss is not finite: the message names the last checkpoint."""
 
     class Slow:
-        settled = False
+        settled = 0.0
 
         def settle(self, seconds):
-            self.settled = True
+            self.settled = seconds
 
+    monkeypatch.setattr(processes, "world_size", lambda: n_processes)
     slow, saves = Slow(), Saves("stop")
     saves.take(lambda: slow)
     with pytest.raises(RuntimeError), saves:
         raise RuntimeError
-    assert slow.settled
+    assert slow.settled == patience
 
 
 def test_a_run_that_saves_in_the_background_is_continued(tmp_path):
