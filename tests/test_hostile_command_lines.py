@@ -72,8 +72,9 @@ def refused_or_done(main: Callable[[list[str]], Any], argv: list[str], directory
 @given(words=options_of(trainer_options()))
 @drawn(20)
 def test_train(finished, words):
-    """As far as the run's directory, which is there only if everything fits."""
-    with tempfile.TemporaryDirectory() as folder, patch.object(train.run, "train", lambda run, interruptions: 0):
+    """As far as the run's directory, which is there only if everything fits. --out may be drawn too: x, nan."""
+    nothing = patch.object(train.run, "train", lambda run, interruptions: 0)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), nothing:
         out = Path(folder) / "run"
         argv = arguments(finished.parent, "--out", str(out), "--steps", "1")
         refused_or_done(train.run.main, [*argv, *words], Path(folder))

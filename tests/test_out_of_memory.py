@@ -1,5 +1,6 @@
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from tiny_run import arguments
 
 from looped.kernels import VocabularyShard, looped_cross_entropy, out_of_memory, readout
 from looped.kernels.out_of_memory import is_out_of_memory
-from train import trainer
+from train import processes, trainer
+from train.config import preset_config
+from train.out_of_memory import out_of_memory as advised
 from train.run import main
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore lines")
@@ -145,6 +148,13 @@ def test_a_run_says_what_helps(options, advice, command, tmp_path, monkeypatch, 
     assert error.rstrip().endswith(f"--resume {run} {command}".rstrip())
     monkeypatch.undo()
     assert main(["--resume", str(run), *command.split()]) == 0
+
+
+@pytest.mark.parametrize(("n_processes", "command"), [(2, ("--grad-accumulation", "3")), (6, ("--checkpoint-loops",))])
+def test_what_helps_divides_the_batch_of_several_processes(n_processes, command, monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: n_processes)
+    _, *options = advised(FULL, replace(preset_config("demo"), batch_size=6))
+    assert tuple(options) == command
 
 
 def test_a_run_whose_readout_is_halved_goes_on(tmp_path, rows_at_once):
