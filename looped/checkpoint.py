@@ -204,7 +204,10 @@ def read_weights(directory: Path, model: nn.Module) -> dict[str, Tensor]:
                 f"checkpoint of another shape: {name} is {there.get(name, 'missing')} in the checkpoint and "
                 f"{here.get(name, 'missing')} in the model."
             )
-    weights = {name: torch.empty_like(value, device="cpu" if value.is_meta else None) for name, value in wanted.items()}
+    weights = {
+        name: torch.empty(value.shape, dtype=value.dtype) if value.is_meta else torch.empty_like(value)
+        for name, value in wanted.items()
+    }
     read_into(directory, "model", weights)
     return weights
 

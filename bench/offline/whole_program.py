@@ -163,11 +163,11 @@ def readout_report(d: int, n_columns: int, target_name: str) -> dict[str, Any]:
 # What the host does with tensors of a GPU that is not there: it writes zeros and reads ones.
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     values = {
         name: torch.zeros(x.shape, dtype=x.dtype, device="cpu") if x.is_cuda else x for name, x in tensors.items()
     }
-    path.write_bytes(safetensors.torch.save(values))
+    path.write_bytes(safetensors.torch.save(values, metadata))
 
 
 def _load_file(path: Path, device: str = "cpu") -> dict[str, Tensor]:
