@@ -73,7 +73,8 @@ def refused_or_done(main: Callable[[list[str]], Any], argv: list[str], directory
 @drawn(20)
 def test_train(finished, words):
     """As far as the run's directory, which is there only if everything fits."""
-    with tempfile.TemporaryDirectory() as folder, patch.object(train.run, "train", lambda run, interruptions: 0):
+    training = patch.object(train.run, "train", lambda run, interruptions: 0)
+    with tempfile.TemporaryDirectory() as folder, training, chdir(folder):
         out = Path(folder) / "run"
         argv = arguments(finished.parent, "--out", str(out), "--steps", "1")
         refused_or_done(train.run.main, [*argv, *words], Path(folder))
@@ -116,7 +117,7 @@ RUN_PROGRAMS: dict[str, tuple[Any, Any, str, list[str]]] = {
 def test_programs_that_read_a_run(finished, program, data):
     main, module, work, names = RUN_PROGRAMS[program]
     words = data.draw(options_of(names))
-    with tempfile.TemporaryDirectory() as folder, patch.object(module, work, accept):
+    with tempfile.TemporaryDirectory() as folder, patch.object(module, work, accept), chdir(folder):
         out = {"gate": ["--out", f"{folder}/out"], "diagnose": ["--out", f"{folder}/out"]}.get(program, [])
         first = {"generate": ["--prompt", "a"], "export": [f"{folder}/out", "--to", "ouro"]}.get(program, [])
         refused_or_done(main, [str(finished), *first, *out, *words], Path(folder))

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 import warnings
 
@@ -8,7 +9,9 @@ from tiny_run import arguments
 
 from looped.kernels import VocabularyShard, looped_cross_entropy, out_of_memory, readout
 from looped.kernels.out_of_memory import is_out_of_memory
-from train import trainer
+from train import processes, trainer
+from train.config import preset_config
+from train.out_of_memory import out_of_memory as out_of_memory_advice
 from train.run import main
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nmore lines")
@@ -145,6 +148,13 @@ def test_a_run_says_what_helps(options, advice, command, tmp_path, monkeypatch, 
     assert error.rstrip().endswith(f"--resume {run} {command}".rstrip())
     monkeypatch.undo()
     assert main(["--resume", str(run), *command.split()]) == 0
+
+
+@pytest.mark.parametrize(("parts", "advised"), [(2, ("--grad-accumulation", "4")), (4, ("--checkpoint-loops",))])
+def test_what_helps_leaves_every_process_whole_sequences(parts, advised, monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    config = dataclasses.replace(preset_config("demo"), batch_size=16, grad_accumulation=parts)
+    assert out_of_memory_advice(FULL, config)[1:] == advised
 
 
 def test_a_run_whose_readout_is_halved_goes_on(tmp_path, rows_at_once):

@@ -206,8 +206,10 @@ def why_lost(error: BaseException) -> str | None:
 
 def _launch() -> str | None:
     """Tells the processes that one torchrun starts, and starts again, from another's; None if it starts none again."""
+    if not may_restart():
+        return None
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"torchrun of process {os.getppid()}" if run_id == "none" else run_id if may_restart() else None
+    return f"torchrun of process {os.getppid()}" if run_id == "none" else run_id
 
 
 def may_restart() -> bool:
