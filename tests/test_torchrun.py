@@ -121,7 +121,7 @@ def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--shard", "fsdp2"], r"shard needs several processes, which torchrun starts. Got shard=fsdp2 and one"),
+        (["--shard", "fsdp2"], r"shard must be none with one process; torchrun starts several. Got shard=fsdp2"),
         (["--shard", "fsdp2", "--compile"], r"compile must be left out when weights are shared out"),
         (["--collective-timeout", "0"], r"collective_timeout must be above 0 and at most 1e9. Got .*=0"),
         (["--collective-timeout", "1e15"], r"collective_timeout must be above 0 .* Got .*=10{15}.0"),

@@ -319,7 +319,7 @@ def validate(config: TrainConfig) -> None:
     if config.shard != "none" and config.compile:
         raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
     if config.shard != "none" and n_processes == 1:
-        raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
+        raise ValueError(f"shard must be none with one process; torchrun starts several. Got shard={config.shard}.")
     if config.shard_head:
         _check_shard_head(config, n_processes)
     _check_gate(config)
