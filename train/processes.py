@@ -114,9 +114,9 @@ def from_first(function: Callable[[], Result]) -> Result:
 
 def first_then_others(function: Callable[[], Result]) -> Result:
     """What ``function`` gives in every process; the first one calls it before the others, for it may fill a cache."""
-    own: list[Result] = []
-    from_first(lambda: own.append(function()))
-    return own[0] if own else function()
+    of_first: list[Result] = []  # in the first process alone, and never sent
+    from_first(lambda: of_first.append(function()))
+    return of_first[0] if of_first else function()
 
 
 def _plain(error: BaseException) -> BaseException:
