@@ -1,9 +1,9 @@
 """``python tests/soak.py --minutes 60``: the demo, trained for an hour, and whether its memory stays flat.
 
-The trainer is started as a program of its own, with a checkpoint every hundred steps, and stopped by SIGTERM. Its
-resident memory is read once every few seconds. The first tenth of the time is left out: what is allocated once is
-allocated then. Flat means that the median of the last tenth is within 2 % of the median of the tenth that follows the
-first one. Needs /proc, so Linux.
+The trainer is started as a program of its own, with a checkpoint every hundred steps, and stopped by SIGTERM. From its
+first step on, its resident memory is read once every few seconds. The first tenth of the time is left out: what is
+allocated once is allocated then. Flat means that the median of the last tenth is within 2 % of the median of the tenth
+that follows the first one. Needs /proc, so Linux.
 """
 
 import argparse
@@ -59,10 +59,12 @@ def drift(samples: Sequence[Sample], name: str = "resident") -> float:
     return statistics.median(late) / statistics.median(early) - 1
 
 
-def soak(command: Sequence[str], seconds: float, interval: float) -> list[Sample]:
-    """Run ``command`` for so long, then stop it with SIGTERM."""
+def soak(command: Sequence[str], seconds: float, interval: float, begun: Path | None = None) -> list[Sample]:
+    """Run ``command`` for so long, from when ``begun`` is there, then stop it with SIGTERM."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
+            while begun is not None and not begun.exists() and process.poll() is None:
+                time.sleep(interval)
             return list(watched(process, seconds, interval))
         finally:
             process.send_signal(signal.SIGTERM)
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(folder) / "run"
         command = [sys.executable, str(PROGRAM), "--steps", str(STEPS_WITHOUT_END), "--save-every", "100",
                    "--out", str(out), *asked.options]  # fmt: skip
-        samples = soak(command, asked.minutes * 60, asked.interval)
+        samples = soak(command, asked.minutes * 60, asked.interval, out / "metrics.jsonl")
         steps = json.loads((out / "checkpoint" / "checkpoint.json").read_text())["step"]
     highest = max(each.resident for each in samples)
     changes = {name: drift(samples, name) for name in ("resident", "anonymous")}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from looped.exit_gate import exit_entropy, mean_exit_loop
 from looped.graph import WARM_UP, Launch, eagerly
 from looped.kernels.arguments import gathered
-from looped.model import LoopedLM
+from looped.model import LoopedLM, LoopedOutput
 from looped.sharding import reshard
 from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from looped.vocabulary import clip_grad_norm_
@@ -126,14 +126,8 @@ def training_step(
                     n_targets=n_targets,
                 )
             output.loss.backward()
-        parts.append([output.loss.detach(), output.per_loop])
-        if measure:
-            radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
-            n_untrained = len(output.states) - len(radial_fraction)  # loops without gradient
-            radial_fraction = F.pad(radial_fraction, (n_untrained, 0), value=math.nan)
-            parts[-1] += [share * state_norms(output.states), share * radial_fraction]
-            if output.log_exits is not None:
-                parts[-1].append(exit_means(output.log_exits, part_targets, n_targets))
+        measured = _measured(output, share, part_targets, n_targets) if measure else []
+        parts.append([output.loss.detach(), output.per_loop, *measured])
     reshard(model)
     sums = [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
     loss, per_loop, *measured = _mean_over_processes(sums)
@@ -142,6 +136,17 @@ def training_step(
     bad = ~(loss.isfinite() & grad_norm.isfinite())
     _step_unless(bad, optimizer)
     return StepResult(loss, per_loop, grad_norm, bad, *measured)
+
+
+def _measured(output: LoopedOutput, share: float, targets: Tensor, n_targets: Tensor | None) -> list[Tensor]:
+    """A micro-batch's part in state_norm, radial_fraction and, with gated supervision, exits of `StepResult`."""
+    assert output.statistics is not None  # they were asked for
+    assert output.statistics.radial_fraction is not None
+    radial_fraction = output.statistics.radial_fraction.flatten(1).mean(1)
+    n_untrained = len(output.states) - len(radial_fraction)  # loops without gradient
+    radial_fraction = F.pad(radial_fraction, (n_untrained, 0), value=math.nan)
+    measured = [share * state_norms(output.states), share * radial_fraction]
+    return measured if output.log_exits is None else [*measured, exit_means(output.log_exits, targets, n_targets)]
 
 
 def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
