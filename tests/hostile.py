@@ -90,9 +90,7 @@ RULES = "must|cannot|needs?|is torn|is too short|is empty|holds no|checkpoint of
 
 def assert_says_why(error: Exception) -> None:
     """One line with the rule and, mostly, the value that broke it."""
-    assert re.fullmatch(
-        r"[^\n]*\b(must|cannot|needs?|is torn|is too short|is empty|holds no|checkpoint of another)\b[^\n]*", str(error)
-    ), error
+    assert re.fullmatch(rf"[^\n]*\b({RULES})\b[^\n]*", str(error)), error
 
 
 HUGE = [2**31, 2**63, 10**30, -1, -(2**63), 0]

@@ -83,7 +83,7 @@ class Campaign:
         run, log = self.directory / name, self.directory / f"{name}.log"
         argv = [*self.argv, "--out", str(run)]
         if within_saving:
-            # A save makes ten such calls, and there are six of them.
+            # The first save makes twelve such calls and each of the six others fourteen, which are alike.
             children = start(argv, self.processes, log, dying_at(draw.randrange(60)))
             os.waitpid(children[0], 0)
             kill(children[1:])

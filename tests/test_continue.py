@@ -103,6 +103,15 @@ def test_the_first_checkpoint_comes_early(tmp_path, monkeypatch):
     assert saved == [50, 60]
 
 
+def test_rows_stay_when_fewer_are_logged(tmp_path):
+    run = tmp_path / "run"
+    assert main(arguments(tmp_path, "--out", str(run), "--steps", "5")) == 0
+    before = rows_of(run)
+    assert main(["--resume", str(run), "--log-every", "3", "--steps", "6"]) == 0
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 6]
+    assert rows_of(run)[:4] == before[:4]
+
+
 COSINE = ("--schedule", "warmup-cosine", "--warmup-steps", "2")
 
 

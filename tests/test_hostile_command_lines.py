@@ -72,9 +72,9 @@ def refused_or_done(main: Callable[[list[str]], Any], argv: list[str], directory
 @given(words=options_of(trainer_options()))
 @drawn(20)
 def test_train(finished, words):
-    """As far as the run's directory, which is there only if everything fits."""
-    training = patch.object(train.run, "train", lambda run, interruptions: 0)
-    with tempfile.TemporaryDirectory() as folder, training, chdir(folder):
+    """As far as the run's directory, which is there only if everything fits. --out may be drawn too: x, nan."""
+    nothing = patch.object(train.run, "train", lambda run, interruptions: 0)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), nothing:
         out = Path(folder) / "run"
         argv = arguments(finished.parent, "--out", str(out), "--steps", "1")
         refused_or_done(train.run.main, [*argv, *words], Path(folder))
@@ -117,7 +117,7 @@ RUN_PROGRAMS: dict[str, tuple[Any, Any, str, list[str]]] = {
 def test_programs_that_read_a_run(finished, program, data):
     main, module, work, names = RUN_PROGRAMS[program]
     words = data.draw(options_of(names))
-    with tempfile.TemporaryDirectory() as folder, patch.object(module, work, accept), chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, patch.object(module, work, accept):
         out = {"gate": ["--out", f"{folder}/out"], "diagnose": ["--out", f"{folder}/out"]}.get(program, [])
         first = {"generate": ["--prompt", "a"], "export": [f"{folder}/out", "--to", "ouro"]}.get(program, [])
         refused_or_done(main, [str(finished), *first, *out, *words], Path(folder))

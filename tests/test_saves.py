@@ -14,7 +14,9 @@ import safetensors.torch
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
+from train import processes, trainer
 from train.checkpoint import step_of
+from train.metrics import MetricsLog, read_metrics
 from train.run import main
 from train.saves import Saves
 
@@ -70,7 +72,7 @@ def test_a_directory_that_is_gone_is_not_made_anew(troubled):
 
 
 @pytest.mark.parametrize(
-    ("kind", "failed"), [("full", 1), ("read-only", 4), ("gone", 4)]
+    ("kind", "failed"), [("full", 1), ("read-only", 5), ("gone", 5)]
 )  # the end of a block of a full disk has room for lines of metrics.jsonl
 def test_a_run_that_goes_on_loses_nothing(troubled, kind, failed):
     found = troubled[f"{kind}, continue"]
@@ -132,20 +134,40 @@ def test_a_run_goes_on_to_the_same_end(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "run").glob("checkpoint.*"))
 
 
-def test_a_run_that_fails_waits_for_what_is_being_written(tmp_path):
+def test_a_row_that_could_not_be_written_is_there_before_the_next_checkpoint(tmp_path, monkeypatch):
+    flush, calls, save, rows = MetricsLog.flush, iter(range(100)), trainer.save, []
+
+    def failing(log):
+        if next(calls) == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(log)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(MetricsLog, "flush", failing)
+    monkeypatch.setattr(
+        trainer, "save", lambda each: rows.append(len(read_metrics(run / "metrics.jsonl"))) or save(each)
+    )
+    options = ("--log-every", "4", "--save-every", "3", "--on-save-error", "continue")
+    assert main(arguments(tmp_path, "--out", str(run), *options)) == 0
+    assert rows == [1, 2, 3]  # of step 1, 4 and 8, at the checkpoints of 3, 6 and 8
+
+
+@pytest.mark.parametrize(("n_processes", "patience"), [(1, None), (2, 30.0)])
+def test_a_run_that_fails_waits_for_what_is_being_written(n_processes, patience, monkeypatch):
     """As when the loss is not finite: the message names the last checkpoint."""
 
     class Slow:
-        settled = False
+        settled = 0.0
 
         def settle(self, seconds):
-            self.settled = True
+            self.settled = seconds
 
+    monkeypatch.setattr(processes, "world_size", lambda: n_processes)
     slow, saves = Slow(), Saves("stop")
     saves.take(lambda: slow)
     with pytest.raises(RuntimeError), saves:
         raise RuntimeError
-    assert slow.settled
+    assert slow.settled == patience
 
 
 def test_a_run_that_saves_in_the_background_is_continued(tmp_path):

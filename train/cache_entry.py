@@ -16,25 +16,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from looped.run_directory import hold
+from looped.whole_file import read_json, regular
 from train.corpus import file_state
 
 DIGESTS, CHECKED = "digests.json", "checked"
 
 
 def digest_of(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def is_whole(entry: Path) -> bool:
     """Whether the files of an entry are as they were written. They are read only if there is reason to."""
     try:
-        digests = json.loads((entry / DIGESTS).read_text(encoding="utf-8"))
+        digests = dict(read_json(entry / DIGESTS))
         state = _state(entry, digests)
         if _content(entry / CHECKED) == state:
             return True
         whole = bool(digests) and all(digest_of(entry / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return False
     if whole:
         with suppress(OSError):  # a cache that may not be written is read anew each time
@@ -45,9 +46,9 @@ def is_whole(entry: Path) -> bool:
 def make_entry(entry: Path, fill: Callable[[Path], dict[str, str]]) -> None:
     """Have ``entry`` be there and whole. If it is not, ``fill`` writes its files into a directory that it is given.
 
-    ``fill`` returns their digests. What it has written when it is killed is there when it is called for this entry
-    again. Of several processes one fills it and the others wait. Raises ValueError, with nothing left behind, if
-    ``fill`` does, or if the cache cannot be written.
+    ``fill`` returns their digests. What it has written when it is killed, or when the disk is full, is there when it is
+    called for this entry again. Of several processes one fills it and the others wait. Raises ValueError if ``fill``
+    does, with nothing left behind, or if the cache cannot be written.
     """
     if is_whole(entry):
         return
@@ -57,19 +58,14 @@ def make_entry(entry: Path, fill: Callable[[Path], dict[str, str]]) -> None:
         with _held(staging):
             if not is_whole(entry):  # another process may have been first
                 _remove_damaged(entry)
-                _seal(staging, fill(staging))
+                _fill(staging, fill)
                 os.rename(staging, entry)
                 is_whole(entry)
     except OSError as error:
         if is_whole(entry):  # another process was first, on a file system without locks
             return
-        raise ValueError(
-            f"cache {entry.parent} cannot be written ({error.strerror or error}). What has been encoded is kept in "
-            f"{staging.name} for the next try."
-        ) from error
-    except ValueError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        kept = f" What has been encoded is kept in {staging.name} for the next try." if staging.exists() else ""
+        raise ValueError(f"cache {entry.parent} cannot be written ({error.strerror or error}).{kept}") from error
     finally:
         if created:
             with suppress(OSError):  # there is something in it
@@ -98,8 +94,9 @@ def _held(staging: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # not empty: there is something to go on with
-            staging.rmdir()
+        if handle is None or _is_at(staging, handle):  # and not the directory of the next process, begun meanwhile
+            with suppress(OSError):  # not empty: there is something to go on with
+                staging.rmdir()
         if handle is not None:
             os.close(handle)
 
@@ -118,7 +115,13 @@ def _remove_damaged(entry: Path) -> None:
         shutil.rmtree(entry)
 
 
-def _seal(staging: Path, digests: dict[str, str]) -> None:
+def _fill(staging: Path, fill: Callable[[Path], dict[str, str]]) -> None:
+    """Have all files of an entry be there, their digests last, and no others."""
+    try:
+        digests = fill(staging)
+    except ValueError:
+        shutil.rmtree(staging, ignore_errors=True)  # while it is held: the next process may want it at once
+        raise
     for path in staging.iterdir():
         if path.is_file() and path.name not in digests:
             path.unlink()

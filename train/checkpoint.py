@@ -92,14 +92,17 @@ class Saving:
                 distributed_checkpoint.save(tensors, storage_writer=self._writer)
 
     def wait(self) -> None:
-        """Until it is in its place. Raises OSError if it cannot be written, and CheckpointError if safetensors says so,
-        in every process; the one before is in its place then, and nothing else is left."""
+        """Wait until it is in its place.
+
+        Raises, in every process, OSError if it cannot be written, and CheckpointError if safetensors says so. The one
+        before stays then; or the new one is in its place, if only the last wait for the disk failed.
+        """
         if self._written is not None:
             with self._errors_of_one_process():
                 self._written.result()
 
-    def settle(self, seconds: float) -> None:
-        """Until it is written or has failed, which is not said, but at most so long."""
+    def settle(self, seconds: float | None) -> None:
+        """Wait until it is written or has failed, at most ``seconds``; None: as long as it takes. Raises nothing."""
         if self._written is not None:
             concurrent.futures.wait([self._written], seconds)
 

@@ -49,7 +49,7 @@ class Corpus:
         """Of all text, which is read for it."""
         fingerprint = Fingerprint()
         for split in (self.train, self.validation):
-            for document in reading(fingerprint.watch(split), "reading"):
+            for document in reading(fingerprint.watch(split)):
                 for _ in document.parts:
                     pass
         return fingerprint
@@ -83,9 +83,9 @@ class Fingerprint:
         return self._digest.hexdigest()
 
 
-def reading(documents: Iterable[Document], what: str, total: int | None = None) -> Iterator[Document]:
+def reading(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents, with a progress bar of their bytes."""
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for document in documents:
             yield document
             bar.update(document.n_bytes)
@@ -161,7 +161,7 @@ def split_by_hash(documents: Iterable[Document]) -> Corpus:
     bound = int(VALIDATION_SHARE * 2**64)
     n = n_below = 0
     copies: Counter[int] = Counter()  # of the smallest key and of the two largest
-    for document in reading(documents, "reading"):
+    for document in reading(documents):
         n += 1
         n_below += document.key <= bound
         copies[document.key] += 1

@@ -10,8 +10,8 @@ def out_of_memory(error: RuntimeError, config: TrainConfig) -> tuple[str, ...]:
     More micro-batches come first: they cost no more arithmetic. Then a loop recomputed costs its forward pass again.
     """
     happened = f"memory ran out ({str(error).strip().splitlines()[0][:160]})."
-    sequences = config.batch_size // (config.grad_accumulation * processes.world_size())  # of a micro-batch
-    parts = next((n for n in range(2, sequences + 1) if sequences % n == 0), 1) * config.grad_accumulation
+    per_step = config.batch_size // (config.grad_accumulation * processes.world_size())
+    parts = next((n for n in range(2, per_step + 1) if per_step % n == 0), 1) * config.grad_accumulation
     advice: list[tuple[str, tuple[str, ...]]] = []
     if parts > config.grad_accumulation:
         advice.append((f"--grad-accumulation {parts}", ("--grad-accumulation", str(parts))))

@@ -10,7 +10,9 @@ from train import processes
 from train.checkpoint import CheckpointError, Saving
 from train.config import OnSaveError
 
-PATIENCE = 30.0  # seconds for what is being written when a run ends with an error
+# Seconds for what several processes are writing when a run ends with an error: one of them may be gone. A single one
+# waits as long as it takes, because a run's directory must not be free while something is written there.
+PATIENCE = 30.0
 
 
 class Saves:
@@ -27,7 +29,7 @@ class Saves:
     def __exit__(self, *error: object) -> None:
         """Wait for what is being written, whatever becomes of it. Only a run that ends with an error leaves any."""
         if self._pending is not None:
-            self._pending.settle(PATIENCE)
+            self._pending.settle(PATIENCE if processes.world_size() > 1 else None)
 
     @contextmanager
     def attempt(self) -> Iterator[None]:

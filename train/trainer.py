@@ -121,6 +121,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             bar.update(1)
             if _is_saved(run.step, run):
                 with clock.paused():
+                    with saves.attempt():
+                        log.flush()  # rows of before a checkpoint are not written again after it
                     saves.take(partial(save, run))
         saves.take_last(partial(save, run))
         processes.from_first(log.flush)
@@ -139,9 +141,10 @@ def _open_log(run: Run) -> MetricsLog:
     foreign = foreign_lines(path)
     if foreign:
         print(f"dropped   {len(foreign)} lines of {path} that are no rows of training, the first line {foreign[0]}")
-    # A row of a step beyond the checkpoint will be written again; one that was logged only as the last step of a
-    # shorter run would not have been in this one.
-    return MetricsLog(path, keep=lambda row: row["step"] <= run.step and _is_logged(row["step"], run))
+    # A row of a step beyond the checkpoint will be written again. That of its own step may have been logged only as the
+    # last one of a shorter run, and would not have been in this one. Those before stay, whatever --log-every is now.
+    last = run.step if _is_logged(run.step, run) else run.step - 1
+    return MetricsLog(path, keep=lambda row: row["step"] <= last)
 
 
 def _bad_steps_line(run: Run, n: int) -> str:
