@@ -79,8 +79,9 @@ def read_out_shard(
     space = None if shard.same_states else y.new_empty((shard.n_blocks * size, d))
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
-        own = y[chunk]
-        all_rows = own if space is None else shard.gathered(own, space[: shard.n_blocks * len(own)])
+        rank_rows = y[chunk]
+        room = None if space is None else space[: shard.n_blocks * len(rank_rows)]
+        all_rows = rank_rows if room is None else shard.gathered(rank_rows, room)
         weight = None if of_all.row_weight is None else of_all.row_weight[:, chunk].flatten()
         g = form_logits(all_rows, head, logits[: len(all_rows)])
         _losses(g, of_all.targets[:, chunk].flatten(), weight, bias, options, rows, chunk, call)
@@ -92,7 +93,7 @@ def read_out_shard(
             accumulate_head(results.dhead, g, all_rows, first == 0)
         if call.needs_dy:
             torch.mm(g, head, out=all_rows)
-            shard.sum_of_blocks(all_rows.view(shard.n_blocks, *own.shape), own)
+            shard.sum_of_blocks(all_rows.view(shard.n_blocks, *rank_rows.shape), rank_rows)
 
 
 def _losses(
@@ -111,9 +112,9 @@ def _losses(
         logits, targets, weight, bias, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits
     )
     size = chunk.stop - chunk.start
-    own = slice(shard.block * size, (shard.block + 1) * size)
-    rows.loss[chunk] = of_chunk.loss[own]
+    of_rank = slice(shard.block * size, (shard.block + 1) * size)
+    rows.loss[chunk] = of_chunk.loss[of_rank]
     if rows.statistics is not None and of_chunk.statistics is not None:
-        rows.statistics[:3, chunk] = of_chunk.statistics[:, own]
+        rows.statistics[:3, chunk] = of_chunk.statistics[:, of_rank]
     if rows.top1 is not None and of_chunk.top1 is not None:
-        rows.top1[chunk] = of_chunk.top1[own]
+        rows.top1[chunk] = of_chunk.top1[of_rank]

@@ -61,7 +61,7 @@ class Gated:
         log_q = self.log_prior(len(log_p), log_p).view(-1, *[1] * counted.dim())
         of_token = (log_p.exp() * (log_p - log_q)).sum(0)
         n = counted.sum() if n_targets is None else n_targets
-        n = n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
+        n = torch.where(n > 0, n, 1) if isinstance(n, Tensor) else n or 1
         return self.beta * torch.where(counted, of_token, 0.0).sum() / n
 
 

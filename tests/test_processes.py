@@ -252,20 +252,25 @@ def test_steps_are_those_of_one_process_whatever_targets_are_ignored(runs: Path)
 
 # One that ends -------------------------------------------------------------------------------------------------------
 
+# It takes as long to find the checkpoint whole as that of a large model does: torchrun's SIGTERM comes meanwhile.
 PROGRAM = """
-import os, signal
-from train import processes, report, trainer
+import os, signal, time
+from train import checkpoint, processes, report, trainer
 from train.run import main
 
 report.draw = lambda *_: None
-take_step = trainer._step
+take_step, step_of = trainer._step, checkpoint.step_of
+
+def slow(out):
+    time.sleep(1)
+    return step_of(out)
 
 def mortal(run, measure):
     if processes.rank() == 1 and run.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(run, measure)
 
-trainer._step = mortal
+trainer._step, checkpoint.step_of = mortal, slow
 processes.end(main)
 """
 

@@ -184,6 +184,16 @@ def test_parts_add_up_to_the_whole(fused: bool, as_tensor: bool) -> None:
     assert_same_gradients(gradients(decoder), whole_gradients)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_process_may_have_less_than_one_target(fused: bool) -> None:
+    """One target for four processes is a quarter of one for each."""
+    decoder = gated_model(fused=fused)
+    tokens, targets = batch(ignored=0)
+    targets.view(-1)[1:] = -100
+    losses = [decoder(tokens, targets, supervision=Gated(0.4), n_targets=torch.tensor(n)).loss for n in (1.0, 0.25)]
+    torch.testing.assert_close(losses[1], 4 * losses[0])
+
+
 def run_on(decoder: LoopedLM, tokens: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     decoder.zero_grad()
     loss = decoder(tokens, targets, **options).loss

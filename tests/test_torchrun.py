@@ -51,6 +51,14 @@ def test_a_restart_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> No
     assert list(run.iterdir()) == []
 
 
+def test_a_run_that_is_not_started_again_has_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        processes.note_launch(tmp_path)
+        assert (tmp_path / processes.LAUNCH).exists() == (restarts == "1")
+
+
 @pytest.mark.usefixtures("restarted")
 def test_restarts_need_a_name_to_find_the_run_by(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out must be given with torchrun --max-restarts"):
@@ -113,9 +121,10 @@ def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--shard", "fsdp2"], r"shard needs several processes, which torchrun starts. Got shard=fsdp2 and one"),
+        (["--shard", "fsdp2"], r"shard must be none with one process; torchrun starts several. Got shard=fsdp2"),
         (["--shard", "fsdp2", "--compile"], r"compile must be left out when weights are shared out"),
-        (["--collective-timeout", "0"], r"collective_timeout must be finite and above 0. Got collective_timeout=0"),
+        (["--collective-timeout", "0"], r"collective_timeout must be above 0 and at most 1e9. Got .*=0"),
+        (["--collective-timeout", "1e15"], r"collective_timeout must be above 0 .* Got .*=10{15}.0"),
     ],
 )
 def test_rejects_options(tmp_path: Path, words: list[str], message: str) -> None:

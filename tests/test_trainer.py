@@ -187,12 +187,14 @@ def test_stopped_while_checkpoints_change_places(tmp_path, monkeypatch, capsys):
     assert main(["--resume", str(run)]) == 0
 
 
-def test_a_signal_while_setting_up_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_signal_while_setting_up_leaves_what_was_encoded_alone(tmp_path, monkeypatch, capsys):
     argv = arguments(tmp_path, "--out", str(tmp_path / "run"))
     monkeypatch.setattr(data, "_check_length", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     assert main(argv) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "error: SIGTERM\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
+    (unfinished,) = (tmp_path / "cache").iterdir()
+    assert unfinished.name.startswith("unfinished-tokens-")
 
 
 def test_runs_continue_fused_or_not(tmp_path):

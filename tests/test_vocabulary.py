@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ranks import N_RANKS, run_ranks
 from tiny_decoder import V, model, tokens
 from tiny_run import arguments
-from torch.nn.parallel import DistributedDataParallel
 
 from looped.model import LoopedLM
+from looped.sharding import replicate
 from looped.vocabulary import clip_grad_norm_, share_vocabulary, table_name, whole_vocabulary
 from train import report
 from train.metrics import read_metrics
@@ -68,8 +68,8 @@ def train_shared(kind: str, rank: int) -> dict[str, Any]:
     assert decoder.parameter_count() == n_parameters
     assert list(dict(decoder.named_parameters())) == order
     optimizer, name = optimizer_of(decoder), table_name(decoder)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(decoder, [name])
-    wrapped = DistributedDataParallel(decoder, find_unused_parameters=decoder.exit_gate is not None)
+    assert dist.group.WORLD is not None
+    wrapped = replicate(decoder, dist.group.WORLD, find_unused=decoder.exit_gate is not None)
     results: dict[str, Any] = {"rows": len(decoder.head_weight)}
     results["training"] = train(decoder, wrapped, optimizer, rank, N_RANKS)
     inputs, targets = (part.chunk(N_RANKS)[rank] for part in batch(7))

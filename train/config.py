@@ -308,7 +308,7 @@ def validate(config: TrainConfig) -> None:
     _check(config, "seed", lambda value: 0 <= value < 2**63, "in [0, 2^63)")
     parse_depth(config.depth, config.n_loops)
     _check(config, "eval_loops", lambda value: value >= config.n_loops, f"at least n_loops={config.n_loops}")
-    _check(config, "collective_timeout", lambda value: 0 < value < math.inf, "finite and above 0")
+    _check(config, "collective_timeout", lambda value: 0 < value <= 1e9, "above 0 and at most 1e9")
     n_processes = processes.world_size()
     if config.batch_size % (n_processes * config.grad_accumulation):
         times, given = ("processes x ", f"{n_processes} processes, ") if n_processes > 1 else ("", "")
@@ -319,7 +319,7 @@ def validate(config: TrainConfig) -> None:
     if config.shard != "none" and config.compile:
         raise ValueError(f"compile must be left out when weights are shared out. Got compile and shard={config.shard}.")
     if config.shard != "none" and n_processes == 1:
-        raise ValueError(f"shard needs several processes, which torchrun starts. Got shard={config.shard} and one.")
+        raise ValueError(f"shard must be none with one process; torchrun starts several. Got shard={config.shard}.")
     if config.shard_head:
         _check_shard_head(config, n_processes)
     _check_gate(config)

@@ -193,7 +193,7 @@ def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
         share_vocabulary(model, processes.group())
     idle_norm = config.inter_loop_norm and 1 in depth.values  # it stands between loops
     idle_gate = config.exit_gate and config.supervision != "gated"
-    truncated = config.backprop_loops is not None  # a step may not reach the embedding
+    truncated = config.backprop_loops is not None and config.injection == "none"  # a step may not reach the embedding
     return replicate(model, processes.group(), find_unused=idle_norm or idle_gate or truncated)
 
 

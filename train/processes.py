@@ -114,9 +114,9 @@ def from_first(function: Callable[[], Result]) -> Result:
 
 def first_then_others(function: Callable[[], Result]) -> Result:
     """What ``function`` gives in every process; the first one calls it before the others, for it may fill a cache."""
-    own: list[Result] = []
-    from_first(lambda: own.append(function()))
-    return own[0] if own else function()
+    of_first: list[Result] = []  # in the first process alone, and never sent
+    from_first(lambda: of_first.append(function()))
+    return of_first[0] if of_first else function()
 
 
 def _plain(error: BaseException) -> BaseException:
@@ -206,8 +206,10 @@ def why_lost(error: BaseException) -> str | None:
 
 def _launch() -> str | None:
     """Tells the processes that one torchrun starts, and starts again, from another's; None if it starts none again."""
+    if not may_restart():
+        return None
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"torchrun of process {os.getppid()}" if run_id == "none" else run_id if may_restart() else None
+    return f"torchrun of process {os.getppid()}" if run_id == "none" else run_id
 
 
 def may_restart() -> bool:

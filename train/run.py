@@ -36,7 +36,7 @@ from train.config import (
 from train.interrupt import Interrupted, Interruptions
 from train.out_of_memory import out_of_memory
 from train.output import lasting_output
-from train.prepare import prepare
+from train.prepare import Run, prepare
 from train.progress import how_to_continue
 from train.task import TASKS
 from train.trainer import NotFiniteError, train
@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0; 1 after one line on stderr if training diverged, memory ran out or a file could not be
     written; 2 after one line on stderr if the input is bad, with nothing left behind; 128 + n if signal n stopped it.
     """
-    run = None
     arguments = sys.argv[1:] if argv is None else list(argv)
     with lasting_output(errors_alone=processes.is_later()), Interruptions().installed() as interruptions:
         try:
@@ -65,14 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(interrupted, str(interrupted), 128 + interrupted.signum)
         try:
             return train(run, interruptions)
-        except NotFiniteError as error:
-            lower = ("--learning-rate", f"{config.learning_rate / 2:g}")
-            return _fail(error, f"{error} {how_to_continue(run.out, *lower)}", 1)
-        except (OSError, CheckpointError) as error:
-            return _fail(error, f"step {run.step} of {run.steps}: {error}. {how_to_continue(run.out)}", 1)
-        except RuntimeError as error:
-            why, *options = out_of_memory(error, config) if is_out_of_memory(error) else (f"{_lost(error)}.",)
-            return _fail(error, f"step {run.step} of {run.steps}: {why} {how_to_continue(run.out, *options)}", 1)
+        except (OSError, CheckpointError, RuntimeError) as error:
+            with interruptions.deferred():  # torchrun stops all processes when one has ended
+                return _fail(error, _why_stopped(error, run), 1)
         except Interrupted as interrupted:
             print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum
@@ -128,6 +122,18 @@ def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
     if asked.cuda_graph and not config.cuda_graph:
         raise ValueError(f"cuda_graph needs a CUDA device. Got --cuda-graph on device={device_of(config)}.")
     return config
+
+
+def _why_stopped(error: Exception, run: Run) -> str:
+    """What has stopped the training, and how to continue. Raises an error that is none of those that `main` says."""
+    if isinstance(error, NotFiniteError):
+        return f"{error} {how_to_continue(run.out, '--learning-rate', f'{run.config.learning_rate / 2:g}')}"
+    options: list[str] = []
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        why, *options = out_of_memory(error, run.config)
+    else:
+        why = f"{_lost(error) if isinstance(error, RuntimeError) else error}."
+    return f"step {run.step} of {run.steps}: {why} {how_to_continue(run.out, *options)}"
 
 
 def _lost(error: RuntimeError) -> str:
