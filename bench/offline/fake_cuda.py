@@ -125,8 +125,13 @@ class Stream:
 def graph_patches(record: Record) -> dict[str, Any]:
     """What the capture of a CUDA graph calls."""
     generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+
+    class RecordingGraph(Graph):  # a class, as libraries annotate with it
+        def __init__(self) -> None:
+            super().__init__(record)
+
     return {
-        "torch.cuda.CUDAGraph": lambda: Graph(record),
+        "torch.cuda.CUDAGraph": RecordingGraph,
         "torch.cuda.graph": Graph.capture,
         "torch.cuda.graph_pool_handle": object,
         "torch.cuda.Stream": Stream,
