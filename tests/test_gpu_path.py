@@ -112,7 +112,7 @@ def test_the_main_job_waits_in_logging_saving_capturing_and_evaluation_alone(rep
     One line each: of an evaluation, that is its end.
     """
     places = [wait.partition(", ")[2].partition(" (")[0] for wait in report["run"]["host_waits"]]
-    expected = ["_row", "save", "evaluate", "_synchronise", "_capture", "prepare", "_load_file", "_restore_optimizer"]
+    expected = ["_row", "save", "evaluate", "_synchronise", "_capture", "prepare", "load", "read_into"]
     assert sorted(places) == sorted(expected)
 
 
