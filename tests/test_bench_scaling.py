@@ -20,6 +20,7 @@ def test_line_and_deviation():
 
 def test_smoke_writes_record_and_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "SMOKE_LOOPS", (1, 2))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the operations themselves have tests of their own
     scaling.main(["--smoke", "--rounds", "1", "--out", str(tmp_path)])
     (record_path,) = tmp_path.glob("*-scaling.jsonl")
     figure = record_path.with_suffix(".png")

@@ -114,10 +114,10 @@ def test_trap_loss_scaling(device, backend, dtype):
 
 def test_trap_float16_sums_over_many_tokens_do_not_overflow(backend, device):
     """The head's gradient is a mean, of order one, whatever the sum over tokens is before it is divided."""
-    states = torch.full((1, 3000, 16), 60.0, device=device).half().requires_grad_()
-    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(3000, dtype=torch.int64)
+    states = torch.full((1, 600, 16), 300.0, device=device).half().requires_grad_()
+    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(600, dtype=torch.int64)
     looped_cross_entropy(states, head, targets.to(device), readout="raw").loss.backward()
-    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -40.0, device=device))
+    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -200.0, device=device))
 
 
 def test_trap_common_logit_offset(backend, device):
