@@ -23,12 +23,12 @@ from matplotlib.ticker import NullLocator
 from bench.measure.place import RESULTS, environment, place_of, slug
 from looped.command_line import Parser
 from looped.run_directory import check_writable, load_run
-from train.batches import evaluation_windows
 from train.config import read_config
 from train.depth import parse_depth
 from train.paper.record import write_record
 from train.run import main as train
 from train.step import evaluate
+from train.text.batches import evaluation_windows
 
 TRAINED_LOOPS = 4
 DEPTHS = ("fixed", "uniform:1-8", "poisson:4")

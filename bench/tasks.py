@@ -23,7 +23,7 @@ from looped.command_line import Parser
 from looped.run_directory import check_writable
 from train.paper.record import write_record
 from train.run import main as train
-from train.task import TASKS
+from train.tasks.task import TASKS
 
 CONDITIONS: dict[str, list[str]] = {
     "fixed": [],

@@ -225,9 +225,9 @@ PRESETS: dict[str, LoopedConfig] = {
         norm_eps=1e-5,
         embedding_std=0.02,
     ),
-    # The tasks p-hop and addition (train/p_hop.py, train/addition.py), small enough for a CPU core: one layer, so that
-    # a loop is one look-up. What a look-up has found can be looked up again once it has the scale of an embedding,
-    # which is what the norm between loops is for: without it, trials of 500 and 1,250 steps stayed at two hops.
+    # The tasks p-hop and addition (train/tasks/), small enough for a CPU core: one layer, so a loop is one look-up.
+    # What a look-up has found can be looked up again once it has the scale of an embedding, which is what the norm
+    # between loops is for: without it, trials of 500 and 1,250 steps stayed at two hops.
     "p-hop": LoopedConfig(
         vocab_size=8,
         d_model=64,

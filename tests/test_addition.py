@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from train.addition import Addition
+from train.tasks.addition import Addition
 
 
 def number(digits: list[int]) -> int:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import batches
-from train.batches import Windows, batch_indices, evaluation_windows, share, spread
+from train.text import batches
+from train.text.batches import Windows, batch_indices, evaluation_windows, share, spread
 
 
 def test_windows_overlap_by_the_stride():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hostile import bounded
 
-from train import cache_entry
-from train.cache_entry import digest_of, is_whole, make_entry
+from train.text import cache_entry
+from train.text.cache_entry import digest_of, is_whole, make_entry
 
 
 def fill(directory: Path) -> dict[str, str]:

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import corpus as corpus_module
-from train import documents as documents_module
-from train.corpus import Corpus, articles, load_corpus, split_by_hash
-from train.documents import Document
+from train.text import corpus as corpus_module
+from train.text import documents as documents_module
+from train.text.corpus import Corpus, articles, load_corpus, split_by_hash
+from train.text.documents import Document
 
 Texts = tuple[list[str], list[str]]
 

@@ -13,14 +13,14 @@ import tokenizers
 from tiny_run import text
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from train import cache_entry
-from train import corpus as corpus_module
-from train import data as data_module
-from train.cache_entry import digest_of
-from train.corpus import Corpus, FileState
-from train.data import cache_directory, encode_corpus, load_data, open_entry
-from train.documents import Document
-from train.tokenizer import pieces
+from train.text import cache_entry
+from train.text import corpus as corpus_module
+from train.text import data as data_module
+from train.text.cache_entry import digest_of
+from train.text.corpus import Corpus, FileState
+from train.text.data import cache_directory, encode_corpus, load_data, open_entry
+from train.text.documents import Document
+from train.text.tokenizer import pieces
 
 TRAIN, HELD_OUT = [text(1500, seed=1), text(700, seed=1)], [text(300, seed=1)]
 

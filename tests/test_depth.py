@@ -15,11 +15,11 @@ from tiny_run import arguments
 
 from looped.graph import WARM_UP
 from train import progress, trainer
-from train.batches import batch_indices
 from train.config import RESUMABLE, RETUNABLE, complete, preset_config, read_config
 from train.depth import MOST, evaluated_depths, parse_depth
 from train.metrics import read_metrics
 from train.run import main
+from train.text.batches import batch_indices
 
 
 def drawn(text: str, n: int = 20_000) -> np.ndarray:

@@ -12,10 +12,10 @@ from tiny_run import arguments
 
 from looped.run_directory import load_run
 from train import gate
-from train.batches import evaluation_windows
 from train.gate import main
 from train.metrics import read_metrics
 from train.run import main as train
+from train.text.batches import evaluation_windows
 
 
 @pytest.fixture(scope="module")

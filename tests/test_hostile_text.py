@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import text
 
-from train.data import load_data
-from train.tokenizer import load_tokenizer, train_bpe, train_paper
+from train.text.data import load_data
+from train.text.tokenizer import load_tokenizer, train_bpe, train_paper
 
 TEXT = text(400)
 DOCUMENTS = [text(60, seed) for seed in range(8)]

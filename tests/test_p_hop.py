@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from train.p_hop import PHop
+from train.tasks.p_hop import PHop
 
 
 @pytest.mark.parametrize("hops", [1, 4, 6])

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tiny_run import text
 
 from looped import run_directory
-from train import cache_entry, shards
-from train import data as data_module
-from train.batches import Windows
-from train.data import TokenData, load_data
-from train.shards import Shards
 from train.source import Text
+from train.text import cache_entry, shards
+from train.text import data as data_module
+from train.text.batches import Windows
+from train.text.data import TokenData, load_data
+from train.text.shards import Shards
 
 OPTIONS: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16}
 SMALL = {"SHARD_BYTES": 4000, "CHARACTERS_AT_ONCE": 1500}
@@ -107,7 +107,7 @@ def test_a_process_reads_its_rows_alone(texts, tmp_path, monkeypatch):
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from train import data, shards
+from train.text import data, shards
 pieces = data.pieces
 data.pieces = lambda parts: pieces(parts, 400)
 shards.SHARD_BYTES, data.CHARACTERS_AT_ONCE, kill_at = {SHARD_BYTES}, {CHARACTERS_AT_ONCE}, int(sys.argv[3])

@@ -7,9 +7,9 @@ import torch
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
 from looped.supervision import Gated
-from train.batches import Windows, evaluation_windows
 from train.config import complete, model_config, preset_config
 from train.step import evaluate, learning_rate, state_norms, training_step
+from train.text.batches import Windows, evaluation_windows
 
 V, B, T = 50, 4, 8
 

@@ -21,13 +21,13 @@ from looped.diagnose.diagnosis import check_run
 from looped.model import LoopedLM, LoopedOutput
 from looped.run_directory import load_run
 from train import gate
-from train.accuracy import with_accuracy
-from train.batches import spread
 from train.paper.plan import SweepConfig, plan
 from train.report import draw, table
 from train.run import main, parse
 from train.step import LoopResult
-from train.task import TASKS, TaskSource, make_task
+from train.tasks.accuracy import with_accuracy
+from train.tasks.task import TASKS, TaskSource, make_task
+from train.text.batches import spread
 
 TINY = shlex.split("--d-model 16 --d-ff 32 --n-heads 2 --batch-size 4 --steps 6 --log-every 1 --device cpu")
 LENGTHS = {"p-hop": 24, "addition": 10}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tiny_run import text
 from tokenizers import models, pre_tokenizers, trainers
 
-from train import tokenizer as tokenizer_module
-from train.corpus import load_corpus
 from train.interrupt import Interrupted, Interruptions
-from train.tokenizer import (
+from train.text import tokenizer as tokenizer_module
+from train.text.corpus import load_corpus
+from train.text.tokenizer import (
     LONGEST_WORD,
     MAX_VOCAB_SIZE,
     PAPER_REGEX,

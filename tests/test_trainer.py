@@ -13,7 +13,7 @@ from tiny_run import arguments
 from train import config, data, prepare, progress, trainer
 from train.metrics import read_metrics
 from train.run import main
-from train.tokenizer import load_tokenizer
+from train.text.tokenizer import load_tokenizer
 
 
 def rows_of(run: Path) -> list[dict]:

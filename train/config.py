@@ -26,8 +26,8 @@ from looped.supervision import Gated, Supervision
 from train import processes
 from train.depth import parse_depth
 from train.presets import LENGTH, TRAINING
-from train.task import TASKS, make_task
-from train.tokenizer import check_vocab_size
+from train.tasks.task import TASKS, make_task
+from train.text.tokenizer import check_vocab_size
 
 Schedule = Literal["constant", "warmup-cosine"]
 Dtype = Literal["fp32", "bf16"]

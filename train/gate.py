@@ -34,7 +34,7 @@ from train.metrics import write_json
 from train.prepare import load_source
 from train.source import Source
 from train.step import autocast, to_device
-from train.task import TASKS
+from train.tasks.task import TASKS
 from train.trainer import NotFiniteError
 
 

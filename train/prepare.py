@@ -21,12 +21,12 @@ from looped.run_directory import hold, remove_beginnings, write_config
 from looped.sharding import replicate, share_out
 from looped.vocabulary import share_vocabulary, whole_vocabulary
 from train import checkpoint, processes
-from train.batches import Windows
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
-from train.data import cache_directory, load_data
 from train.depth import Depth, parse_depth
 from train.source import Source, Text
-from train.task import TASKS, TaskSource, make_task
+from train.tasks.task import TASKS, TaskSource, make_task
+from train.text.batches import Windows
+from train.text.data import cache_directory, load_data
 
 
 @dataclass(eq=False)

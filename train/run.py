@@ -38,7 +38,7 @@ from train.out_of_memory import out_of_memory
 from train.output import lasting_output
 from train.prepare import Run, prepare
 from train.progress import how_to_continue
-from train.task import TASKS
+from train.tasks.task import TASKS
 from train.trainer import NotFiniteError, train
 
 PROGRAM = "train/run.py"

@@ -1,4 +1,4 @@
-"""What a run trains on: a source of inputs and targets. Text is one kind, and the tasks of train/task.py are the other.
+"""What a run trains on: a source of inputs and targets. Text is one kind, tasks (train/tasks/) are the other.
 
 The training loop sees `Source` alone.
 """
@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from looped.run_directory import write_tokenizer, write_validation
-from train.batches import Windows, batch_indices, evaluation_windows, share
-from train.data import TokenData
-from train.task import Task
+from train.tasks.task import Task
+from train.text.batches import Windows, batch_indices, evaluation_windows, share
+from train.text.data import TokenData
 
 
 class Sequences(Protocol):
@@ -59,7 +59,7 @@ class Source(Protocol):
     def batch(self, step: int, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """Inputs and targets of step ``step``, from 0: a function of the arguments alone.
 
-        ``batch_size``: of all processes together. Process ``rank`` of ``world`` gets its `train.batches.share`.
+        ``batch_size``: of all processes together. Process ``rank`` of ``world`` gets its `train.text.batches.share`.
         """
         ...
 

@@ -50,7 +50,7 @@ class LoopResult(NamedTuple):
 
     ce: mean cross-entropy in nats; ppl: its exponential; bits_per_byte: None for tokenizers that lose text;
     state_norm: mean ||H_K||_2; tokens_per_second: forward pass of K loops and the readout of the last state, None
-    beyond the model's n_loops; accuracy: of a task's answers, shares by name (`train.task.Task.accuracy`).
+    beyond the model's n_loops; accuracy: of a task's answers, shares by name (`train.tasks.task.Task.accuracy`).
     """
 
     n_loops: int

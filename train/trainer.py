@@ -12,7 +12,6 @@ from looped.graph import eagerly
 from looped.sharding import own_part, whole
 from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
-from train.accuracy import with_accuracy
 from train.bad_steps import NOWHERE, BadSteps, locate
 from train.checkpoint import Progress, Saving
 from train.config import supervision_of
@@ -33,6 +32,7 @@ from train.progress import (
 from train.saves import Saves
 from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
+from train.tasks.accuracy import with_accuracy
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
 

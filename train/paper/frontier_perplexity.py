@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from looped.run_directory import SavedRun
-from train.batches import evaluation_windows
 from train.paper.conditions import BLIND
 from train.paper.frontier_speed import DEVICE, Rate, rates_at
 from train.step import autocast
+from train.text.batches import evaluation_windows
 
 BATCH = 16
 DRAWS = 1000

@@ -17,8 +17,8 @@ from torch import Tensor
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
 from looped.run_directory import SavedRun
-from train.batches import Windows
 from train.step import autocast
+from train.text.batches import Windows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NORMS = {"raw": "no norm", "layernorm": "LayerNorm"}  # before the head; otherwise RMSNorm, at the last loop at least

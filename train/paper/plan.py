@@ -14,7 +14,7 @@ from train.paper.conditions import CONDITIONS, NAMES, RAW, SEEDS, Condition
 from train.paper.options import check_options
 from train.paper.runs import EXECUTION, Run, configured_runs
 from train.run import parse
-from train.task import TASKS
+from train.tasks.task import TASKS
 
 # What the sweep itself sets in every run.
 OWN_OPTIONS = {"preset", "data", "steps", "epochs", "supervision", "readout", "penalty", "inter-loop-norm", "seed",

@@ -10,7 +10,7 @@ from looped.supervision import IGNORE_INDEX
 from train import processes
 from train.source import Sequences
 from train.step import LoopResult, autocast, to_device
-from train.task import Task
+from train.tasks.task import Task
 
 
 @torch.no_grad()

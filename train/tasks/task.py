@@ -18,9 +18,9 @@ from torch import Tensor
 
 from looped.run_directory import write_validation
 from looped.supervision import IGNORE_INDEX
-from train.addition import Addition
-from train.batches import share, spread
-from train.p_hop import PHop
+from train.tasks.addition import Addition
+from train.tasks.p_hop import PHop
+from train.text.batches import share, spread
 
 TRAINING, VALIDATION = 0, 1  # branches of the random generators, which have no seed in common
 N_VALIDATION = 4096  # sequences

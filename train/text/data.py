@@ -1,9 +1,9 @@
 """Tokens on disk: a corpus, encoded once, kept in a cache and memory-mapped.
 
 The documents of a split are joined, each followed by the end-of-document token, into one array of uint16 (uint32 above
-65,536 tokens), in files of bounded size (train/shards.py); where each document begins is kept beside it, and so is the
+65,536 tokens), in files of bounded size (shards.py); where each document begins is kept beside it, and so is the
 tokenizer. A cache entry is named by the hash of the text, the tokenizer asked for and FORMAT, and appears whole or not
-at all (train/cache_entry.py). While it is made, the text is a stream: it is read several times, and neither it nor the
+at all (cache_entry.py). While it is made, the text is a stream: it is read several times, and neither it nor the
 tokens are in memory. Files that are finished when the process is killed are not made again.
 
 An entry also knows the files that its text was read from, by name, size and times, so that a later start finds it
@@ -25,11 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from looped.whole_file import replacing
-from train.cache_entry import digest_of, is_whole, make_entry
-from train.corpus import Corpus, FileState, Fingerprint, load_corpus, text_state
-from train.documents import Document
-from train.shards import Shard, Shards, ShardWriter, finished, names_of
-from train.tokenizer import Tokenizer, load_tokenizer, pieces, sample, train_bpe, train_paper
+from train.text.cache_entry import digest_of, is_whole, make_entry
+from train.text.corpus import Corpus, FileState, Fingerprint, load_corpus, text_state
+from train.text.documents import Document
+from train.text.shards import Shard, Shards, ShardWriter, finished, names_of
+from train.text.tokenizer import Tokenizer, load_tokenizer, pieces, sample, train_bpe, train_paper
 
 FORMAT = 4  # raise it when the files of an entry, how documents are read or grouped, or how ids come about, change
 CHARACTERS_AT_ONCE = 4 << 20  # encoded by all cores together

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from looped.supervision import IGNORE_INDEX
-from train.shards import Shards
+from train.text.shards import Shards
 
 HELD_IN_MEMORY = 1 << 24  # windows whose order is held as an array, of 128 MiB; it decides the order, so it stays
 ROUNDS = 6  # of the Feistel network

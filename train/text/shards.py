@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from looped.whole_file import replacing
-from train.cache_entry import digest_of
+from train.text.cache_entry import digest_of
 
 SHARD_BYTES = 1 << 28  # of token ids, after which a new file begins
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from looped.run_directory import hold
 from looped.whole_file import read_json, regular
-from train.corpus import file_state
+from train.text.corpus import file_state
 
 DIGESTS, CHECKED = "digests.json", "checked"
 
