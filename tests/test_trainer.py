@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 from tiny_run import arguments
 
-from train import config, data, prepare, progress, trainer
+from train import config, prepare, progress, trainer
 from train.metrics import read_metrics
 from train.run import main
+from train.text import data
 from train.text.tokenizer import load_tokenizer
 
 
