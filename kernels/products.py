@@ -1,11 +1,13 @@
 """The matrix products of a readout: the vendor's library on a GPU; on a CPU the layouts in which it is fastest."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .device import accumulator, product_dtype
+from .readout_call import ReadoutCall
 
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
@@ -83,3 +85,20 @@ def accumulate_bias(total: Tensor, g: Tensor, row_weight: Tensor | None, first: 
         return
     for block in _blocks(len(total), HEAD_ROWS):
         total[block].addmv_(g[:, block].to(total.dtype).t(), row_weight)
+
+
+def form_gradients(
+    g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: Any, call: ReadoutCall, first: bool
+) -> None:
+    """Of a chunk's g = dCE/dlogits [R, V] and y [R, d]: dbias and dhead, which are added up, and dy, written over y.
+
+    Only those that `call` needs.  row_weight [R] or None: of dbias and dhead; dy is weighed later.
+    """
+    if "bias" in call.needs:
+        accumulate_bias(results.dbias, g, row_weight, first)
+    if "head" in call.needs:
+        if row_weight is not None:
+            y.mul_(row_weight.unsqueeze(-1))
+        accumulate_head(results.dhead, g, y, first)
+    if call.needs_dy:
+        torch.mm(g, head, out=y)

@@ -34,7 +34,7 @@ from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults, cross_entropy_
 from .device import accumulator, product_dtype, uses_triton
 from .out_of_memory import halve, within_memory
-from .products import accumulate_bias, accumulate_head, form_logits, head_accumulator
+from .products import form_gradients, form_logits, head_accumulator
 from .readout_call import ReadoutCall
 from .registration import register
 from .row_norm import norm_backward, norm_forward, partial_sums
@@ -131,14 +131,7 @@ def _read_out(
         weight = None if row_weight is None else row_weight[first : first + call.chunk_rows]
         g = form_logits(chunk, head, logits[: len(chunk)])
         cross_entropy_(g, targets, row_weight, bias, options, rows, first, gradient=call.needs_dlogits)
-        if "bias" in call.needs:
-            accumulate_bias(results.dbias, g, weight, first == 0)
-        if "head" in call.needs:
-            if weight is not None:
-                chunk.mul_(weight.unsqueeze(-1))
-            accumulate_head(results.dhead, g, chunk, first == 0)
-        if call.needs_dy:
-            torch.mm(g, head, out=chunk)
+        form_gradients(g, chunk, head, weight, results, call, first == 0)
 
 
 def _measure_states(

@@ -12,13 +12,12 @@ alone with its tokens, and dW_p is the mean over ranks: what data-parallel train
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults
 from .device import uses_triton
-from .products import accumulate_bias, accumulate_head, form_logits
+from .products import form_gradients, form_logits
 from .readout_call import ReadoutCall
 from .row_weights import LossScales, row_weights
 from .sharded_cross_entropy import finish_rows, form_parts, n_parts
@@ -85,14 +84,8 @@ def read_out_shard(
         weight = None if of_all.row_weight is None else of_all.row_weight[:, chunk].flatten()
         g = form_logits(all_rows, head, logits[: len(all_rows)])
         _losses(g, of_all.targets[:, chunk].flatten(), weight, bias, options, rows, chunk, call)
-        if "bias" in call.needs:
-            accumulate_bias(results.dbias, g, weight, first == 0)
-        if "head" in call.needs:
-            if weight is not None:
-                all_rows.mul_(weight.unsqueeze(-1))
-            accumulate_head(results.dhead, g, all_rows, first == 0)
+        form_gradients(g, all_rows, head, weight, results, call, first == 0)
         if call.needs_dy:
-            torch.mm(g, head, out=all_rows)
             shard.sum_of_blocks(all_rows.view(shard.n_blocks, *rank_rows.shape), rank_rows)
 
 

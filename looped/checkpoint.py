@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looped.whole_file import read_json, regular
+from looped.whole_file import digest_of, read_json
 
 KINDS = ("model", "optimizer", "rng")
 WEIGHTS = "model.safetensors"
@@ -218,8 +218,7 @@ def _shape(weight: Tensor) -> str:
 
 
 def _size_and_hash(path: Path) -> list[object]:
-    with open(regular(path), "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+    return [path.stat().st_size, digest_of(path)]
 
 
 def sync(path: Path) -> None:

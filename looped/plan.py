@@ -18,6 +18,7 @@ import torch
 from looped.command_line import command_line
 from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.model import LoopedLM
+from looped.peak_flops import peak_tflops
 from looped.step_memory import Shard, Step, memory, parameters
 from looped.supervision import Supervision, supervision_weights
 
@@ -25,17 +26,22 @@ PROGRAM = "python -m looped.plan"
 
 
 class Gpu(NamedTuple):
-    """memory: GiB. peak: TFLOP/s of dense bf16 products with float32 sums, from the vendor's data sheet."""
+    """memory: GiB."""
 
     name: str
     memory: float
-    peak: float
+
+    @property
+    def peak(self) -> float:
+        """TFLOP/s of dense bf16 products."""
+        peak = peak_tflops(self.name)
+        assert peak is not None
+        return peak
 
 
 GPUS = {
-    "h100": Gpu("H100 80GB", 79, 989), "h200": Gpu("H200", 139, 989), "b200": Gpu("B200", 178, 2250),
-    "a100": Gpu("A100 80GB", 79, 312), "l40s": Gpu("L40S", 44, 362), "rtx4090": Gpu("RTX 4090", 23.5, 165.2),
-    "mi300x": Gpu("MI300X", 191, 1307),
+    "h100": Gpu("H100 80GB", 79), "h200": Gpu("H200", 139), "b200": Gpu("B200", 178), "a100": Gpu("A100 80GB", 79),
+    "l40s": Gpu("L40S", 44), "rtx4090": Gpu("RTX 4090", 23.5), "mi300x": Gpu("MI300X", 191),
 }  # fmt: skip
 USABLE = 0.92  # of a GPU's memory; the rest is left to libraries and to gaps between tensors
 

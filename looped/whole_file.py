@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and files that end."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def regular(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
+
+
+def digest_of(path: Path) -> str:
+    """The hash of a file's bytes. Raises OSError as `regular` does."""
+    with open(regular(path), "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hostile import bounded
 
+from looped.whole_file import digest_of
 from train.text import cache_entry
-from train.text.cache_entry import digest_of, is_whole, make_entry
+from train.text.cache_entry import is_whole, make_entry
 
 
 def fill(directory: Path) -> dict[str, str]:

@@ -13,10 +13,10 @@ import tokenizers
 from tiny_run import text
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from looped.whole_file import digest_of
 from train.text import cache_entry
 from train.text import corpus as corpus_module
 from train.text import data as data_module
-from train.text.cache_entry import digest_of
 from train.text.corpus import Corpus, FileState
 from train.text.data import cache_directory, encode_corpus, load_data, open_entry
 from train.text.documents import Document

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from looped.graph import eagerly
+from looped.peak_flops import peak_flops
 from train import checkpoint, processes, report
 from train.prepare import Run
 from train.step import LoopResult
-from train.utilisation import peak_flops
 
 
 class Clock:

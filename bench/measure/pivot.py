@@ -4,8 +4,7 @@ from itertools import groupby
 
 from bench.measure.place import Record
 from bench.measure.records import Results
-
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "MI300X": 1307}  # dense bf16, from data sheets
+from looped.peak_flops import peak_tflops
 
 
 def table(found: Results) -> str:
@@ -42,7 +41,7 @@ def _cell(record: Record) -> str:
     cell = f"{record['milliseconds']:.4g} ms, {record['peak_memory_mib']:,.0f} MiB{wrong}"
     if "tokens_per_second" not in record:
         return cell
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in record["device"]), None)
+    peak = peak_tflops(record["device"])
     share = "" if peak is None else f", MFU {record['gflops_per_second'] / peak / 10:.1f}%"
     return f"{cell}, {record['tokens_per_second']:,.0f} tokens/s{share}"
 

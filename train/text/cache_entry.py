@@ -5,7 +5,6 @@
 differ, every byte is read again. An entry that is not whole is made anew.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,15 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from looped.run_directory import hold
-from looped.whole_file import read_json, regular
+from looped.whole_file import digest_of, read_json
 from train.text.corpus import file_state
 
 DIGESTS, CHECKED = "digests.json", "checked"
-
-
-def digest_of(path: Path) -> str:
-    with open(regular(path), "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def is_whole(entry: Path) -> bool:

@@ -24,8 +24,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from looped.whole_file import replacing
-from train.text.cache_entry import digest_of, is_whole, make_entry
+from looped.whole_file import digest_of, replacing
+from train.text.cache_entry import is_whole, make_entry
 from train.text.corpus import Corpus, FileState, Fingerprint, load_corpus, text_state
 from train.text.documents import Document
 from train.text.shards import Shard, Shards, ShardWriter, finished, names_of

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from looped.whole_file import replacing
-from train.text.cache_entry import digest_of
+from looped.whole_file import digest_of, replacing
 
 SHARD_BYTES = 1 << 28  # of token ids, after which a new file begins
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU): the FLOPs that the model needs, over those that the GPU could have carried out."""
+"""What GPUs could carry out: what the utilisation of one (MFU) is a share of."""
 
 import re
 
@@ -13,9 +13,12 @@ PEAKS = {
 }  # fmt: skip
 
 
+def peak_tflops(name: str) -> float | None:
+    """TFLOP/s of a GPU's dense bf16 products, by its name. None for one that is not known."""
+    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of the GPU's dense bf16 products, by its name. None for a CPU or an unknown GPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+    """FLOP/s of this GPU's dense bf16 products. None for a CPU or an unknown GPU."""
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else 1e12 * peak
