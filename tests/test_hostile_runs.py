@@ -324,10 +324,11 @@ def test_found(finished, name):
         assert re.search(message, error), error
 
 
-def test_a_count_of_bad_steps_that_is_none_makes_no_row(finished):
+@pytest.mark.parametrize("lie", [{"bad_steps": "many"}, {"bad_steps": -1}, {"bad_steps": 1 << 63}, {"step": 1 << 63}])
+def test_a_count_that_is_none_makes_no_row(finished, lie):
     with copied(finished) as run:
         line = (run / "metrics.jsonl").read_text().splitlines()[0]
-        (run / "metrics.jsonl").write_text(json.dumps(json.loads(line) | {"bad_steps": "many"}) + "\n")
+        (run / "metrics.jsonl").write_text(json.dumps(json.loads(line) | lie) + "\n")
         assert read_metrics(run / "metrics.jsonl") == []
 
 

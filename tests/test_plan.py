@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from looped import plan
-from looped.config import PRESETS
+from looped.config import PRESETS, LoopedConfig
 from looped.kernels.products import CPU_WIDE_CHUNK_ROWS
 from looped.model import LoopedLM
+from looped.sharding import replicate, share_out
 from looped.step_memory import Step, memory, parameters
 from train.config import TrainConfig
 from train.step import training_step
@@ -39,7 +42,7 @@ def test_memory_is_that_of_the_steps_that_were_measured_on_a_gpu():
     assert fused + silu == pytest.approx(plan.MEASURED_GIB["fused"] * GIB, rel=0.02)
 
 
-# MiB, fp32 without dropout on a CPU (2026-11-26, torch 2.13.0): `measured` below, of the first step's successor.
+# MiB, fp32 without dropout on a CPU (2026-11-26, torch 2.13.0), by `measured`.
 MEASURED_MIB = {
     ("demo", 16, True, False): 354.0, ("demo", 16, True, True): 121.3,
     ("demo", 16, False, False): 640.0, ("demo", 16, False, True): 227.2,
@@ -55,25 +58,27 @@ def on_cpu(preset: str, sequences: int, fused: bool, checkpoint_loops: bool) -> 
     )  # fmt: skip
 
 
-def measured(preset: str, sequences: int, fused: bool, checkpoint_loops: bool) -> float:
-    """The peak of a training step: every allocation, as PyTorch's profiler reports them; weights and moments."""
-    config = replace(PRESETS[preset], dropout=0.0)
-    model = LoopedLM(config, fused=fused, checkpoint_loops=checkpoint_loops)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
-
-    def step():
-        training_step(
-            model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32
-        )  # fmt: skip
-
-    step()
-    optimizer.zero_grad(set_to_none=True)
+def measured(
+    config: LoopedConfig, sequences: int, *, fused=True, checkpoint_loops=False, shard=None, grad_accumulation=1
+) -> int:
+    """The peak of two training steps, the model's making included: every allocation that PyTorch's profiler reports."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        model = LoopedLM(replace(config, dropout=0.0), fused=fused, checkpoint_loops=checkpoint_loops)
+        trained: torch.nn.Module = model
+        if shard == "none":
+            trained = replicate(model, dist.group.WORLD, find_unused=False)
+        if shard == "fsdp2":
+            share_out(model, dist.group.WORLD, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(config.vocab_size, (sequences, config.max_seq_len))
+        for _ in range(2):
+            training_step(
+                trained, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32,
+                grad_accumulation=grad_accumulation,
+            )  # fmt: skip
     events = profiler.profiler.kineto_results.events()
-    return 12 * model.parameter_count() + max(accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 @pytest.mark.parametrize(("preset", "sequences", "fused", "checkpoint_loops"), MEASURED_MIB)
@@ -83,37 +88,38 @@ def test_memory_is_that_of_the_steps_that_were_measured_on_a_cpu(preset, sequenc
 
 
 def test_memory_is_that_of_a_step_now():
-    assert on_cpu("demo", 2, True, False) == pytest.approx(measured("demo", 2, True, False), rel=0.15)
+    assert on_cpu("demo", 2, True, False) == pytest.approx(measured(PRESETS["demo"], 2), rel=0.15)
 
 
-# MiB on one of two CPU processes over gloo, and of one process with two micro-batches, fp32
-# (2026-11-26, torch 2.13.0).
 WIDER = {"dropout": 0.0, "d_model": 256, "d_ff": 1024, "n_layers": 8}
-MEASURED_ON_RANKS = {
-    ("none", False): 318.0,
-    ("none", True): 224.9,
-    ("fsdp2", False): 267.8,
-    ("fsdp2", True): 170.7,
-}
+SHARED_OUT = [(shard, checkpoint_loops) for shard in ("none", "fsdp2") for checkpoint_loops in (False, True)]
 
 
-def on_ranks(shard: str, checkpoint_loops: bool, **step) -> float:
+def wide(shard: str, checkpoint_loops: bool, **step) -> float:
     return planned(
         "demo", WIDER, sequences=2, half=False, checkpoint_loops=checkpoint_loops, chunk_rows=CPU_WIDE_CHUNK_ROWS,
         **({"gpus": 2, "shard": shard} | step),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("step", MEASURED_ON_RANKS)
-def test_memory_is_that_of_two_processes_that_were_measured(step):
-    assert on_ranks(*step) == pytest.approx(MEASURED_ON_RANKS[step] * MIB, rel=0.05)
+def measure_on_a_rank(rank: int, out: Path) -> None:
+    config = replace(PRESETS["demo"], **WIDER)
+    found = [measured(config, 2, shard=shard, checkpoint_loops=checkpoint) for shard, checkpoint in SHARED_OUT]
+    (out / f"{rank}.json").write_text(json.dumps(found))
 
 
-def test_memory_of_micro_batches_is_that_of_the_step_that_was_measured():
+def test_memory_is_that_of_two_processes(tmp_path):
+    run_ranks(measure_on_a_rank, tmp_path, tmp_path)
+    for rank in range(2):
+        peaks = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert peaks == [pytest.approx(wide(*step), rel=0.1) for step in SHARED_OUT]
+
+
+@pytest.mark.parametrize("checkpoint_loops", [False, True])
+def test_memory_of_micro_batches(checkpoint_loops):
     """The gradients of the micro-batch before beside those that are being formed."""
-    for checkpoint_loops, mib in ((False, 319.0), (True, 224.9)):
-        planned_bytes = on_ranks("none", checkpoint_loops, gpus=1, accumulated=True)
-        assert planned_bytes == pytest.approx(mib * MIB, rel=0.05)
+    peak = measured(replace(PRESETS["demo"], **WIDER), 4, checkpoint_loops=checkpoint_loops, grad_accumulation=2)
+    assert wide("none", checkpoint_loops, gpus=1, accumulated=True) == pytest.approx(peak, rel=0.05)
 
 
 # Steps of the demo, 16 sequences, as `step_record` takes them.

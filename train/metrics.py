@@ -58,13 +58,17 @@ def _is_row(row: Any) -> bool:
         return False
     lists = [row[name] for name in PER_LOOP]
     return (
-        type(row["step"]) is int
+        _is_count(row["step"])
         and row["step"] >= 1
-        and type(row.get("bad_steps", 0)) is int
+        and _is_count(row.get("bad_steps", 0))
         and all(_is_number(row[name]) for name in SCALARS)
         and all(isinstance(values, list) and all(map(_is_number, values)) for values in lists)
         and len({len(values) for values in lists}) == 1
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _is_number(value: Any) -> bool:
