@@ -274,7 +274,8 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before_and_nothing_else(tm
             try:
                 save(tmp_path, model, optimizer, Progress(3 + call, "text"))
                 finished = True
-            except (OSError, CheckpointError):
+            except (OSError, CheckpointError) as failure:
+                assert "checkpoint.new could not be written" in str(failure)
                 finished = False
         assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "checkpoint.old"}
         steps.append(load(tmp_path, *make(seed=1)).step)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny_decoder import V, model
 from tiny_run import MODEL, arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from looped.model import LoopedLM
 from looped.sharding import replicate, share_out, whole
@@ -213,7 +214,27 @@ def take_steps(rank: int, folder: str) -> None:
                 network.checkpoint_loops = case_number == 0
                 results[f"{number}-{way}-{case_number}"] = steps(network, spread(network, way), rows, case)
             check_bad_step(rank, model(**which), way, rows)
+        check_gathers(model(**which), rows)
     torch.save(results, Path(folder, f"{rank}.pt"))
+
+
+class Gathers(TorchDispatchMode):
+    """How many there are while it is on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def check_gathers(network: LoopedLM, rows: list[torch.Tensor]) -> None:
+    """A step gathers each block once, and all else once, whatever K."""
+    spread(network, "fsdp2")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
+    with Gathers() as gathers:
+        training_step(network, optimizer, *rows, supervision="per-loop", penalty=0.0, dtype=torch.float32, n_loops=3)
+    assert gathers.count == len(network.blocks) + 1
 
 
 def check_bad_step(rank: int, network: LoopedLM, way: str, rows: list[torch.Tensor]) -> None:

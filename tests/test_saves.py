@@ -21,7 +21,7 @@ from train.run import main
 from train.saves import Saves
 
 FINISHED = ["checkpoint", "config.json", "metrics.jsonl", "report.png", "summary.json", "tokenizer.json"]
-NO_SPACE = r"checkpoint.new could not be written \(.*No space left on device.*\)"
+NO_SPACE = r"(?=.*checkpoint\.new).*No space left on device.*"
 GOES_ON = r"\. Training goes on, and tries again later\. Saves that failed: (\d+)\."
 
 

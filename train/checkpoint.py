@@ -94,7 +94,7 @@ class Saving:
     def wait(self) -> None:
         """Wait until it is in its place.
 
-        Raises, in every process, OSError if it cannot be written, and CheckpointError if safetensors says so. The one
+        Raises, in every process, OSError or CheckpointError, which names the file, if it cannot be written. The one
         before stays then; or the new one is in its place, if only the last wait for the disk failed.
         """
         if self._written is not None:
@@ -115,7 +115,7 @@ class Saving:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, Exception) and processes.is_first():
                 self._writer.give_up()
-            if isinstance(cause, SafetensorError):
+            if isinstance(cause, SafetensorError) or (isinstance(cause, OSError) and cause.filename is None):
                 cause = CheckpointError(f"{self._writer.new} could not be written ({cause})")
             raise processes.agreed(cause) from error
 
