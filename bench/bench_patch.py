@@ -4,7 +4,7 @@ Forward, loss and backward, without an optimiser, whose time is the same for bot
 `fused` the patched one; both hold the same weights in the case's dtype and see the same batch.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import looped
 from bench.competitors.recurrent_models import RECURRENT_MODELS as MODELS
 from bench.competitors.recurrent_models import Size
-from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
+from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_errors, truth_dtype
 from bench.measure.implementation import Implementation, by_name, why_missing
-from bench.measure.measurement import Measurement, Work, cases
+from bench.measure.measurement import Work, cases
 from bench.measure.roofs import projection_roof
 from bench.measure.timing import Call, Prepare
 from bench.shapes import DEVICE, RECURRENT_MODELS, Case, RecurrentShape
 
-IMPLEMENTATIONS = by_name(Implementation(name, lambda: None) for name in ("fused", "plain"))
+IMPLEMENTATIONS = by_name(Implementation(name) for name in ("fused", "plain"))
 OF_TRANSFORMERS = ("hrm_text", "albert")
 
 
@@ -76,63 +76,52 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 
 @lru_cache(maxsize=1)
-def truth_of(case: str) -> list[Tensor]:
+def truth_of(case: Case[RecurrentShape]) -> list[Tensor]:
     """The model's own computation in a wider dtype, from the same weights."""
-    dtype = truth_dtype(RECURRENT_MODELS[case].dtype)
-    model = model_of(RECURRENT_MODELS[case], "plain").to(dtype)
-    return [step(model, arguments_of(RECURRENT_MODELS[case].shape, dtype)), *gradients_of(model)]
+    dtype = truth_dtype(case.dtype)
+    model = model_of(case, "plain").to(dtype)
+    return [step(model, arguments_of(case.shape, dtype)), *gradients_of(model)]
 
 
-def errors(result: list[Tensor], case: str) -> Errors:
+def errors(result: list[Tensor], case: Case[RecurrentShape]) -> Errors:
     """Of the loss, and of the gradients of all parameters as one vector."""
 
-    def as_vector(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensor.flatten() for tensor in tensors])
+    def loss_and_vector(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors[0], torch.cat([gradient.flatten() for gradient in tensors[1:]])
 
-    (loss, *gradients), (true_loss, *true_gradients) = result, truth_of(case)
-    assert [gradient.shape for gradient in gradients] == [gradient.shape for gradient in true_gradients]
-    return {
-        "loss": relative_error(loss, true_loss),
-        "gradients": relative_error(as_vector(gradients), as_vector(true_gradients)),
-    }
+    truth = truth_of(case)
+    assert [tensor.shape for tensor in result] == [tensor.shape for tensor in truth]
+    return relative_errors(("loss", "gradients"), loss_and_vector(result), loss_and_vector(truth))
 
 
 @lru_cache(maxsize=1)
-def allowed(case: str) -> Errors:
-    return limits_with_mean_loss(
-        errors(stepping(RECURRENT_MODELS[case], "plain")()(), case), RECURRENT_MODELS[case].dtype
-    )
-
-
-@lru_cache(maxsize=1)
-def flops_of(case: str) -> int:
+def flops_of(case: Case[RecurrentShape]) -> int:
     """Of the products of a patched step: counted, but for those of the readout's kernel, 6 N d V of one readout."""
-    shape = RECURRENT_MODELS[case].shape
-    model = model_of(RECURRENT_MODELS[case], "fused")
+    model = model_of(case, "fused")
     with FlopCounterMode(display=False) as counter:
-        step(model, arguments_of(shape, RECURRENT_MODELS[case].dtype))
+        step(model, arguments_of(case.shape, case.dtype))
     head = looped.adapters.find_adapter(model).head
-    return counter.get_total_flops() + 6 * shape.n_tokens * model.get_submodule(head).weight.numel()
+    return counter.get_total_flops() + 6 * case.shape.n_tokens * model.get_submodule(head).weight.numel()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @cases(RECURRENT_MODELS)
 def bench_patch(measure, case: str, implementation: str) -> None:
-    shape, dtype = RECURRENT_MODELS[case].shape, RECURRENT_MODELS[case].dtype
+    model = RECURRENT_MODELS[case]
+    shape, dtype = model.shape, model.dtype
     missing = why_missing("transformers", extra="hf") if shape.model in OF_TRANSFORMERS else None
-    flops = 0 if missing else flops_of(case)
+    flops = 0 if missing else flops_of(model)
     measure(
-        Measurement(
-            subject="training step of other people's models",
-            case=RECURRENT_MODELS[case],
-            implementation=IMPLEMENTATIONS[implementation]._replace(missing=missing),
-            prepare=lambda: stepping(RECURRENT_MODELS[case], implementation)(),
-            reference=lambda: stepping(RECURRENT_MODELS[case], "fused")(),
-            errors=lambda result: errors(result, case),
-            allowed=lambda: allowed(case),
-            work=Work(
-                flops / 1e9, "GFLOP/s", lambda: projection_roof(shape.n_tokens, shape.d, shape.vocabulary, dtype, flops)
-            ),
-            n_tokens=shape.n_tokens,
-        )
+        subject="training step of other people's models",
+        case=model,
+        implementation=IMPLEMENTATIONS[implementation]._replace(missing=missing),
+        prepare=lambda: stepping(model, implementation)(),
+        reference=lambda: stepping(model, "fused")(),
+        errors=lambda result: errors(result, model),
+        plain=lambda: errors(stepping(model, "plain")()(), model),
+        limits=partial(limits_with_mean_loss, dtype=dtype),
+        work=Work(
+            flops / 1e9, "GFLOP/s", lambda: projection_roof(shape.n_tokens, shape.d, shape.vocabulary, dtype, flops)
+        ),
+        n_tokens=shape.n_tokens,
     )

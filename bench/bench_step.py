@@ -5,16 +5,16 @@ see the same batch; denormals are flushed for all.  Loss and gradients are check
 differ from one implementation to the next.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.competitors.decoders import STEP_IMPLEMENTATIONS, decoder, decoder_roof, stepping, tokens_of
-from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_error, truth_dtype
-from bench.measure.measurement import Measurement, Work, cases
-from bench.shapes import MAIN_DTYPE, STEPS, DecoderShape
+from bench.measure.accuracy import Errors, limits_with_mean_loss, relative_errors, truth_dtype
+from bench.measure.measurement import Work, cases
+from bench.shapes import MAIN_DTYPE, STEPS, Case, DecoderShape
 from looped.supervision import Supervision
 from train.step import autocast
 
@@ -36,32 +36,23 @@ def loss_and_gradients(shape: DecoderShape, variant: str, supervision: Supervisi
 
 
 @lru_cache(maxsize=1)
-def truth_of(case: str, supervision: Supervision) -> list[Tensor]:
+def truth_of(case: Case[DecoderShape], supervision: Supervision) -> list[Tensor]:
     """Plain PyTorch in a wider dtype."""
-    return loss_and_gradients(STEPS[case].shape, "plain", supervision, truth_dtype(STEPS[case].dtype))
+    return loss_and_gradients(case.shape, "plain", supervision, truth_dtype(case.dtype))
 
 
-def errors(case: str, variant: str, supervision: Supervision) -> Errors:
-    loss, gradients = loss_and_gradients(STEPS[case].shape, variant, supervision, STEPS[case].dtype)
-    true_loss, true_gradients = truth_of(case, supervision)
-    return {"loss": relative_error(loss, true_loss), "gradients": relative_error(gradients, true_gradients)}
-
-
-@lru_cache(maxsize=1)
-def allowed(case: str, supervision: Supervision) -> Errors:
-    return limits_with_mean_loss(errors(case, "plain", supervision), STEPS[case].dtype)
+def errors(case: Case[DecoderShape], variant: str, supervision: Supervision) -> Errors:
+    found = loss_and_gradients(case.shape, variant, supervision, case.dtype)
+    return relative_errors(("loss", "gradients"), found, truth_of(case, supervision))
 
 
 @pytest.mark.parametrize("implementation", STEP_IMPLEMENTATIONS)
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
 @cases(STEPS)
 def bench_step(measure, case: str, supervision: Supervision, implementation: str) -> None:
-    shape, dtype = STEPS[case].shape, STEPS[case].dtype
-    if (
-        supervision == "terminal"
-        and not STEPS[case].smoke
-        and not (STEPS[case].dtype_name == MAIN_DTYPE and STEPS[case].compiles)
-    ):
+    step = STEPS[case]
+    shape, dtype = step.shape, step.dtype
+    if supervision == "terminal" and not (step.smoke or (step.dtype_name == MAIN_DTYPE and step.compiles)):
         pytest.skip(f"terminal supervision is timed in {MAIN_DTYPE}, on a CPU without bf16 on the smaller batch")
     if supervision == "terminal" and STEP_IMPLEMENTATIONS[implementation].compiles:
         pytest.skip("compiled blocks are the same with terminal supervision")
@@ -69,15 +60,14 @@ def bench_step(measure, case: str, supervision: Supervision, implementation: str
     n_readouts = shape.n_loops if supervision == "per-loop" else 1
     flops = model.flops_per_token(n_readouts=n_readouts, seq_len=shape.seq_len) * shape.n_tokens
     measure(
-        Measurement(
-            subject=f"training step, {supervision} supervision",
-            case=STEPS[case],
-            implementation=STEP_IMPLEMENTATIONS[implementation],
-            prepare=lambda: stepping(STEPS[case], implementation, supervision)(),
-            reference=lambda: stepping(STEPS[case], "fused", supervision)(),
-            errors=lambda _: errors(case, implementation, supervision),
-            allowed=lambda: allowed(case, supervision),
-            work=Work(flops / 1e9, "GFLOP/s", lambda: decoder_roof(model, shape, dtype, flops)),
-            n_tokens=shape.n_tokens,
-        )
+        subject=f"training step, {supervision} supervision",
+        case=step,
+        implementation=STEP_IMPLEMENTATIONS[implementation],
+        prepare=lambda: stepping(step, implementation, supervision)(),
+        reference=lambda: stepping(step, "fused", supervision)(),
+        errors=lambda _: errors(step, implementation, supervision),
+        plain=lambda: errors(step, "plain", supervision),
+        limits=partial(limits_with_mean_loss, dtype=dtype),
+        work=Work(flops / 1e9, "GFLOP/s", lambda: decoder_roof(model, shape, dtype, flops)),
+        n_tokens=shape.n_tokens,
     )

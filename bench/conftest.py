@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, benchmark) -> Callable[[Measurement], None]:
-    """Check, count and time one measurement, with denormals flushed for everybody.
+def measure(request: pytest.FixtureRequest, benchmark) -> Callable[..., None]:
+    """Check, count and time one measurement, given by its fields, with denormals flushed for everybody.
 
     What torch.compile gives up on must not be timed under its name: it would fall back to eager without a word.
     """
@@ -49,10 +50,10 @@ def measure(request: pytest.FixtureRequest, benchmark) -> Callable[[Measurement]
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     session, options = request.config.stash[SESSION], request.config.option
 
-    def measure_and_write(measurement: Measurement) -> None:
+    def measure_and_write(**fields: Any) -> None:
         """Written at once: a session that is stopped keeps what it has."""
         try:
-            measure_one(benchmark, session, measurement)
+            measure_one(benchmark, session, Measurement(**fields))
         finally:
             if options.record:
                 write(session, options.results)

@@ -43,17 +43,14 @@ class EagerAttention(nn.Module):
 
 
 VARIANTS = ("fused", "plain", "fused-blocks-compiled", "plain-blocks-compiled", "eager")
-IMPLEMENTATIONS = by_name(Implementation(name, lambda: None, compiles="compiled" in name) for name in VARIANTS)
+IMPLEMENTATIONS = by_name(Implementation(name, compiles="compiled" in name) for name in VARIANTS)
 
 GRAPHED = "-graphed"  # behind a variant: its training step as one CUDA graph
 NEEDS_GPU = None if DEVICE.type == "cuda" else "needs a GPU"
 STEP_IMPLEMENTATIONS = by_name(
-    implementation
-    for name in VARIANTS
-    for implementation in (
-        IMPLEMENTATIONS[name],
-        IMPLEMENTATIONS[name]._replace(name=f"{name}{GRAPHED}", missing=NEEDS_GPU),
-    )
+    implementation._replace(name=implementation.name + ending, missing=missing)
+    for implementation in IMPLEMENTATIONS.values()
+    for ending, missing in (("", None), (GRAPHED, NEEDS_GPU))
 )
 
 

@@ -1,7 +1,10 @@
-"""Implementations of norm + penalty: residual add, RMSNorm and the mean square of the sum."""
+"""Implementations of norm + penalty: residual add, RMSNorm and the mean square of the sum.
+
+Each takes x [N, d], the norm's weight [d] and, where there is one, the residual stream [N, d]. It returns y, the mean
+squares [N] and, with a residual, the sum of x and residual.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,67 +18,34 @@ from bench.competitors.libraries import (
     quack_add_norm,
     quack_norm,
 )
-from bench.measure.implementation import Implementation, by_name, compiled
+from bench.measure.implementation import Implementation, by_name, fused_plain_compiled
+from bench.measure.rows import Operands
 from bench.shapes import DEVICE, RowsShape
 from looped.kernels import rms_norm_penalty
-from looped.kernels.device import accumulator
 from looped.kernels.rms_norm import rms_norm_penalty_reference
 
 EPS = 1e-6
 
 
-@dataclass
-class NormInputs:
-    """x and, where there is one, the residual stream [N, d]; the norm's weight [d]; gradients of every result."""
+def random_operands(shape: RowsShape, dtype: torch.dtype, *, residual: bool) -> Operands:
+    generator = torch.Generator().manual_seed(0)
 
-    x: Tensor
-    weight: Tensor
-    residual: Tensor | None
-    dy: Tensor
-    dmean_square: Tensor
-    dtotal: Tensor | None
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
 
-    @classmethod
-    def of(cls, shape: RowsShape, dtype: torch.dtype, *, residual: bool) -> "NormInputs":
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(DEVICE, dtype)
-
-        rows = (shape.n_rows, shape.d)
-        return cls(
-            (random(*rows) * 3).requires_grad_(),
-            (1 + random(shape.d) / 10).requires_grad_(),
-            (random(*rows) * 3).requires_grad_() if residual else None,
-            random(*rows),
-            random(shape.n_rows).float(),
-            random(*rows) if residual else None,
-        )
-
-    def to(self, dtype: torch.dtype) -> "NormInputs":
-        """The same numbers in another dtype."""
-        x, weight = self.x.detach().to(dtype).requires_grad_(), self.weight.detach().to(dtype).requires_grad_()
-        residual = None if self.residual is None else self.residual.detach().to(dtype).requires_grad_()
-        dtotal = None if self.dtotal is None else self.dtotal.to(dtype)
-        dmean_square = self.dmean_square.to(accumulator(dtype))
-        return NormInputs(x, weight, residual, self.dy.to(dtype), dmean_square, dtotal)
-
-    @property
-    def differentiated(self) -> list[Tensor]:
-        return [self.x, self.weight] + ([] if self.residual is None else [self.residual])
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        return [self.dy, self.dmean_square] + ([] if self.dtotal is None else [self.dtotal])
+    rows = (shape.n_rows, shape.d)
+    inputs = [random(*rows) * 3, 1 + random(shape.d) / 10, *([random(*rows) * 3] if residual else [])]
+    gradients = [random(*rows), random(shape.n_rows).float(), *([random(*rows)] if residual else [])]
+    return Operands([x.requires_grad_() for x in inputs], gradients)
 
 
-def fused(inputs: NormInputs) -> list[Tensor]:
-    result = rms_norm_penalty(inputs.x, inputs.weight, eps=EPS, residual=inputs.residual)
+def fused(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+    result = rms_norm_penalty(x, weight, eps=EPS, residual=residual)
     return [tensor for tensor in result if tensor is not None]
 
 
-def plain(inputs: NormInputs) -> list[Tensor]:
-    result = rms_norm_penalty_reference(inputs.x, inputs.weight, eps=EPS, residual=inputs.residual)
+def plain(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+    result = rms_norm_penalty_reference(x, weight, eps=EPS, residual=residual)
     return [tensor for tensor in result if tensor is not None]
 
 
@@ -85,14 +55,14 @@ def with_mean_square(norm: Callable[..., Tensor], add_norm: Callable[..., tuple[
     add_norm: the library's norm with the residual added in; None: the sum is a pass of its own too.
     """
 
-    def with_penalty(inputs: NormInputs) -> list[Tensor]:
-        if inputs.residual is None:
-            return [norm(inputs.x, inputs.weight, EPS), inputs.x.float().square().mean(-1)]
+    def with_penalty(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+        if residual is None:
+            return [norm(x, weight, EPS), x.float().square().mean(-1)]
         if add_norm is None:
-            total = inputs.x + inputs.residual
-            y = norm(total, inputs.weight, EPS)
+            total = x + residual
+            y = norm(total, weight, EPS)
         else:
-            y, total = add_norm(inputs.x, inputs.residual, inputs.weight, EPS)
+            y, total = add_norm(x, residual, weight, EPS)
         return [y, total.float().square().mean(-1), total]
 
     return with_penalty
@@ -105,11 +75,9 @@ def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 IMPLEMENTATIONS = by_name(
     [
-        Implementation("fused", lambda: fused),
-        Implementation("plain", lambda: plain),
-        compiled("compiled", plain),
-        Implementation("nn.RMSNorm + penalty", lambda: with_mean_square(torch_norm)),
-        Implementation("liger + penalty", lambda: with_mean_square(liger_norm, liger_add_norm), LIGER_MISSING),
-        Implementation("quack + penalty", lambda: with_mean_square(quack_norm, quack_add_norm), QUACK_MISSING),
+        *fused_plain_compiled(fused, plain),
+        Implementation("nn.RMSNorm + penalty", with_mean_square(torch_norm)),
+        Implementation("liger + penalty", with_mean_square(liger_norm, liger_add_norm), LIGER_MISSING),
+        Implementation("quack + penalty", with_mean_square(quack_norm, quack_add_norm), QUACK_MISSING),
     ]
 )

@@ -5,7 +5,7 @@ Every one takes the same inputs and leaves gradients in their `.grad`.  An imple
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from bench.competitors.libraries import (
 )
 from bench.competitors.norms import torch_norm
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
-from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
+from bench.measure.implementation import Implementation, by_name, compiled, fused_plain_compiled
+from bench.measure.timing import Call, Prepare
 from bench.shapes import DEVICE, ReadoutShape
 from looped.kernels import looped_cross_entropy
 
@@ -36,7 +37,7 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]  # rows [N, d], weight [d], eps
 LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, d], head [V, d], targets [N]
 
 
-@dataclass
+@dataclass(eq=False)  # one is what it is, however it changes: `truth` is kept by it
 class Inputs:
     """K states [N, d], the head [V, d], the norm's weight [d], the targets [N]."""
 
@@ -44,20 +45,6 @@ class Inputs:
     head: Tensor
     weight: Tensor
     targets: Tensor
-
-    @classmethod
-    def of(cls, shape: ReadoutShape, dtype: torch.dtype) -> "Inputs":
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(DEVICE, dtype)
-
-        return cls(
-            [(random(shape.n_tokens, shape.d) * 3).requires_grad_() for _ in range(shape.n_loops)],
-            (random(shape.vocabulary, shape.d) * (2 / shape.d**0.5)).requires_grad_(),
-            torch.ones(shape.d, device=DEVICE, dtype=dtype, requires_grad=True),
-            torch.randint(shape.vocabulary, (shape.n_tokens,), generator=generator).to(DEVICE),
-        )
 
     @property
     def differentiated(self) -> list[Tensor]:
@@ -74,9 +61,20 @@ class Inputs:
     def normed(self, norm: Norm = torch_norm) -> list[Tensor]:
         return [norm(state, self.weight, EPS) for state in self.states]
 
-    def forget_gradients(self) -> None:
-        for tensor in self.differentiated:
-            tensor.grad = None
+
+@lru_cache(maxsize=1)
+def inputs_of(shape: ReadoutShape, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    return Inputs(
+        [(random(shape.n_tokens, shape.d) * 3).requires_grad_() for _ in range(shape.n_loops)],
+        (random(shape.vocabulary, shape.d) * (2 / shape.d**0.5)).requires_grad_(),
+        torch.ones(shape.d, device=DEVICE, dtype=dtype, requires_grad=True),
+        torch.randint(shape.vocabulary, (shape.n_tokens,), generator=generator).to(DEVICE),
+    )
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -122,44 +120,38 @@ def of_all_loops(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> 
     return loss
 
 
-def cut_unfiltered() -> Loss:
-    return with_fresh_compiler(of_all_loops(partial(cut_cross_entropy, filter_eps=None)))
-
-
+cut_unfiltered = partial(cut_cross_entropy, filter_eps=None)
 liger_float32 = partial(liger_cross_entropy, accumulator=torch.float32)
 IMPLEMENTATIONS = by_name(
     [
-        Implementation("fused", lambda: fused),
-        Implementation("plain", lambda: plain),
-        compiled("compiled", plain),
+        *fused_plain_compiled(fused, plain),
         compiled("compiled-concatenated", plain_concatenated),
-        Implementation("torch-chunked", lambda: per_loop(torch_chunked), TORCH_CHUNKED_MISSING),
-        Implementation("torch-chunked-concatenated", lambda: of_all_loops(torch_chunked), TORCH_CHUNKED_MISSING),
-        Implementation("cut-cross-entropy-unfiltered", cut_unfiltered, CUT_MISSING, compiles=True),
-        Implementation("liger", lambda: per_loop(liger_cross_entropy, liger_norm), LIGER_MISSING),
-        Implementation("liger-concatenated", lambda: of_all_loops(liger_cross_entropy, liger_norm), LIGER_MISSING),
-        Implementation("liger-concatenated-fp32-dW", lambda: of_all_loops(liger_float32, liger_norm), LIGER_MISSING),
+        Implementation("torch-chunked", per_loop(torch_chunked), TORCH_CHUNKED_MISSING),
+        Implementation("torch-chunked-concatenated", of_all_loops(torch_chunked), TORCH_CHUNKED_MISSING),
+        Implementation("cut-cross-entropy-unfiltered", of_all_loops(cut_unfiltered), CUT_MISSING, compiles=True),
+        Implementation("liger", per_loop(liger_cross_entropy, liger_norm), LIGER_MISSING),
+        Implementation("liger-concatenated", of_all_loops(liger_cross_entropy, liger_norm), LIGER_MISSING),
+        Implementation("liger-concatenated-fp32-dW", of_all_loops(liger_float32, liger_norm), LIGER_MISSING),
         Implementation(
-            "liger-cute-concatenated", lambda: of_all_loops(liger_cute_cross_entropy, liger_norm), LIGER_CUTE_MISSING
+            "liger-cute-concatenated", of_all_loops(liger_cute_cross_entropy, liger_norm), LIGER_CUTE_MISSING
         ),
-        Implementation("quack-concatenated", lambda: of_all_loops(quack_cross_entropy, quack_norm), QUACK_MISSING),
+        Implementation("quack-concatenated", of_all_loops(quack_cross_entropy, quack_norm), QUACK_MISSING),
     ]
 )
 
 
-def run(loss: Loss, inputs: Inputs) -> Tensor:
-    """Forward and backward; the gradients are left in `.grad`, where there must be none before."""
-    result = loss(inputs)
-    result.backward()
-    return result.detach()
+def make_round(loss: Loss, inputs: Inputs) -> Prepare:
+    """Forward and backward, the gradients of the round before forgotten. New ones are left in `.grad`."""
 
+    def run() -> Tensor:
+        result = loss(inputs)
+        result.backward()
+        return result.detach()
 
-def make_round(loss: Loss, inputs: Inputs) -> Callable[[], Callable[[], Tensor]]:
-    """Forward and backward, the gradients of the round before forgotten."""
-
-    def prepare() -> Callable[[], Tensor]:
-        inputs.forget_gradients()
-        return lambda: run(loss, inputs)
+    def prepare() -> Call:
+        for tensor in inputs.differentiated:
+            tensor.grad = None
+        return run
 
     return prepare
 
@@ -174,6 +166,7 @@ def gradients(inputs: Inputs) -> dict[str, Tensor | None]:
     }
 
 
+@lru_cache(maxsize=1)
 def truth(inputs: Inputs) -> dict[str, Tensor | None]:
     """The loss and every gradient, of plain PyTorch in a wider dtype; one loop at a time, to hold one's logits."""
     wide = inputs.to(truth_dtype(inputs.head.dtype))
@@ -186,7 +179,7 @@ def truth(inputs: Inputs) -> dict[str, Tensor | None]:
     return {"loss": torch.stack(losses).sum(), **gradients(wide)}
 
 
-def errors(loss: Tensor, inputs: Inputs, expected: dict[str, Tensor | None]) -> Errors:
+def errors(loss: Tensor, inputs: Inputs) -> Errors:
     """Relative errors of a loss and of the gradients that were left in `.grad`."""
-    found = {"loss": loss, **gradients(inputs)}
+    found, expected = {"loss": loss, **gradients(inputs)}, truth(inputs)
     return {name: relative_error(found[name], value) for name, value in expected.items() if value is not None}

@@ -4,7 +4,7 @@ The fused `readout_statistics` gives loss, lse, entropy, margin and top-1 in one
 loss is all that is wanted, `looped_cross_entropy` gives it.
 """
 
-from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.competitors.libraries import CUT_MISSING, cut_cross_entropy
 from bench.competitors.readouts import EPS, Inputs, concatenated
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
-from bench.measure.implementation import Implementation, by_name, compiled, with_fresh_compiler
+from bench.measure.implementation import Implementation, by_name, fused_plain_compiled
 from looped.kernels import looped_cross_entropy, readout_statistics
 
 Statistics = dict[str, Tensor]  # each [K, N]
@@ -61,26 +61,19 @@ def cut_cross_entropy_loss(inputs: Inputs) -> Statistics:
     return {"loss": losses.view(len(inputs.states), -1)}
 
 
-LOSS = by_name(
-    [
-        Implementation("fused", lambda: fused_loss),
-        Implementation("plain", lambda: plain_loss),
-        compiled("compiled", plain_loss),
-        Implementation(
-            "cut-cross-entropy", lambda: with_fresh_compiler(cut_cross_entropy_loss), CUT_MISSING, compiles=True
-        ),
-    ]
-)
-ALL = by_name(
-    [Implementation("fused", lambda: fused), Implementation("plain", lambda: plain), compiled("compiled", plain)]
-)
-# What is measured, by the name of the subject: its implementations, and plain PyTorch's among them.
-SUBJECTS: dict[str, tuple[dict[str, Implementation], Callable[[Inputs], Statistics]]] = {
-    "loss": (LOSS, plain_loss),
-    "all statistics": (ALL, plain),
+# What is measured, by the name of the subject, by the name of the implementation.
+SUBJECTS = {
+    "loss": by_name(
+        [
+            *fused_plain_compiled(fused_loss, plain_loss),
+            Implementation("cut-cross-entropy", cut_cross_entropy_loss, CUT_MISSING, compiles=True),
+        ]
+    ),
+    "all statistics": by_name(fused_plain_compiled(fused, plain)),
 }
 
 
+@lru_cache(maxsize=1)
 @torch.no_grad()
 def truth(inputs: Inputs) -> Statistics:
     """Plain PyTorch on the same numbers in a wider dtype, and the logit of the most likely token."""
@@ -95,13 +88,13 @@ def logit_of(wide: Inputs, ids: Tensor) -> Tensor:
     return torch.stack([(y * wide.head[row]).sum(-1) for y, row in zip(wide.normed(), ids, strict=True)])
 
 
-def errors(found: Statistics, inputs: Inputs, expected: Statistics) -> Errors:
+def errors(found: Statistics, inputs: Inputs) -> Errors:
     """Relative errors of every statistic that was found.
 
     `top1` is held to the logit of the token named, not to its number: tokens whose logits are as good as equal may be
     named for each other.
     """
-    wide = inputs.to(truth_dtype(inputs.head.dtype))
+    wide, expected = inputs.to(truth_dtype(inputs.head.dtype)), truth(inputs)
     given = {name: relative_error(value, expected[name]) for name, value in found.items() if name != "top1"}
     if "top1" in found:
         given["top1"] = relative_error(logit_of(wide, found["top1"]), expected["top logit"])

@@ -1,5 +1,7 @@
 """Whether an implementation computes the right thing: its errors beside those of plain PyTorch in the same dtype."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,12 @@ def relative_error(actual: Tensor | None, truth: Tensor) -> float:
     actual, truth = actual.detach().double(), truth.detach().double()
     scale = float(torch.linalg.vector_norm(truth))
     return float(torch.linalg.vector_norm(actual - truth)) / (scale or 1.0)
+
+
+def relative_errors(names: Iterable[str], found: Tensor | Sequence[Tensor], truth: Tensor | Sequence[Tensor]) -> Errors:
+    """Of several results, or of a single one."""
+    pairs = [(found, truth)] if isinstance(truth, Tensor) else zip(found, truth, strict=True)
+    return {name: relative_error(*pair) for name, pair in zip(names, pairs, strict=True)}
 
 
 def limits(plain: Errors) -> Errors:

@@ -21,15 +21,23 @@ def is_ours(name: str) -> bool:
 
 
 class Implementation(NamedTuple):
-    """`make()` gives the function; `missing` says why it cannot run here, or is None.
+    """function: what is called, None where a model is made by the name. missing: why it cannot run here, or None.
 
     compiles: its first call compiles, so that neither its time nor its memory says anything.
     """
 
     name: str
-    make: Callable[[], Any]
+    function: Callable[..., Any] | None = None
     missing: str | None = None
     compiles: bool = False
+
+    def fresh(self) -> Callable[..., Any]:
+        """The function. If it compiles, what was compiled before is forgotten: for a second shape PyTorch would make
+        the sizes dynamic, which may be slower, and after eight of them it would stop compiling."""
+        if self.compiles:
+            torch.compiler.reset()
+        assert self.function is not None
+        return self.function
 
 
 def by_name(implementations: Iterable[Implementation]) -> dict[str, Implementation]:
@@ -39,20 +47,12 @@ def by_name(implementations: Iterable[Implementation]) -> dict[str, Implementati
 
 def compiled(name: str, function: Callable[..., Any]) -> Implementation:
     """A function by torch.compile, for exactly the shapes that it will see."""
-    return Implementation(name, lambda: freshly_compiled(function), compiles=True)
+    return Implementation(name, torch.compile(function, dynamic=False), compiles=True)
 
 
-def freshly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What was compiled before is forgotten: for a second shape PyTorch would make the sizes dynamic, which may be
-    slower, and after eight of them it would stop compiling."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
-def with_fresh_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which calls torch.compile itself, as `freshly_compiled` treats ours."""
-    torch.compiler.reset()
-    return function
+def fused_plain_compiled(fused: Callable[..., Any], plain: Callable[..., Any]) -> list[Implementation]:
+    """What every operation is compared in: ours, plain PyTorch, and torch.compile of it."""
+    return [Implementation("fused", fused), Implementation("plain", plain), compiled("compiled", plain)]
 
 
 def why_missing(package: str, *, needs_gpu: bool = False, extra: str = "bench") -> str | None:

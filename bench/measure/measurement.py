@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from bench.measure.accuracy import Errors, is_correct
+from bench.measure.accuracy import Errors, is_correct, limits
 from bench.measure.implementation import Implementation, cannot_run_here, is_ours
 from bench.measure.memory import peak_memory
 from bench.measure.place import Record, environment
@@ -30,7 +30,8 @@ class Measurement:
     """An implementation on a case.
 
     prepare and reference: the implementation and the fused one, ready to be timed.  errors: of what a call of the
-    implementation gave; allowed: their limits.  n_tokens: where tokens per second say something.
+    implementation gave.  plain: the errors of plain PyTorch on the same case, from which `limits` makes those that are
+    allowed.  n_tokens: where tokens per second say something.
     """
 
     subject: str
@@ -39,8 +40,9 @@ class Measurement:
     prepare: Prepare
     reference: Prepare
     errors: Callable[[Any], Errors]
-    allowed: Callable[[], Errors]
+    plain: Callable[[], Errors]
     work: Work
+    limits: Callable[[Errors], Errors] = limits
     n_tokens: int | None = None
 
     @property
@@ -92,7 +94,7 @@ def checked(session: Session, measurement: Measurement) -> Checked:
         if is_ours(name) or not cannot_run_here(error):
             raise
         skip(session, measurement, f"cannot run here: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    allowed = measurement.allowed()
+    allowed = measurement.limits(session.plain_errors(measurement.group, measurement.plain))
     correct = is_correct(found, allowed)
     assert correct or not is_ours(name), f"{name} is wrong: errors {found}, allowed {allowed}"
     return Checked(found, allowed, correct, peak, seconds)

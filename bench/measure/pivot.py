@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+from bench.measure.markdown import crossed
 from bench.measure.place import Record
 from bench.measure.records import Results
 from looped.peak_flops import peak_tflops
@@ -11,8 +12,11 @@ def table(found: Results) -> str:
     """What was measured, the host's times, what became of every part, and what is missing."""
     lines: list[str] = []
     for subject, rows in groupby(found.records, key=lambda record: record["subject"]):
-        lines += [*_subject(subject, list(rows)), ""]
-    lines += _host([fact for fact in found.facts if "microseconds" in fact])
+        titled = [(record, record["group"].replace(subject, "").strip()) for record in rows]
+        lines += [*crossed(subject, {(r["implementation"], title): _cell(r) for r, title in titled}), ""]
+    host = {(f["subject"], f["mode"]): f"{f['microseconds']:.1f}" for f in found.facts if "microseconds" in f}
+    if host:
+        lines += [*crossed("host, microseconds a call", host), ""]
     for fact in found.facts:
         if "passed" in fact:
             counts = f"{fact['passed']} passed, {len(fact['failed'])} failed, {fact['not_run']} not run"
@@ -21,16 +25,6 @@ def table(found: Results) -> str:
             lines.append(f"{fact['name']}: {fact['outcome']}")
     reasons = {(skip["implementation"], skip["reason"]): None for skip in found.skipped}
     return "\n".join([*lines, *(f"missing: {name}: {reason}" for name, reason in reasons)])
-
-
-def _subject(subject: str, records: list[Record]) -> list[str]:
-    cases = list(dict.fromkeys(record["group"] for record in records))
-    titles = [group.replace(subject, "").strip() for group in cases]
-    cells = {(record["implementation"], record["group"]): _cell(record) for record in records}
-    lines = [f"| {subject} | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]
-    for name in dict.fromkeys(record["implementation"] for record in records):
-        lines.append(f"| {name} | {' | '.join(cells.get((name, group), '') for group in cases)} |")
-    return lines
 
 
 def _cell(record: Record) -> str:
@@ -44,14 +38,3 @@ def _cell(record: Record) -> str:
     peak = peak_tflops(record["device"])
     share = "" if peak is None else f", MFU {record['gflops_per_second'] / peak / 10:.1f}%"
     return f"{cell}, {record['tokens_per_second']:,.0f} tokens/s{share}"
-
-
-def _host(facts: list[Record]) -> list[str]:
-    if not facts:
-        return []
-    modes = list(dict.fromkeys(fact["mode"] for fact in facts))
-    times = {(fact["subject"], fact["mode"]): f"{fact['microseconds']:.1f}" for fact in facts}
-    lines = [f"| host, microseconds a call | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
-    for name in dict.fromkeys(fact["subject"] for fact in facts):
-        lines.append(f"| {name} | {' | '.join(times.get((name, mode), '') for mode in modes)} |")
-    return [*lines, ""]

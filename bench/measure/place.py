@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from bench.shapes import DEVICE
-from looped.provenance import package_version, processor, project_commit
+from looped.provenance import instructions, package_version, processor, project_commit
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "quack-kernels", "flash-attn")
-INSTRUCTIONS = {"amx_bf16": "amx", "avx512_bf16": "avx512-bf16", "avx512_f": "avx512", "avx2": "avx2"}  # best first
 
 
 @cache
@@ -25,19 +24,13 @@ def environment() -> Record:
     on_gpu = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
-        "instructions": _architecture() if on_gpu else _instructions(),
+        "instructions": _architecture() if on_gpu else instructions(),
         "threads": torch.get_num_threads(),
         "memory": _gpu_memory() if on_gpu else _memory(),
         "versions": {"python": platform.python_version()} | {package: package_version(package) for package in PACKAGES},
         "commit": project_commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _instructions() -> str:
-    """The widest instructions for matrix products: two processors of one name may differ in them."""
-    has = torch.cpu.get_capabilities()
-    return next((name for flag, name in INSTRUCTIONS.items() if has.get(flag, False)), platform.machine())
 
 
 def _architecture() -> str:

@@ -8,10 +8,11 @@ name.  What follows from other lines is not written: the fastest competitor of a
 import datetime
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.measure.accuracy import Errors
 from bench.measure.implementation import is_ours
 from bench.measure.place import RESULTS, Record, slug
 
@@ -28,6 +29,13 @@ class Session:
     skipped: list[Record] = field(default_factory=list)  # group, implementation, reason
     facts: list[Record] = field(default_factory=list)  # name, its values, and the place
     start: float = field(default_factory=time.time)
+    errors_of_plain: dict[str, Errors] = field(default_factory=dict)  # by group
+
+    def plain_errors(self, group: str, measured: Callable[[], Errors]) -> Errors:
+        """Those of plain PyTorch, measured once for all implementations of a group."""
+        if group not in self.errors_of_plain:
+            self.errors_of_plain[group] = measured()
+        return self.errors_of_plain[group]
 
     def reference_seconds(self, group: str) -> float | None:
         """Of a round of the fused implementation, where it has been timed."""
@@ -66,17 +74,13 @@ def compare(records: list[Record]) -> None:
     fastest competitor.
     """
     fastest: dict[str, Record] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record["ratio_to_fused"]):
         if record["correct"] and not is_ours(record["implementation"]):
-            best = fastest.setdefault(record["group"], record)
-            if record["ratio_to_fused"] < best["ratio_to_fused"]:
-                fastest[record["group"]] = record
+            fastest.setdefault(record["group"], record)
     for record in records:
-        best_of_group = fastest.get(record["group"])
-        record["fastest_competitor"] = None if best_of_group is None else best_of_group["implementation"]
-        record["ratio_to_fastest"] = (
-            None if best_of_group is None else record["ratio_to_fused"] / best_of_group["ratio_to_fused"]
-        )
+        best = fastest.get(record["group"])
+        record["fastest_competitor"] = best and best["implementation"]
+        record["ratio_to_fastest"] = best and record["ratio_to_fused"] / best["ratio_to_fused"]
 
 
 def write(session: Session, directory: Path = RESULTS) -> Path | None:

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.measure.accuracy import closest_to_limit
+from bench.measure.markdown import table
 from bench.measure.place import RESULTS, Record, place_of
 from bench.measure.records import Results, read
 
@@ -28,7 +29,7 @@ def markdown(found: Results) -> str:
     lines: list[str] = []
     for group, rows in groupby(found.records, key=lambda record: record["group"]):
         members = sorted(rows, key=lambda record: record["ratio_to_fused"])
-        lines += [f"## {group}", "", COLUMNS, "|---|---|---|---|---|---|---|---|---|", *map(_full_row, members)]
+        lines += [f"## {group}", "", *table(COLUMNS, map(_full_row, members))]
         lines += [f"\nSkipped: {s['implementation']}: {s['reason']}" for s in found.skipped if s["group"] == group]
         lines.append("")
     lines += ["## Measured on", "", *(f"- {place}" for place in dict.fromkeys(map(place_of, found.records)))]
@@ -36,19 +37,29 @@ def markdown(found: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _full_row(record: Record) -> str:
-    if "gflops_per_second" in record:
-        rate = f"{record['gflops_per_second']:.1f} GFLOP/s"
-    else:
-        rate = f"{record['gigabytes_per_second']:.1f} GB/s"
-    if "tokens_per_second" in record:
-        rate += f", {record['tokens_per_second']:.0f} tokens/s"
+def _full_row(record: Record) -> list[str]:
+    tokens = f", {record['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in record else ""
     fastest = "" if record["ratio_to_fastest"] is None else f"{record['ratio_to_fastest']:.2f}"
     share = "" if record["share_of_roof"] is None else f"{record['share_of_roof']:.0%}"
-    return (
-        f"| {record['implementation']} | {record['milliseconds']:.4g} | {rate} | {share} | "
-        f"{record['peak_memory_mib']:.1f} | {ratio_of(record)} | {fastest} | {record['rounds']} | {_verdict(record)} |"
-    )
+    name = closest_to_limit(record["errors"], record["allowed"])
+    limit = f"{name} {record['errors'][name]:.1e}, allowed {record['allowed'][name]:.1e}"
+    return [
+        record["implementation"],
+        f"{record['milliseconds']:.4g}",
+        _rate(record, flops_digits=1) + tokens,
+        share,
+        f"{record['peak_memory_mib']:.1f}",
+        ratio_of(record),
+        fastest,
+        str(record["rounds"]),
+        f"{'right' if record['correct'] else '**wrong**'} ({limit})",
+    ]
+
+
+def _rate(record: Record, flops_digits: int) -> str:
+    if "gflops_per_second" in record:
+        return f"{record['gflops_per_second']:.{flops_digits}f} GFLOP/s"
+    return f"{record['gigabytes_per_second']:.1f} GB/s"
 
 
 def ratio_of(record: Record) -> str:
@@ -57,12 +68,6 @@ def ratio_of(record: Record) -> str:
         return f"{record['ratio_to_fused']:.2f}"
     low, high = record["ratio_quartiles"]
     return f"{record['ratio_to_fused']:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _verdict(record: Record) -> str:
-    name = closest_to_limit(record["errors"], record["allowed"])
-    limit = f"{name} {record['errors'][name]:.1e}, allowed {record['allowed'][name]:.1e}"
-    return f"{'right' if record['correct'] else '**wrong**'} ({limit})"
 
 
 # The short tables -----------------------------------------------------------------------------------------------------
@@ -85,8 +90,9 @@ def render(path: Path) -> str:
     found = read(path)
     lines = [f"From [{path.stem}](results/{path.name}).", ""]
     for subject, records in groupby(found.records, key=lambda record: record["subject"]):
-        lines += [f"**{subject[0].upper()}{subject[1:]}**", "", HEADER, "|---|---|---|---|---|---|---|"]
-        lines += [_short_row(list(rows)) for _, rows in groupby(records, key=lambda record: record["group"])] + [""]
+        groups = groupby(records, key=lambda record: record["group"])
+        lines += [f"**{subject[0].upper()}{subject[1:]}**", ""]
+        lines += [*table(HEADER, (_short_row(list(rows)) for _, rows in groups)), ""]
     lines += _outcomes("Wrong", [r for r in found.records if not r["correct"]])
     lines += _outcomes("Skipped", found.skipped)
     lines += [f"- Measured {place}." for place in dict.fromkeys(map(place_of, found.records))]
@@ -94,27 +100,18 @@ def render(path: Path) -> str:
     return "\n".join([*lines, f"- {n_records} measurements took {seconds / 60:.0f} minutes."])
 
 
-def _short_row(group: list[Record]) -> str:
+def _short_row(group: list[Record]) -> list[str]:
     """A dash stands for what the record does not have: it may be of a part of the suite."""
     by_name = {record["implementation"]: record for record in group}
     fused, plain, fastest = (by_name.get(name) for name in ("fused", "plain", group[0]["fastest_competitor"]))
-    cells = [
+    of_fused = fused and [f"{fused['milliseconds']:.4g}", _rate(fused, flops_digits=0), f"{fused['share_of_roof']:.0%}"]
+    return [
         group[0]["group"].removeprefix(group[0]["subject"]).strip(),
-        *(
-            ["-"] * 3
-            if fused is None
-            else [f"{fused['milliseconds']:.4g}", _rate(fused), f"{fused['share_of_roof']:.0%}"]
-        ),
-        "-" if plain is None else ratio_of(plain),
-        "-" if fastest is None else f"{ratio_of(fastest)}, {fastest['implementation']}",
-        ", ".join("-" if record is None else f"{record['peak_memory_mib']:.0f}" for record in (fused, plain)),
+        *(of_fused or ["-"] * 3),
+        ratio_of(plain) if plain else "-",
+        f"{ratio_of(fastest)}, {fastest['implementation']}" if fastest else "-",
+        ", ".join(f"{record['peak_memory_mib']:.0f}" if record else "-" for record in (fused, plain)),
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _rate(record: Record) -> str:
-    giga = record.get("gflops_per_second")
-    return f"{giga:.0f} GFLOP/s" if giga is not None else f"{record['gigabytes_per_second']:.1f} GB/s"
 
 
 def _outcomes(title: str, records: Sequence[Record]) -> list[str]:
