@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bench.measure.markdown import crossed
 from bench.offline.host_only import host_only
 from looped.config import PRESETS
 from looped.kernels import looped_cross_entropy, radial_gradient, readout_statistics, rms_norm_penalty, swiglu
@@ -205,15 +206,8 @@ def bench_host(benchmark, as_on_a_gpu, name: str, mode: str) -> None:
 
 
 def main() -> None:
-    found: dict[str, dict[str, float]] = {}
-    for name, mode, value in measured():
-        found.setdefault(name, {})[mode] = value
-    print(
-        f"| host, microseconds a call{'' if ON_GPU else ' (no GPU: its part alone)'} | {' | '.join((*MODES, STEP))} |"
-    )
-    print("|---|---|---|---|---|")
-    for name, times in found.items():
-        print(f"| {name} | {' | '.join(f'{times[mode]:.1f}' if mode in times else '' for mode in (*MODES, STEP))} |")
+    title = "host, microseconds a call" + ("" if ON_GPU else " (no GPU: its part alone)")
+    print("\n".join(crossed(title, {(name, mode): f"{value:.1f}" for name, mode, value in measured()})))
 
 
 if __name__ == "__main__":

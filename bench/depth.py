@@ -13,19 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import NullLocator
 
-from bench.measure.place import RESULTS, environment, place_of, slug
+from bench.measure.markdown import line, table
+from bench.measure.place import RESULTS, environment, place_of
+from bench.measure.study import save, style, write_study
+from bench.shapes import DTYPES
 from looped.command_line import Parser
 from looped.run_directory import check_writable, load_run
 from train.config import read_config
 from train.depth import parse_depth
-from train.paper.record import write_record
 from train.run import main as train
 from train.step import evaluate
 from train.text.batches import evaluation_windows
@@ -33,7 +32,7 @@ from train.text.batches import evaluation_windows
 TRAINED_LOOPS = 4
 DEPTHS = ("fixed", "uniform:1-8", "poisson:4")
 LOOPS = tuple(range(1, 17))
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CPU = torch.device("cpu")  # where it trains and evaluates, whatever else is there
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def measure(directory: Path, tokens: int) -> Curve:
         windows,
         indices,
         batch_size=config.batch_size,
-        device=torch.device("cpu"),
+        device=CPU,
         dtype=DTYPES[str(config.dtype)],
         bytes_per_token=None,
         depths=LOOPS,
@@ -84,24 +83,24 @@ def measure(directory: Path, tokens: int) -> Curve:
     return Curve(config.supervision, config.depth, sum(drawn) / len(drawn), seconds, ce)
 
 
-def table(curves: list[Curve]) -> str:
+def losses(curves: list[Curve]) -> list[str]:
     """A line for each run, a column for some K, in Markdown."""
     shown = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-    lines = [
-        f"| supervision | depth | mean loops of a step | {' | '.join(f'K = {k}' for k in shown)} |",
-        "|---|---|---|" + "---|" * len(shown),
-    ]
-    for curve in curves:
-        losses = " | ".join(f"{curve.ce[k - 1]:.3f}" for k in shown)
-        lines.append(f"| {curve.supervision} | `{curve.depth}` | {curve.mean_loops:.2f} | {losses} |")
-    return "\n".join(lines) + "\n"
+    header = line("supervision", "depth", "mean loops of a step", *(f"K = {k}" for k in shown))
+    return table(
+        header,
+        [
+            line(run.supervision, f"`{run.depth}`", f"{run.mean_loops:.2f}", *(f"{run.ce[k - 1]:.3f}" for k in shown))
+            for run in curves
+        ],
+    )
 
 
 def draw(path: Path, curves: list[Curve], title: str) -> None:
     """A panel for each supervision, a line for each depth."""
     supervisions = list(dict.fromkeys(curve.supervision for curve in curves))
-    figure, panels = plt.subplots(1, len(supervisions), figsize=(6.5 * len(supervisions), 5), layout="constrained",
-                                  squeeze=False, sharey=True)  # fmt: skip
+    size = (6.5 * len(supervisions), 5)
+    figure, panels = plt.subplots(1, len(supervisions), figsize=size, layout="constrained", squeeze=False, sharey=True)
     colours = dict(zip(DEPTHS, ("#b0452c", "#1f5fa8", "#3b8a4e"), strict=True))
     for axes, supervision in zip(panels[0], supervisions, strict=True):
         axes.axvline(TRAINED_LOOPS, color="0.7", linestyle=":", label=f"K = {TRAINED_LOOPS}, the depth of fixed")
@@ -111,13 +110,10 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
         axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(title=f"{supervision} supervision", xlabel="loops at evaluation")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        style(axes)
         axes.legend(frameon=False)
     panels[0, 0].set_ylabel("validation cross-entropy, nats")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, title, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,15 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     curves = [measure(run, options.tokens) for run in runs]
-    where = environment()
+    where = environment(CPU)
     settings: dict[str, Any] = {"preset": "demo", "steps": options.steps, "tokens": options.tokens, "seed": 42}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{where['date']}-{slug(where)}-depth.json"
-    write_record(path, {**where, "settings": settings, "loops": LOOPS, "curves": [asdict(curve) for curve in curves]})
-    draw(path.with_suffix(".png"), curves, f"demo preset, {options.steps} steps, one seed")
-    page = f"{place_of(where)}\n\nValidation cross-entropy, nats; {settings}.\n\n{table(curves)}"
-    path.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+    page = [place_of(where), "", f"Validation cross-entropy, nats; {settings}.", "", *losses(curves), ""]
+    path = write_study(
+        options.out,
+        "depth",
+        {**where, "settings": settings, "loops": LOOPS, "curves": [asdict(curve) for curve in curves]},
+        lambda figure: draw(figure, curves, f"demo preset, {options.steps} steps, one seed"),
+        lambda _: "\n".join(page),
+    )
     print(f"written: {path}, .md and .png")
 
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from bench.measure.pivot import table
-from bench.measure.place import RESULTS, environment, place_of, slug
+from bench.measure.place import RESULTS, environment, path_in, place_of
 from bench.measure.records import Session, read, write
 from looped.command_line import Parser
 
@@ -166,7 +166,7 @@ def run_all(names: Sequence[str], results: Path) -> bool:
 
 
 def record_of_today(results: Path) -> Path:
-    return results / f"{environment()['date']}-{slug(environment())}.jsonl"
+    return path_in(results, environment(), ".jsonl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

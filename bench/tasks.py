@@ -10,15 +10,13 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bench.measure.place import RESULTS
+from bench.measure.markdown import line, table
+from bench.measure.place import RESULTS, Record
+from bench.measure.study import save, style
 from looped.command_line import Parser
 from looped.run_directory import check_writable
 from train.paper.record import write_record
@@ -32,8 +30,6 @@ CONDITIONS: dict[str, list[str]] = {
 }
 NAMES = {"fixed": "trained at K = 4", "uniform-4-8": "trained at K drawn from 4..8", "one-loop": "trained at K = 1"}
 COLOURS = {"fixed": "#b0452c", "uniform-4-8": "#1f5fa8", "one-loop": "0.55"}
-
-Record = dict[str, Any]
 
 
 def trained(task: str, condition: str, seed: int, runs: Path, out: Path) -> Record:
@@ -75,26 +71,20 @@ def draw(path: Path, records: dict[str, list[Record]], title: str) -> None:
     for axes in (whole, parts):
         axes.axvline(4, color="0.7", linestyle=":")
         axes.set_ylim(0, 1.03)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        style(axes)
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=9)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path, title, dpi=100)
 
 
-def table(records: dict[str, list[Record]]) -> str:
+def accuracies(records: dict[str, list[Record]]) -> list[str]:
     """A line for each run, a column for each K, in Markdown."""
     loops, _ = accuracy(records["fixed"][0])
-    lines = [
-        f"| | seed | {' | '.join(f'K = {k}' for k in loops)} | CPU seconds |",
-        "|---|---|" + "---|" * (len(loops) + 1),
-    ]
+    lines = []
     for condition, of_seeds in records.items():
         for record in of_seeds:
-            shares = " | ".join(f"{share:.3f}" for share in accuracy(record)[1])
-            lines.append(f"| {NAMES[condition]} | {record['seed']} | {shares} | {record['cpu_seconds']:.0f} |")
-    return "\n".join(lines) + "\n"
+            shares = [f"{share:.3f}" for share in accuracy(record)[1]]
+            lines.append(line(NAMES[condition], str(record["seed"]), *shares, f"{record['cpu_seconds']:.0f}"))
+    return table(f"| | seed | {' | '.join(f'K = {k}' for k in loops)} | CPU seconds |", lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     title = f"{options.task}, {first['steps']} steps, {len(options.seeds)} seeds"
     draw(out / "accuracy.png", records, title)
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("python", "torch", "numpy"))
-    page = f"{first['device']}; {versions}; commit {first['commit']}; {first['steps']} steps.\n\n{table(records)}"
+    place = f"{first['device']}; {versions}; commit {first['commit']}; {first['steps']} steps."
+    page = "\n".join([place, "", *accuracies(records), ""])
     (out / "accuracy.md").write_text(page, encoding="utf-8")
     print(page)
 

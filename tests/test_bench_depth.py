@@ -7,6 +7,7 @@ import pytest
 from tiny_run import arguments
 
 from bench import depth
+from bench.measure.place import environment
 from train.run import main
 
 
@@ -18,12 +19,14 @@ def test_curves_and_files(tmp_path, monkeypatch, capsys):
         return main(arguments(tmp_path, *options))
 
     monkeypatch.setattr(depth, "train", train_tiny)
+    monkeypatch.setattr(depth, "environment", lambda *where: environment() | {"measured_on": str(where)})
     options = ["--runs", str(tmp_path / "runs"), "--steps", "3", "--tokens", "64", "--supervision", "terminal"]
     for _ in range(2):  # the second takes the runs that are there
         depth.main([*options, "--out", str(tmp_path / "out")])
     assert len(trained) == 3
     (path,) = (tmp_path / "out").glob("*-depth.json")
     record = json.loads(path.read_text())
+    assert record["measured_on"] == "(device(type='cpu'),)"  # where it runs, whatever else is there
     assert [curve["depth"] for curve in record["curves"]] == ["fixed", "uniform:1-8", "poisson:4"]
     assert record["curves"][0]["mean_loops"] == 4
     assert record["curves"][1]["mean_loops"] != 4

@@ -6,6 +6,7 @@ import pytest
 from tiny_run import arguments
 
 from bench.exits import TOLERANCES, main
+from bench.measure.place import environment
 from train.run import main as train
 
 
@@ -16,11 +17,13 @@ def run(tmp_path_factory):
     return directory / "run"
 
 
-def test_record_figure_and_page(run, tmp_path, capsys):
+def test_record_figure_and_page(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bench.exits.environment", lambda *where: environment() | {"measured_on": str(where)})
     words = [str(run), "--tokens", "128", "--rounds", "1", "--new-tokens", "2", "--out", str(tmp_path)]
     assert main(words) == 0
     (path,) = tmp_path.glob("*-exits.json")
     record = json.loads(path.read_text())
+    assert record["measured_on"] == "(device(type='cpu'),)"  # where it runs, whatever else is there
     curves = record["curves"]
     assert list(curves) == ["fixed", "margin", "top-probability", "entropy", "state-change", "gate"]
     assert [each["loops"] for each in curves["fixed"]] == [3.0, 2.0, 1.0]

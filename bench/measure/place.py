@@ -19,9 +19,9 @@ PACKAGES = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "quack-kerne
 
 
 @cache
-def environment() -> Record:
-    """Device, what it can do and hold, threads, versions, commit and date of this run."""
-    on_gpu = DEVICE.type == "cuda"
+def environment(device: torch.device = DEVICE) -> Record:
+    """The device that the measured work runs on, what it can do and hold, threads, versions, commit and date."""
+    on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "instructions": _architecture() if on_gpu else instructions(),
@@ -62,6 +62,11 @@ def slug(where: Record) -> str:
     """The device in a file's name, from its environment: device, instructions, threads."""
     words = re.sub(r"\((r|tm)\)", "", where["device"].lower())
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {where['instructions']} {where['threads']} threads").strip("-")
+
+
+def path_in(directory: Path, where: Record, ending: str) -> Path:
+    """`<date>-<device><ending>`."""
+    return directory / f"{where['date']}-{slug(where)}{ending}"
 
 
 def place_of(record: Record) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.measure.accuracy import Errors
 from bench.measure.implementation import is_ours
-from bench.measure.place import RESULTS, Record, slug
+from bench.measure.place import RESULTS, Record, path_in
 
 DERIVED = ("smoke", "fastest_competitor", "ratio_to_fastest")
 OF_A_PLACE = ("device", "instructions", "threads", "memory", "versions", "commit", "date")
@@ -95,7 +95,7 @@ def write(session: Session, directory: Path = RESULTS) -> Path | None:
     if not (kept or session.facts):
         return None
     place = (kept or session.facts)[0]
-    path = directory / f"{place['date']}-{slug(place)}.jsonl"
+    path = path_in(directory, place, ".jsonl")
     found = read(path) if path.exists() else Results()
     now = {_key(record) for record in (*kept, *skipped)}
     names = {fact["name"] for fact in session.facts}

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.measure.accuracy import closest_to_limit
-from bench.measure.markdown import table
+from bench.measure.markdown import line, table
 from bench.measure.place import RESULTS, Record, place_of
 from bench.measure.records import Results, read
 
@@ -37,23 +37,17 @@ def markdown(found: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _full_row(record: Record) -> list[str]:
+def _full_row(record: Record) -> str:
     tokens = f", {record['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in record else ""
     fastest = "" if record["ratio_to_fastest"] is None else f"{record['ratio_to_fastest']:.2f}"
     share = "" if record["share_of_roof"] is None else f"{record['share_of_roof']:.0%}"
     name = closest_to_limit(record["errors"], record["allowed"])
     limit = f"{name} {record['errors'][name]:.1e}, allowed {record['allowed'][name]:.1e}"
-    return [
-        record["implementation"],
-        f"{record['milliseconds']:.4g}",
-        _rate(record, flops_digits=1) + tokens,
-        share,
-        f"{record['peak_memory_mib']:.1f}",
-        ratio_of(record),
-        fastest,
-        str(record["rounds"]),
-        f"{'right' if record['correct'] else '**wrong**'} ({limit})",
-    ]
+    verdict = f"{'right' if record['correct'] else '**wrong**'} ({limit})"
+    return (
+        f"| {record['implementation']} | {record['milliseconds']:.4g} | {_rate(record, 1)}{tokens} | {share} | "
+        f"{record['peak_memory_mib']:.1f} | {ratio_of(record)} | {fastest} | {record['rounds']} | {verdict} |"
+    )
 
 
 def _rate(record: Record, flops_digits: int) -> str:
@@ -100,18 +94,18 @@ def render(path: Path) -> str:
     return "\n".join([*lines, f"- {n_records} measurements took {seconds / 60:.0f} minutes."])
 
 
-def _short_row(group: list[Record]) -> list[str]:
+def _short_row(group: list[Record]) -> str:
     """A dash stands for what the record does not have: it may be of a part of the suite."""
     by_name = {record["implementation"]: record for record in group}
     fused, plain, fastest = (by_name.get(name) for name in ("fused", "plain", group[0]["fastest_competitor"]))
-    of_fused = fused and [f"{fused['milliseconds']:.4g}", _rate(fused, flops_digits=0), f"{fused['share_of_roof']:.0%}"]
-    return [
+    of_fused = fused and [f"{fused['milliseconds']:.4g}", _rate(fused, 0), f"{fused['share_of_roof']:.0%}"]
+    return line(
         group[0]["group"].removeprefix(group[0]["subject"]).strip(),
         *(of_fused or ["-"] * 3),
         ratio_of(plain) if plain else "-",
         f"{ratio_of(fastest)}, {fastest['implementation']}" if fastest else "-",
         ", ".join(f"{record['peak_memory_mib']:.0f}" if record else "-" for record in (fused, plain)),
-    ]
+    )
 
 
 def _outcomes(title: str, records: Sequence[Record]) -> list[str]:
