@@ -12,36 +12,22 @@ turns; a process has one thread.
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from itertools import accumulate
+from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from bench.measure.memory import allocations
 from looped.command_line import Parser
 from looped.kernels import VocabularyShard, looped_cross_entropy
 
 ROUNDS = 3
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The highest point of PyTorch's allocations during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
@@ -55,45 +41,39 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
     states = [torch.randn((options.tokens, d), generator=generator).requires_grad_() for _ in range(options.loops)]
     targets = torch.randint(n_words, (options.tokens,), generator=generator)
     heads = {"whole": head.clone().requires_grad_(), "shared": head[shard.rows].clone().requires_grad_()}
-    losses: dict[str, Tensor] = {}
 
-    def step(name: str) -> None:
-        heads[name].grad = None
-        for state in states:
-            state.grad = None
+    def step(name: str) -> Tensor:
+        for tensor in (heads[name], *states):
+            tensor.grad = None
         loss = looped_cross_entropy(states, heads[name], targets, shard=shard if name == "shared" else None).loss
         loss.backward()
-        losses[name] = loss.detach()
+        return loss.detach()
 
-    gradients = {}
-    for name in heads:
+    def seconds(name: str) -> float:
+        dist.barrier()
+        start = time.perf_counter()
         step(name)
-        gradients[name] = [state.grad for state in states]
-    torch.testing.assert_close(losses["shared"], losses["whole"])
-    torch.testing.assert_close(gradients["shared"], gradients["whole"])
+        return time.perf_counter() - start
+
+    results = {name: [step(name), *(state.grad for state in states)] for name in heads}
+    torch.testing.assert_close(results["shared"], results["whole"])
     mean = heads["whole"].grad.clone() / n_ranks
     dist.all_reduce(mean)
     torch.testing.assert_close(heads["shared"].grad, mean[shard.rows])
-    del mean, gradients
-    peaks, seconds = {}, {name: [] for name in heads}
+    del mean, results
+    peaks = {}
     for name in heads:
+        for tensor in (heads[name], *states):
+            tensor.grad = None  # or a free of what was there before would count
         dist.barrier()
-        heads[name].grad = None
-        for state in states:
-            state.grad = None
-        peaks[name] = peak_bytes(lambda name=name: step(name))
-    for _ in range(ROUNDS):
-        for name in heads:
-            dist.barrier()
-            start = time.perf_counter()
-            step(name)
-            seconds[name].append(time.perf_counter() - start)
+        peaks[name] = max(accumulate(allocations(partial(step, name))[0]))
+    times = [{name: seconds(name) for name in heads} for _ in range(ROUNDS)]
     if rank == 0:
         print(f"{n_ranks} processes, V = {n_words:,}, d = {d}, {options.loops} loops of {options.tokens:,} tokens each")
         for name, head_rows in heads.items():
             print(
                 f"{name:7} head {head_rows.nbytes / 2**20:6.1f} MiB, peak {peaks[name] / 2**20:6.1f} MiB beyond it, "
-                f"{statistics.median(seconds[name]):.2f} s"
+                f"{median(round_[name] for round_ in times):.2f} s"
             )
     dist.barrier()
     os._exit(0)
@@ -106,7 +86,7 @@ def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(measure, (str(Path(folder)), options), nprocs=options.processes)
+        torch.multiprocessing.spawn(measure, (folder, options), nprocs=options.processes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Implementations of the per-loop readout, each in its own best form: norm, logits, cross-entropy, all gradients.
 
-Every one takes the same inputs and leaves gradients in their `.grad`.  An implementation that cannot run here says why.
+Every one takes the same inputs and leaves gradients in their `.grad`.  An implementation that cannot run here says why;
+a library is imported when its function is called.
 """
 
 from collections.abc import Callable
@@ -9,30 +10,18 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.competitors.libraries import (
-    CUT_MISSING,
-    LIGER_CUTE_MISSING,
-    LIGER_MISSING,
-    QUACK_MISSING,
-    TORCH_CHUNKED_MISSING,
-    cut_cross_entropy,
-    liger_cross_entropy,
-    liger_cute_cross_entropy,
-    liger_norm,
-    quack_cross_entropy,
-    quack_norm,
-    torch_chunked,
-)
-from bench.competitors.norms import torch_norm
+from bench.competitors.norms import EPS, LIGER_MISSING, QUACK_MISSING, liger_norm, quack_norm, torch_norm
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
-from bench.measure.implementation import Implementation, by_name, compiled, fused_plain_compiled
+from bench.measure.implementation import Implementation, by_name, compiled, fused_plain_compiled, why_missing
 from bench.measure.timing import Call, Prepare
 from bench.shapes import DEVICE, ReadoutShape
 from looped.kernels import looped_cross_entropy
 
-EPS = 1e-6
+LIGER_CUTE_MISSING = LIGER_MISSING or why_missing("cutlass", needs_gpu=True)
+CUT_MISSING = why_missing("cut_cross_entropy")
+TORCH_CHUNKED_MISSING = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
 Norm = Callable[[Tensor, Tensor, float], Tensor]  # rows [N, d], weight [d], eps
 LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, d], head [V, d], targets [N]
 
@@ -118,6 +107,44 @@ def of_all_loops(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> 
         return cross_entropy(rows, inputs.head, targets)
 
     return loss
+
+
+# Of others: the mean cross-entropy of rows [N, d] against a head [V, d], the logits never all in memory --------------
+
+
+def torch_chunked(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return F.linear_cross_entropy(rows, head, targets, options=nn.LinearCrossEntropyOptions())
+
+
+def cut_cross_entropy(rows: Tensor, head: Tensor, targets: Tensor, **options: object) -> Tensor:
+    """`filter_eps=None` keeps gradients below 2.4e-4: more than a uniform probability at V = 20,000."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    if DEVICE.type == "cpu":
+        options = {"impl": "torch_compile"} | {k: v for k, v in options.items() if k != "filter_eps"}
+    return linear_cross_entropy(rows, head, targets, **options)
+
+
+def liger_cross_entropy(rows: Tensor, head: Tensor, targets: Tensor, accumulator: torch.dtype | None = None) -> Tensor:
+    """accumulator: of dW's sum over its chunks; None: the head's dtype."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(rows, head, targets, accum_dtype=accumulator)
+
+
+def liger_cute_cross_entropy(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Liger's kernels for Hopper: bfloat16, logits computed again in the backward pass, dW rounded to bfloat16 between
+    waves of 1024 tokens."""
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    return LigerFusedScaledCrossEntropySM90Function.apply(rows, head, targets).mean()
+
+
+def quack_cross_entropy(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """quack chooses: on Hopper, for vocabularies of whole tiles, softmax in the products' epilogues."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(rows, head, targets)
 
 
 cut_unfiltered = partial(cut_cross_entropy, filter_eps=None)

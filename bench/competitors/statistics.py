@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.competitors.libraries import CUT_MISSING, cut_cross_entropy
-from bench.competitors.readouts import EPS, Inputs, concatenated
+from bench.competitors.readouts import CUT_MISSING, EPS, Inputs, concatenated, cut_cross_entropy
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
 from bench.measure.implementation import Implementation, by_name, fused_plain_compiled
 from looped.kernels import looped_cross_entropy, readout_statistics

@@ -21,22 +21,25 @@ def peak_beyond_results(changes: Iterable[int]) -> int:
     return max(live) - live[-1]
 
 
-def peak_memory(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes, exact and the same in every run, of one call; and what it returned.
+def allocations(call: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Every change of the bytes of PyTorch's CPU allocator in a call, inside custom and compiled ops too, as its
+    profiler reports them, and what the call returned. What a library allocates by itself is not seen."""
+    gc.collect()  # what an earlier call left in reference cycles is not to be freed in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    return [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"], result
 
-    CPU: every allocation of PyTorch's allocator, as its profiler reports them, inside custom and compiled ops too;
-    what a library allocates by itself is not seen.  CUDA: the caching allocator's own count.
-    """
+
+def peak_memory(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes, exact and the same in every run, of one call, by `allocations` or by CUDA's caching allocator; and what
+    it returned."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), result
-    gc.collect()  # what an earlier call left in reference cycles is not to be freed in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes, result = allocations(call)
     return peak_beyond_results(changes), result
