@@ -34,6 +34,7 @@ from looped.command_line import Parser
 ROOT = Path(__file__).parents[1]
 SHOWN_LINES = 25  # of a part that failed
 TEST_SECONDS = 75  # of a process of the kernels' tests
+TINY = "smoke and not (compiled or chunked or terminal)"
 
 
 def note(results: Path, name: str, **values: Any) -> None:
@@ -99,13 +100,13 @@ def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     return 0
 
 
-def benchmarks(file: str, chosen: str, tiny: str) -> Callable[[Path, bool, Sequence[object]], int]:
+def benchmarks(file: str, chosen: str) -> Callable[[Path, bool, Sequence[object]], int]:
     """A part that runs the benchmarks of a file that pytest's -k chooses, or tiny ones."""
 
     def run(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
         options = ["--benchmark-only", "--benchmark-columns=median", "-q", "-rfE", "--tb=short", "-pno:cacheprovider"]
         where = [str(ROOT / "bench" / file), "--rootdir", str(ROOT), "--record", f"--results={results}"]
-        return int(pytest.main([*where, *options, "-k", tiny if smoke else chosen], plugins=list(plugins)))
+        return int(pytest.main([*where, *options, "-k", TINY if smoke else chosen], plugins=list(plugins)))
 
     return run
 
@@ -117,17 +118,14 @@ class Part(NamedTuple):
     run: Callable[[Path, bool, Sequence[object]], int]
 
 
-TINY = "smoke and not (compiled or chunked or terminal)"
+READOUT = "K4-N8192-d768-V20000-bf16"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
     "host": Part(45, run_host),
-    "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop", TINY)),
-    "readout": Part(
-        115,
-        benchmarks("bench_readout.py", "K4-N8192-d768-V20000-bf16 or K4-N8192-d2048-V128256-bf16", TINY),
-    ),
-    "forward only": Part(40, benchmarks("bench_statistics.py", "K4-N8192-d768-V20000-bf16", TINY)),
-    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16", TINY)),
+    "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop"),
+    "readout": Part(115, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16"),
+    "forward only": Part(40, benchmarks("bench_statistics.py", READOUT),
+    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16"),
 }
 
 

@@ -17,21 +17,18 @@ from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory count uses PyTorch's profiler, which would chat
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from bench.competitors import readouts
 from bench.competitors.decoders import stepping
-from bench.competitors.readouts import Inputs, make_round
+from bench.competitors.readouts import IMPLEMENTATIONS, inputs_of, make_round
 from bench.measure.memory import peak_memory
-from bench.measure.place import RESULTS, Record, environment, slug
+from bench.measure.place import RESULTS, environment, path_in
 from bench.measure.records import write_lines
+from bench.measure.study import save, style
 from bench.measure.timing import Prepare, seconds_of
 from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
 from looped.command_line import Parser
@@ -73,45 +70,37 @@ class Curve:
         self.worst_deviation = float(np.max(np.abs(line / np.array(self.seconds) - 1)))
 
 
-def readout_sweeps(base: ReadoutShape, dtype_name: str, loops: tuple[int, ...]) -> list[Sweep]:
+def readout_sweeps(base: Case[ReadoutShape], loops: tuple[int, ...]) -> list[Sweep]:
     """Over K; over N and V at quarters, halves and multiples of the base."""
+    shape, letters = base.shape, {"n_loops": "K", "n_tokens": "N", "vocabulary": "V"}
 
-    def varying(field: str) -> Callable[[str, int], Prepare]:
+    def over(size: str) -> Sweep:
         def prepare(variant: str, value: int) -> Prepare:
-            case = Case(base._replace(**{field: value}), dtype_name)
-            loss = {"fused": readouts.fused, "plain": readouts.plain}[variant]
-            return make_round(loss, Inputs.of(case.shape, case.dtype))
+            inputs = inputs_of(shape._replace(**{size: value}), base.dtype)
+            return make_round(IMPLEMENTATIONS[variant].fresh(), inputs)
 
-        return prepare
+        fixed = ", ".join(f"{letter} = {getattr(shape, name)}" for name, letter in letters.items() if name != size)
+        values = loops if size == "n_loops" else tuple(int(getattr(shape, size) * x) for x in (0.25, 0.5, 1, 1.5, 2))
+        return Sweep(f"readout, d = {shape.d}\n{fixed}", letters[size], values, prepare)
 
-    fractions = (0.25, 0.5, 1, 1.5, 2)
-    return [
-        Sweep(f"readout, d = {base.d}\nN = {base.n_tokens}, V = {base.vocabulary}", "K", loops, varying("n_loops")),
-        Sweep(
-            f"readout, d = {base.d}\nK = {base.n_loops}, V = {base.vocabulary}", "N",
-            tuple(int(base.n_tokens * fraction) for fraction in fractions), varying("n_tokens"),
-        ),
-        Sweep(
-            f"readout, d = {base.d}\nK = {base.n_loops}, N = {base.n_tokens}", "V",
-            tuple(int(base.vocabulary * fraction) for fraction in fractions), varying("vocabulary"),
-        ),
-    ]  # fmt: skip
+    return [over(size) for size in letters]
 
 
-def step_sweeps(base: DecoderShape, dtype_name: str, loops: tuple[int, ...]) -> list[Sweep]:
+def step_sweeps(base: Case[DecoderShape], loops: tuple[int, ...]) -> list[Sweep]:
     """Over K, and over N = batch x sequence length."""
+    shape = base.shape
 
     def of_loops(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(n_loops=value), dtype_name), variant, "per-loop")
+        return stepping(base._replace(shape=shape._replace(n_loops=value)), variant, "per-loop")
 
     def of_tokens(variant: str, value: int) -> Prepare:
-        return stepping(Case(base._replace(batch=value // base.seq_len), dtype_name), variant, "per-loop")
+        return stepping(base._replace(shape=shape._replace(batch=value // shape.seq_len)), variant, "per-loop")
 
-    d = PRESETS[base.preset].d_model
-    tokens = tuple(base.seq_len * batch for batch in (1, 2, 3, 4))
+    title = f"step of {shape.preset}, d = {PRESETS[shape.preset].d_model}"
+    tokens = tuple(shape.seq_len * batch for batch in (1, 2, 3, 4))
     return [
-        Sweep(f"step of {base.preset}, d = {d}\nN = {base.n_tokens}", "K", loops, of_loops),
-        Sweep(f"step of {base.preset}, d = {d}\nK = {base.n_loops}", "N", tokens, of_tokens),
+        Sweep(f"{title}\nN = {shape.n_tokens}", "K", loops, of_loops),
+        Sweep(f"{title}\nK = {shape.n_loops}", "N", tokens, of_tokens),
     ]
 
 
@@ -148,28 +137,19 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
         for column, sweep in enumerate(sweeps):
             times, memory = axes[:, column]
             for curve in (curve for curve in curves if (curve.sweep, curve.x) == sweep):
-                style = dict(color=colours[curve.variant], marker="o", markersize=6, linewidth=1.6)
-                times.plot(curve.values, curve.seconds, label=curve.variant, **style)
-                memory.plot(curve.values, np.array(curve.peak_bytes) / 2**20, **style)
+                look = dict(color=colours[curve.variant], marker="o", markersize=6, linewidth=1.6)
+                times.plot(curve.values, curve.seconds, label=curve.variant, **look)
+                memory.plot(curve.values, np.array(curve.peak_bytes) / 2**20, **look)
             times.set(title=sweep[0], ylabel="seconds" if column == 0 else "")
             memory.set(xlabel=sweep[1], ylabel="peak temporary memory, MiB" if column == 0 else "")
             for panel in (times, memory):
                 panel.set_xlim(left=0)
                 panel.set_ylim(bottom=0)
                 panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
-                panel.grid(alpha=0.25, linewidth=0.6)
-                panel.spines[["top", "right"]].set_visible(False)
+                style(panel)
         axes[0, 0].legend(frameon=False)
-        figure.suptitle(title)
         figure.supxlabel(MEMORY_NOTE, fontsize=12)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-
-
-def record(curves: list[Curve], dtype_name: str, rounds: int) -> list[Record]:
-    """The lines of the file: where it was measured, then the curves."""
-    place = {"kind": "place", "place": 0, **environment(), "dtype": dtype_name, "rounds": rounds}
-    return [place, *({"kind": "curve", "place": 0, **asdict(curve)} for curve in curves)]
+        save(figure, path, title, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -189,18 +169,15 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)
     readout, step = (cases[options.smoke] for cases in (SCALING_READOUT, SCALING_STEP))
     loops = SMOKE_LOOPS if options.smoke else LOOPS
-    sweeps = readout_sweeps(readout.shape, readout.dtype_name, loops)
-    sweeps += step_sweeps(step.shape, step.dtype_name, loops)
+    sweeps = readout_sweeps(readout, loops) + step_sweeps(step, loops)
     curves = [curve for sweep in sweeps for curve in measure(sweep, options.rounds)]
     options.out.mkdir(parents=True, exist_ok=True)
-    where = environment()
-    path = options.out / f"{where['date']}-{slug(where)}-scaling.jsonl"
-    write_lines(path, record(curves, readout.dtype_name, options.rounds))
-    draw(
-        path.with_suffix(".png"),
-        curves,
-        f"{where['device']}, {where['instructions']}, {where['threads']} threads, {readout.dtype_name}",
-    )
+    where, dtype = environment(), readout.dtype_name
+    path = path_in(options.out, where, "-scaling.jsonl")
+    place = {"kind": "place", "place": 0, **where, "dtype": dtype, "rounds": options.rounds}
+    write_lines(path, [place, *({"kind": "curve", "place": 0, **asdict(curve)} for curve in curves)])
+    title = f"{where['device']}, {where['instructions']}, {where['threads']} threads, {dtype}"
+    draw(path.with_suffix(".png"), curves, title)
     for curve in curves:
         title = " ".join(curve.sweep.split())
         print(f"{title}, {curve.variant}: within {curve.worst_deviation:.0%} of a line in {curve.x}")

@@ -115,13 +115,10 @@ def named(cases: Iterable[Case[Shape]]) -> dict[str, Case[Shape]]:
 
 LOOPS = (1, 2, 4, 8)
 
+_ROWS = [RowsShape(32_768, d) for d in (768, 2048, 4096)] if MACHINE == "cuda" else [RowsShape(8192, 512)]
 ROWS: dict[str, Case[RowsShape]] = named(
     [
-        *{
-            "cpu": [Case(RowsShape(8192, 512), dtype) for dtype in DTYPES],
-            "cpu-fp32": [Case(RowsShape(8192, 512), dtype) for dtype in DTYPES],
-            "cuda": [Case(RowsShape(32_768, d), dtype) for d in (768, 2048, 4096) for dtype in DTYPES],
-        }[MACHINE],
+        *(Case(shape, dtype) for shape in _ROWS for dtype in DTYPES),
         Case(RowsShape(96, 64), "fp32", smoke=True),
     ]
 )

@@ -49,10 +49,6 @@ class Measurement:
     def group(self) -> str:
         return f"{'smoke ' if self.case.smoke else ''}{self.subject} {self.case.shape} {self.case.dtype_name}"
 
-    @property
-    def is_reference(self) -> bool:
-        return self.implementation.name == "fused"
-
 
 def cases(of: Mapping[str, Case]) -> pytest.MarkDecorator:
     """The test's parameter `case`: the names; the long ones are marked, and left out by default."""
@@ -63,13 +59,16 @@ def cases(of: Mapping[str, Case]) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Checked:
-    """What one untimed call tells: errors and their limits, the verdict, the peak of memory, and about its seconds."""
+    """What one untimed call tells: errors and their limits, the peak of memory in bytes, and about its seconds."""
 
     errors: Errors
     allowed: Errors
-    correct: bool
     peak: int
     seconds: float
+
+    @property
+    def correct(self) -> bool:
+        return is_correct(self.errors, self.allowed)
 
 
 def skip(session: Session, measurement: Measurement, reason: str) -> None:
@@ -84,30 +83,24 @@ def checked(session: Session, measurement: Measurement) -> Checked:
 
     A competitor that cannot run here is skipped; ours must run and be right.
     """
-    name = measurement.implementation.name
+    name, prepare = measurement.implementation.name, measurement.prepare
     try:
         if measurement.implementation.compiles or DEVICE.type == "cuda":
-            measurement.prepare()()
-        seconds, (peak, result) = timed_peak(measurement.prepare)
+            prepare()()
+        call, results = prepare(), []
+        seconds = seconds_of(lambda: results.append(peak_memory(call)))
+        if seconds < 1:  # the count itself may take longer than the call
+            seconds = seconds_of(prepare())
+        [(peak, result)] = results
         found = measurement.errors(result)
     except Exception as error:
         if is_ours(name) or not cannot_run_here(error):
             raise
         skip(session, measurement, f"cannot run here: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
     allowed = measurement.limits(session.plain_errors(measurement.group, measurement.plain))
-    correct = is_correct(found, allowed)
-    assert correct or not is_ours(name), f"{name} is wrong: errors {found}, allowed {allowed}"
-    return Checked(found, allowed, correct, peak, seconds)
-
-
-def timed_peak(prepare: Prepare) -> tuple[float, tuple[int, Any]]:
-    """About how long a call takes, and `peak_memory` of it; a graph says itself what its capture took."""
-    call, results = prepare(), []
-    seconds = seconds_of(lambda: results.append(peak_memory(call)))
-    if seconds < 1:  # the count itself may take longer than the call
-        seconds = seconds_of(prepare())
-    peak, result = results[0]
-    return seconds, (getattr(call, "peak_bytes", peak), result)
+    check = Checked(found, allowed, getattr(call, "peak_bytes", peak), seconds)  # a graph says what its capture took
+    assert check.correct or not is_ours(name), f"{name} is wrong: errors {found}, allowed {allowed}"
+    return check
 
 
 def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:
@@ -119,7 +112,7 @@ def measure(benchmark: Any, session: Session, measurement: Measurement) -> None:
     if implementation.compiles and not measurement.case.compiles:
         skip(session, measurement, "compiles, and so is left out of this case")
     check = checked(session, measurement)
-    roof = measurement.work.roof() if measurement.is_reference else None
+    roof = measurement.work.roof() if implementation.name == "fused" else None
     reference = measurement.reference if roof is None else lambda: roof.call
     seconds = (None if roof else session.reference_seconds(measurement.group)) or seconds_of(reference())
     rounds = 1 if measurement.case.smoke else rounds_of(check.seconds + seconds)
@@ -135,17 +128,17 @@ def record_of(measurement: Measurement, paired: Paired, check: Checked, roof: Ro
 
     roof: what the fused implementation took turns with; all others took turns with the fused one.
     """
-    work = measurement.work
+    work, seconds = measurement.work, paired.seconds
     rate = "gflops_per_second" if work.unit == "GFLOP/s" else "gigabytes_per_second"
-    tokens = {} if measurement.n_tokens is None else {"tokens_per_second": measurement.n_tokens / paired.seconds}
+    tokens = {} if measurement.n_tokens is None else {"tokens_per_second": measurement.n_tokens / seconds}
     return {
         "subject": measurement.subject,
         "group": measurement.group,
         "smoke": measurement.case.smoke,
         "implementation": measurement.implementation.name,
-        "milliseconds": 1e3 * paired.seconds,
+        "milliseconds": 1e3 * seconds,
         "rounds": paired.rounds,
-        rate: work.giga / paired.seconds,
+        rate: work.giga / seconds,
         **tokens,
         "share_of_roof": None if roof is None else 1 / (roof.share * paired.ratio),
         "peak_memory_mib": check.peak / 2**20,

@@ -42,6 +42,16 @@ class Session:
         found = [r for r in self.records if r["group"] == group and r["implementation"] == "fused"]
         return found[-1]["milliseconds"] / 1e3 if found else None
 
+    def line(self, n_records: int) -> Record:
+        """Of the file: when it started, how long it has taken, and how much it has measured."""
+        now = time.time()
+        started, finished = (
+            datetime.datetime.fromtimestamp(t).astimezone().isoformat(timespec="microseconds")
+            for t in (self.start, now)
+        )
+        counts = {"records": n_records, "skipped": len(self.skipped)}
+        return {"started": started, "finished": finished, "wall_seconds": now - self.start, **counts}
+
 
 @dataclass
 class Results:
@@ -59,10 +69,10 @@ def complete(records: list[Record]) -> None:
     The fused implementation took turns with the roof, and the others with it: their share of the roof is its share
     over their ratio to it, None in a group without it.
     """
-    fused = {record["group"]: record for record in records if record["implementation"] == "fused"}
+    fused = {record["group"]: record["share_of_roof"] for record in records if record["implementation"] == "fused"}
     for record in records:
         if record["group"] in fused:
-            record["share_of_roof"] = fused[record["group"]]["share_of_roof"] / record["ratio_to_fused"]
+            record["share_of_roof"] = fused[record["group"]] / record["ratio_to_fused"]
     compare(records)
 
 
@@ -99,12 +109,12 @@ def write(session: Session, directory: Path = RESULTS) -> Path | None:
     found = read(path) if path.exists() else Results()
     now = {_key(record) for record in (*kept, *skipped)}
     names = {fact["name"] for fact in session.facts}
+    line = session.line(len(kept))
     found.facts = [fact for fact in found.facts if fact["name"] not in names] + session.facts
     found.records = [record for record in found.records if _key(record) not in now] + kept
     found.skipped = [record for record in found.skipped if _key(record) not in now] + skipped
     found.records.sort(key=lambda record: (record["subject"], record["group"]))  # stable within a group
-    own = _summary(session, len(kept))
-    found.sessions = [each for each in found.sessions if each.get("started") != own["started"]] + [own]
+    found.sessions = [each for each in found.sessions if each.get("started") != line["started"]] + [line]
     complete(found.records)
     directory.mkdir(parents=True, exist_ok=True)
     write_lines(path, lines_of(found))
@@ -157,12 +167,3 @@ def _rounded(value: object) -> object:
 
 def _key(record: Record) -> tuple[str, str]:
     return record["group"], record["implementation"]
-
-
-def _summary(session: Session, n_records: int) -> Record:
-    now = time.time()
-    started, finished = (
-        datetime.datetime.fromtimestamp(t).astimezone().isoformat(timespec="microseconds") for t in (session.start, now)
-    )
-    counts = {"records": n_records, "skipped": len(session.skipped)}
-    return {"started": started, "finished": finished, "wall_seconds": now - session.start, **counts}
