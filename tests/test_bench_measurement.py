@@ -120,11 +120,12 @@ def case_of(name: str, *, errors=lambda _: {"y": 0.0}, case=CASE, prepare=nothin
     return Measurement(
         subject="thing",
         case=case,
-        implementation=Implementation(name, lambda: None, **fields),
+        implementation=Implementation(name, **fields),
         prepare=prepare,
         reference=nothing,
         errors=errors,
-        allowed=lambda: {"y": 1e-3},
+        plain=lambda: {"y": 0.0},
+        limits=lambda plain: {name: error + 1e-3 for name, error in plain.items()},
         work=Work(6.0, "GFLOP/s", lambda: Roof(nothing(), 0.5)),
     )
 

@@ -7,13 +7,13 @@ from bench.bench_patch import IMPLEMENTATIONS, errors, flops_of, model_of, stepp
 from bench.measure.accuracy import is_correct
 from bench.shapes import RECURRENT_MODELS
 
-CASES = {case.shape.model: name for name, case in RECURRENT_MODELS.items() if case.smoke}
+CASES = {case.shape.model: case for case in RECURRENT_MODELS.values() if case.smoke}
 
 
 def test_flops_are_those_of_the_products():
     """Of every layer its two projections, with mixing by the mask; of one readout. The backward pass has twice those
     of the forward pass, but for the first layer's mixing and the mask, which needs no gradient."""
-    shape = RECURRENT_MODELS[CASES["nanbeige"]].shape
+    shape = CASES["nanbeige"].shape
     n, d = shape.n_tokens, shape.d
     projections, mixing = 2 * 2 * n * d * d, 2 * n * shape.seq_len * d
     layers = shape.n_loops * shape.n_layers
@@ -23,14 +23,14 @@ def test_flops_are_those_of_the_products():
 
 @pytest.mark.parametrize("model", CASES)
 def test_both_implementations_start_from_the_same_weights(model):
-    case = RECURRENT_MODELS[CASES[model]]
+    case = CASES[model]
     weights = [model_of(case, implementation).state_dict() for implementation in IMPLEMENTATIONS]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_wrong_gradient_is_found():
     case = CASES["ouro"]
-    loss, *gradients = stepping(RECURRENT_MODELS[case], "fused")()()
+    loss, *gradients = stepping(case, "fused")()()
     right = errors([loss, *gradients], case)
     assert max(right.values()) < 1e-5
     wrong = errors([loss, *gradients[:-1], 1.01 * gradients[-1]], case)
