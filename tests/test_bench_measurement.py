@@ -174,7 +174,7 @@ def test_what_is_checked_is_what_the_call_returned(monkeypatch):
     assert session.records[0]["correct"] is False
     assert len(calls) == 3, "the check, which counts memory too; a round that says how many there may be; a timed one"
     calls.clear()
-    measure(AnyRounds([1.0]), session, case_of("compiled", prepare=prepare, case=smoke, compiles=True))
+    measure(AnyRounds([1.0]), session, case_of("compiled", prepare=prepare, case=smoke, compiles="whole"))
     assert len(calls) == 4, "one more, which compiles"
 
 

@@ -43,7 +43,7 @@ class EagerAttention(nn.Module):
 
 
 VARIANTS = ("fused", "plain", "fused-blocks-compiled", "plain-blocks-compiled", "eager")
-IMPLEMENTATIONS = by_name(Implementation(name, compiles="compiled" in name) for name in VARIANTS)
+IMPLEMENTATIONS = by_name(Implementation(name, compiles="inside" if "compiled" in name else "") for name in VARIANTS)
 
 GRAPHED = "-graphed"  # behind a variant: its training step as one CUDA graph
 NEEDS_GPU = None if DEVICE.type == "cuda" else "needs a GPU"

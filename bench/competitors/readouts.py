@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.competitors.norms import EPS, LIGER_MISSING, QUACK_MISSING, liger_norm, quack_norm, torch_norm
 from bench.measure.accuracy import Errors, relative_error, truth_dtype
-from bench.measure.implementation import Implementation, by_name, compiled, fused_plain_compiled, why_missing
+from bench.measure.implementation import Implementation, by_name, fused_plain_compiled, why_missing
 from bench.measure.timing import Call, Prepare
 from bench.shapes import DEVICE, ReadoutShape
 from looped.kernels import looped_cross_entropy
@@ -152,10 +152,10 @@ liger_float32 = partial(liger_cross_entropy, accumulator=torch.float32)
 IMPLEMENTATIONS = by_name(
     [
         *fused_plain_compiled(fused, plain),
-        compiled("compiled-concatenated", plain_concatenated),
+        Implementation("compiled-concatenated", plain_concatenated, compiles="whole"),
         Implementation("torch-chunked", per_loop(torch_chunked), TORCH_CHUNKED_MISSING),
         Implementation("torch-chunked-concatenated", of_all_loops(torch_chunked), TORCH_CHUNKED_MISSING),
-        Implementation("cut-cross-entropy-unfiltered", of_all_loops(cut_unfiltered), CUT_MISSING, compiles=True),
+        Implementation("cut-cross-entropy-unfiltered", of_all_loops(cut_unfiltered), CUT_MISSING, compiles="inside"),
         Implementation("liger", per_loop(liger_cross_entropy, liger_norm), LIGER_MISSING),
         Implementation("liger-concatenated", of_all_loops(liger_cross_entropy, liger_norm), LIGER_MISSING),
         Implementation("liger-concatenated-fp32-dW", of_all_loops(liger_float32, liger_norm), LIGER_MISSING),

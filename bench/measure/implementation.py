@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -23,21 +23,22 @@ def is_ours(name: str) -> bool:
 class Implementation(NamedTuple):
     """function: what is called, None where a model is made by the name. missing: why it cannot run here, or None.
 
-    compiles: its first call compiles, so that neither its time nor its memory says anything.
+    compiles: whether its first call compiles, so that neither its time nor its memory says anything: "inside", because
+    the function says so itself, or "whole", by torch.compile, for exactly the shapes that it will see.
     """
 
     name: str
     function: Callable[..., Any] | None = None
     missing: str | None = None
-    compiles: bool = False
+    compiles: Literal["", "inside", "whole"] = ""
 
     def fresh(self) -> Callable[..., Any]:
-        """The function. If it compiles, what was compiled before is forgotten: for a second shape PyTorch would make
-        the sizes dynamic, which may be slower, and after eight of them it would stop compiling."""
+        """The function, ready to be called. If it compiles, what was compiled before is forgotten: for a second shape
+        PyTorch would make the sizes dynamic, which may be slower, and after eight of them it would stop compiling."""
         if self.compiles:
             torch.compiler.reset()
         assert self.function is not None
-        return self.function
+        return torch.compile(self.function, dynamic=False) if self.compiles == "whole" else self.function
 
 
 def by_name(implementations: Iterable[Implementation]) -> dict[str, Implementation]:
@@ -45,14 +46,10 @@ def by_name(implementations: Iterable[Implementation]) -> dict[str, Implementati
     return {implementation.name: implementation for implementation in implementations}
 
 
-def compiled(name: str, function: Callable[..., Any]) -> Implementation:
-    """A function by torch.compile, for exactly the shapes that it will see."""
-    return Implementation(name, torch.compile(function, dynamic=False), compiles=True)
-
-
 def fused_plain_compiled(fused: Callable[..., Any], plain: Callable[..., Any]) -> list[Implementation]:
     """What every operation is compared in: ours, plain PyTorch, and torch.compile of it."""
-    return [Implementation("fused", fused), Implementation("plain", plain), compiled("compiled", plain)]
+    compiled = Implementation("compiled", plain, compiles="whole")
+    return [Implementation("fused", fused), Implementation("plain", plain), compiled]
 
 
 def why_missing(package: str, *, needs_gpu: bool = False, extra: str = "bench") -> str | None:
