@@ -91,7 +91,7 @@ def test_memory_is_that_of_a_step_now():
     assert on_cpu("demo", 2, True, False) == pytest.approx(measured(PRESETS["demo"], 2), rel=0.15)
 
 
-WIDER = {"dropout": 0.0, "d_model": 256, "d_ff": 1024, "n_layers": 4}
+WIDER = {"dropout": 0.0, "d_model": 256, "d_ff": 1024, "n_layers": 8}
 SHARED_OUT = [(shard, checkpoint_loops) for shard in ("none", "fsdp2") for checkpoint_loops in (False, True)]
 
 
