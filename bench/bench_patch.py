@@ -50,10 +50,11 @@ def arguments_of(shape: RecurrentShape, dtype: torch.dtype) -> dict[str, Any]:
     return arguments if shape.model == "albert" else arguments | {"use_cache": False}
 
 
-def step(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+def step(model: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:
+    """The loss, and the gradients of all parameters that have one."""
     loss = model(**arguments).loss
     loss.backward()
-    return loss.detach()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
 @lru_cache(maxsize=2)  # the patched model, with which the other takes turns, and that one
@@ -61,26 +62,18 @@ def stepping(case: Case[RecurrentShape], implementation: str) -> Prepare:
     """A step of the model; before each its gradients are forgotten."""
     model, arguments = model_of(case, implementation), arguments_of(case.shape, case.dtype)
 
-    def call() -> list[Tensor]:
-        return [step(model, arguments), *gradients_of(model)]
-
     def prepare() -> Call:
         model.zero_grad(set_to_none=True)
-        return call
+        return partial(step, model, arguments)
 
     return prepare
-
-
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @lru_cache(maxsize=1)
 def truth_of(case: Case[RecurrentShape]) -> list[Tensor]:
     """The model's own computation in a wider dtype, from the same weights."""
     dtype = truth_dtype(case.dtype)
-    model = model_of(case, "plain").to(dtype)
-    return [step(model, arguments_of(case.shape, dtype)), *gradients_of(model)]
+    return step(model_of(case, "plain").to(dtype), arguments_of(case.shape, dtype))
 
 
 def errors(result: list[Tensor], case: Case[RecurrentShape]) -> Errors:

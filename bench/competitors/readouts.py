@@ -75,28 +75,18 @@ def fused(inputs: Inputs) -> Tensor:
     ).loss
 
 
-def plain(inputs: Inputs) -> Tensor:
-    losses = [F.cross_entropy(F.linear(y, inputs.head), inputs.targets) for y in inputs.normed()]
-    return torch.stack(losses).mean()
-
-
-def concatenated(inputs: Inputs, norm: Norm = torch_norm) -> tuple[Tensor, Tensor]:
-    """The normed rows [K N, d] of all loops, which share the head, and their targets."""
-    return torch.cat(inputs.normed(norm)), inputs.targets.repeat(len(inputs.states))
-
-
-def plain_concatenated(inputs: Inputs) -> Tensor:
-    rows, targets = concatenated(inputs)
-    return F.cross_entropy(F.linear(rows, inputs.head), targets)
-
-
 def per_loop(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> Loss:
-    """The mean over loops of one call a loop, by a library's norm and cross-entropy."""
+    """The mean over loops of one call a loop."""
 
     def loss(inputs: Inputs) -> Tensor:
         return torch.stack([cross_entropy(y, inputs.head, inputs.targets) for y in inputs.normed(norm)]).mean()
 
     return loss
+
+
+def concatenated(inputs: Inputs, norm: Norm = torch_norm) -> tuple[Tensor, Tensor]:
+    """The normed rows [K N, d] of all loops, which share the head, and their targets."""
+    return torch.cat(inputs.normed(norm)), inputs.targets.repeat(len(inputs.states))
 
 
 def of_all_loops(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> Loss:
@@ -107,6 +97,13 @@ def of_all_loops(cross_entropy: LinearCrossEntropy, norm: Norm = torch_norm) -> 
         return cross_entropy(rows, inputs.head, targets)
 
     return loss
+
+
+def of_logits(rows: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(rows, head), targets)
+
+
+plain = per_loop(of_logits)
 
 
 # Of others: the mean cross-entropy of rows [N, d] against a head [V, d], the logits never all in memory --------------
@@ -152,7 +149,7 @@ liger_float32 = partial(liger_cross_entropy, accumulator=torch.float32)
 IMPLEMENTATIONS = by_name(
     [
         *fused_plain_compiled(fused, plain),
-        Implementation("compiled-concatenated", plain_concatenated, compiles="whole"),
+        Implementation("compiled-concatenated", of_all_loops(of_logits), compiles="whole"),
         Implementation("torch-chunked", per_loop(torch_chunked), TORCH_CHUNKED_MISSING),
         Implementation("torch-chunked-concatenated", of_all_loops(torch_chunked), TORCH_CHUNKED_MISSING),
         Implementation("cut-cross-entropy-unfiltered", of_all_loops(cut_unfiltered), CUT_MISSING, compiles="inside"),

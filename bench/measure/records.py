@@ -123,7 +123,11 @@ def write(session: Session, directory: Path = RESULTS) -> Path | None:
 
 def write_lines(path: Path, lines: Iterable[Record]) -> None:
     """JSON lines, their numbers rounded."""
-    path.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in lines))
+
+    def rounded(line: Record) -> Record:
+        return json.loads(json.dumps(line), parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
+
+    path.write_text("".join(json.dumps(rounded(line)) + "\n" for line in lines))
 
 
 def lines_of(found: Results) -> Iterator[Record]:
@@ -155,14 +159,6 @@ def read(path: Path) -> Results:
             {"skipped": found.skipped, "session": found.sessions}[kind].append(line)
     compare(found.records)
     return found
-
-
-def _rounded(value: object) -> object:
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def _key(record: Record) -> tuple[str, str]:
