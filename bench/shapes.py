@@ -216,23 +216,21 @@ STEPS: dict[str, Case[DecoderShape]] = named(
 )
 
 # Other people's models, narrow and shallow with vocabularies of the originals' order; ALBERT is ALBERT-base.
+_MODELS = [  # K, d, V
+    ("hrm_text", 2, 512, 49_152),
+    ("albert", 12, 768, 30_000),
+    ("ouro", 4, 512, 49_152),
+    ("nanbeige", 2, 512, 49_152),
+    ("huginn", 8, 512, 65_536),
+]
 _ROWS_OF_MODELS = {"cpu": (4, 256), "cpu-fp32": (2, 256), "cuda": (16, 512)}[MACHINE]
 RECURRENT_MODELS: dict[str, Case[RecurrentShape]] = named(
     [
         *(
             Case(RecurrentShape(model, *_ROWS_OF_MODELS, n_loops, d, vocabulary), MAIN_DTYPE, long=MACHINE != "cuda")
-            for model, n_loops, d, vocabulary in (
-                ("hrm_text", 2, 512, 49_152),
-                ("albert", 12, 768, 30_000),
-                ("ouro", 4, 512, 49_152),
-                ("nanbeige", 2, 512, 49_152),
-                ("huginn", 8, 512, 65_536),
-            )
+            for model, n_loops, d, vocabulary in _MODELS
         ),
-        *(
-            Case(RecurrentShape(model, 2, 16, 2, 24, 100), "fp32", smoke=True)
-            for model in ("hrm_text", "albert", "ouro", "nanbeige", "huginn")
-        ),
+        *(Case(RecurrentShape(model, 2, 16, 2, 24, 100), "fp32", smoke=True) for model, *_ in _MODELS),
     ]
 )
 

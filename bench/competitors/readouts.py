@@ -41,11 +41,8 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """The same numbers in another dtype."""
-        states, head, weight = [s.detach().to(dtype) for s in self.states], self.head, self.weight
-        converted = Inputs(states, head.detach().to(dtype), weight.detach().to(dtype), self.targets)
-        for tensor in converted.differentiated:
-            tensor.requires_grad_()
-        return converted
+        *states, head, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in self.differentiated)
+        return Inputs(states, head, weight, self.targets)
 
     def normed(self, norm: Norm = torch_norm) -> list[Tensor]:
         return [norm(state, self.weight, EPS) for state in self.states]

@@ -101,9 +101,7 @@ def readout_roof(shape: ReadoutShape, dtype: torch.dtype, *, backward: bool) -> 
     return _repeated(products if backward else products[:1], shape.flops / 3)
 
 
-@lru_cache(maxsize=2)
-def _projection(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Product:
-    return product_of(rows, inner, columns, dtype)
+_projection = lru_cache(maxsize=2)(product_of)
 
 
 def projection_roof(rows: int, inner: int, columns: int, dtype: torch.dtype, flops: float) -> Roof:
