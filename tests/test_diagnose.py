@@ -167,12 +167,14 @@ def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):
         assert terminal.measured.norms.mean[loop] == pytest.approx(row["state_norm"], rel=1e-4)
 
 
-def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs):
+@pytest.mark.parametrize(("backprop_loops", "weights"), [(None, (0.4, 0.24, 0.36)), (2, (0.0, 0.4, 0.6))])
+def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs, backprop_loops, weights):
+    """As a gate starts. Nobody exits at a loop without gradient: the later ones share all of the probability."""
     run = load_run(runs[1])
     model = gated_copy(run.model, fused=True)
-    config = {"train": run.config["train"] | {"supervision": "gated"}, "model": run.config["model"]}
-    found = diagnose_run(dataclasses.replace(run, model=model, config=config), n_tokens=256, horizon=6)
-    assert found.measured.weights == pytest.approx((0.4, 0.24, 0.36))  # as a gate starts
+    train = run.config["train"] | {"supervision": "gated", "backprop_loops": backprop_loops}
+    changed = dataclasses.replace(run, model=model, config={"train": train, "model": run.config["model"]})
+    assert diagnose_run(changed, n_tokens=256, horizon=6).measured.weights == pytest.approx(weights)
 
 
 def test_loops_without_gradient_have_no_weight(runs):

@@ -4,8 +4,6 @@ A loop is run by calling the model's own modules, each with what the model hande
 positions. `embed` runs the whole model once to see that, so a batch must hold no padding.
 """
 
-import copy
-import dataclasses
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -46,14 +44,6 @@ def from_model(model: nn.Module, *, readout_norm: bool = True) -> LoopedModel:
         between=recurrence.between if adapter.feeds_back_norm else None,
         weights=weights,
     )
-
-
-def in_float64(described: LoopedModel) -> LoopedModel | None:
-    """The same readout in float64, or None where more than a norm and a linear layer stands after the loop."""
-    if not isinstance(described.norm, nn.Module) or not isinstance(described.head, nn.Module):
-        return None
-    head, norm = (copy.deepcopy(module).double() for module in (described.head, described.norm))
-    return dataclasses.replace(described, head=head, norm=norm)
 
 
 class Recurrence:
@@ -105,7 +95,7 @@ class Recurrence:
 
     def read(self, state: Tensor) -> Tensor:
         """What the readout's norm is given."""
-        return self.through(self.adapter.coda, state) if self.adapter.coda else state
+        return self.through(self.adapter.coda, state)
 
     def readout_norm(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         """What a state goes through before the head. PyTorch's own norm, if it alone is that: its gradient is known."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import measure_dynamics
-from looped.diagnose.halting import check_rounds, measure_halting
+from looped.diagnose.halting import check_rounds, check_windows, measure_halting
 from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.model import Batch, LoopedModel, from_decoder, in_float64
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
@@ -103,11 +103,7 @@ def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
             )
         if int(targets.min()) < 0:
             raise ValueError(f"targets must not be negative: no target is ignored. Got {int(targets.min())}.")
-    n_windows = sum(len(tokens) for tokens, _ in batches)
-    if n_windows < 2:
-        raise ValueError(
-            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
-        )
+    check_windows(batches)
     _check_horizon(model.n_loops, horizon)
 
 
@@ -148,35 +144,38 @@ def diagnose_run(
 
     rounds: as `diagnose` takes it. Raises ValueError as `diagnose` and `validation_batches` do.
     """
-    decoder = copy.deepcopy(run.model).to(device)
-    training = run.config["train"]
-    batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
-    first = first_with_gradient(decoder.config.n_loops, training.get("backprop_loops"))
-    weights = loop_weights(decoder, training["supervision"], first, batches, device)
+    decoder, training = copy.deepcopy(run.model).to(device), run.config["train"]
+    windows = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
+    batches = [(tokens.to(device), targets.to(device)) for tokens, targets in windows]
+    model = as_trained(decoder, batches, training["supervision"], training["penalty"], training.get("backprop_loops"))
     return diagnose(
-        from_decoder(decoder, weights=weights, penalty=training["penalty"]),
-        [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
+        model,
+        batches,
         name=run.name if name is None else name,
         horizon=horizon,
         bytes_per_token=run.validation.bytes_per_token,
-        double=from_decoder(copy.deepcopy(decoder).double()),
+        double=in_float64(model),
         run=run,
         rounds=rounds,
     )
 
 
 @torch.no_grad()
-def loop_weights(
-    decoder: LoopedLM, supervision: Supervision, first: int, batches: Sequence[Batch], device: str | torch.device
-) -> tuple[float, ...]:
-    """[K], of each loop in the training loss; those of gated supervision as means over the tokens.
+def as_trained(
+    decoder: LoopedLM, batches: Sequence[Batch], supervision: Supervision, penalty: float, backprop_loops: int | None
+) -> LoopedModel:
+    """A decoder with what is known of its training loss. The weights of gated supervision are means over the tokens.
 
-    first: the first loop, from 0, that training gives a gradient; those before it are not read.
+    The loops before the last `backprop_loops` (None: all) had no gradient and are not read.
     """
-    if supervision != "gated":
-        return (0.0,) * first + tuple(supervision_weights(supervision, decoder.config.n_loops - first))
-    exits = [decoder.exit_probabilities(decoder(tokens.to(device)).states).flatten(1) for tokens, _ in batches]
-    return tuple(torch.cat(exits, 1).mean(1).tolist())
+    n_loops = decoder.config.n_loops
+    first = first_with_gradient(n_loops, backprop_loops)
+    if supervision == "gated":
+        exits = [decoder.exit_probabilities(decoder(tokens).states[first:]).flatten(1) for tokens, _ in batches]
+        weights = torch.cat(exits, 1).mean(1).tolist()
+    else:
+        weights = supervision_weights(supervision, n_loops - first)
+    return from_decoder(decoder, weights=(0.0,) * first + tuple(weights), penalty=penalty)
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from looped.diagnose.model import Batch, LoopedModel, wide
-from looped.diagnose.skipping import NO_POLICY, Skipped, measure_skipping, with_all_loops, with_exits
+from looped.diagnose.model import Batch, LoopedModel, token_losses, wide
+from looped.diagnose.skipping import NO_POLICY, Run, Skipped, measure_skipping, with_all_loops
+from looped.early_exit import run_with_exits
 from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
@@ -73,11 +74,7 @@ def measure_halting(
     """
     check_tolerance(tolerance)
     check_rounds(rounds)
-    n_windows = sum(len(tokens) for tokens, _ in batches)
-    if n_windows < 2:
-        raise ValueError(
-            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
-        )
+    n_windows = check_windows(batches)
     half = n_windows // 2
     policies = _policies(model)
     calibration, report = _slices(model, batches, half, policies, as_last=False)
@@ -90,9 +87,10 @@ def measure_halting(
         as_last = _halt(*_slices(model, batches, half, (MARGIN,), as_last=True), tolerance)
     skipped = {}
     if model.decoder is not None:
-        runs = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
+        runs: dict[str, Run] = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
         for policy in policies:
-            runs[policy.name] = with_exits(model.decoder, policy, halts[policy.name].threshold, model.n_loops)
+            tau = halts[policy.name].threshold
+            runs[policy.name] = partial(run_with_exits, model.decoder, policy=policy, tau=tau, n_loops=model.n_loops)
         skipped = measure_skipping(runs, _from_window(batches, half), rounds, model.n_loops)
     return Halting(
         tolerance=tolerance,
@@ -106,6 +104,16 @@ def measure_halting(
         policies=halts,
         skipped=skipped,
     )
+
+
+def check_windows(batches: Sequence[Batch]) -> int:
+    """How many windows there are. Raises ValueError for fewer than two."""
+    n_windows = sum(len(tokens) for tokens, _ in batches)
+    if n_windows < 2:
+        raise ValueError(
+            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
+        )
+    return n_windows
 
 
 def check_rounds(rounds: int) -> None:
@@ -151,7 +159,7 @@ def _windows(
         loops = []
         for loop, state in enumerate(model.unroll(embedded, model.n_loops)):
             logits = wide(model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1)))
-            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+            loss = token_losses(logits, targets)
             read = model.decoder.read(state) if model.decoder is not None and policies[-1].reads else None
             seen = Seen(before, state, logits, read=read)
             scores = [

@@ -1,11 +1,12 @@
 """What is diagnosed: a model with a repeated loop, described by four functions. A LoopedLM can be seen as one."""
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from looped.model import LoopedLM
 
@@ -93,8 +94,12 @@ class LoopedModel:
 
     def head_loss(self, normalised: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of a state that has been through `normalised`, [B, T] in nats, at least fp32."""
-        logits = wide(self.head(normalised)).flatten(0, -2)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        return token_losses(self.head(normalised), targets)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of every token, [B, T] in nats, at least fp32, of logits [B, T, V]."""
+    return F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -134,6 +139,16 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
         penalty=penalty,
         decoder=decoder,
     )
+
+
+def in_float64(model: LoopedModel) -> LoopedModel | None:
+    """The same readout in float64. None where nothing is known of the model but functions."""
+    if model.decoder is not None:
+        return from_decoder(copy.deepcopy(model.decoder).double())
+    if not isinstance(model.norm, nn.Module) or not isinstance(model.head, nn.Module):
+        return None
+    head, norm = (copy.deepcopy(module).double() for module in (model.head, model.norm))
+    return replace(model, head=head, norm=norm)
 
 
 def _readout_norm(decoder: LoopedLM) -> Callable[[Tensor], Tensor] | None:

@@ -3,7 +3,6 @@
 Those that `looped.adapters` knows, and our own as `looped.export` writes them.
 """
 
-import copy
 import dataclasses
 import glob
 import json
@@ -18,12 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from looped.adapters import ADAPTERS
-from looped.diagnose.adapted import from_model, in_float64
-from looped.diagnose.diagnosis import Diagnosis, diagnose, loop_weights, validation_batches
+from looped.diagnose.adapted import from_model
+from looped.diagnose.diagnosis import Diagnosis, as_trained, diagnose, validation_batches
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.model import Batch, LoopedModel, in_float64
 from looped.model import LoopedLM
-from looped.recurrence import first_with_gradient
 from looped.run_directory import Validation
 
 OURS = "looped_lm"  # the model_type of an export
@@ -43,10 +41,7 @@ class Pretrained:
     def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
         """The diagnosis. rounds: of one of ours, as `diagnose` takes it. Raises ValueError as it and `describe` do."""
         described = describe(self.model, self.batches)
-        if described.decoder is None:
-            double, rounds = in_float64(described), 0
-        else:
-            double = from_decoder(copy.deepcopy(described.decoder).double())
+        double, rounds = in_float64(described), 0 if described.decoder is None else rounds
         found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
         return dataclasses.replace(found, origin=found.origin | self.notes)
 
@@ -60,9 +55,7 @@ def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool =
     if not isinstance(decoder, LoopedLM):
         return from_model(model, readout_norm=readout_norm)
     config: Any = model.config
-    first = first_with_gradient(decoder.config.n_loops, config.backprop_loops)
-    weights = loop_weights(decoder, config.supervision, first, batches, decoder.embedding.weight.device)
-    described = from_decoder(decoder, weights=weights, penalty=config.penalty)
+    described = as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
     return described if readout_norm else dataclasses.replace(described, norm=None)
 
 
@@ -85,7 +78,8 @@ def load_pretrained(
     if not 1 <= seq_len <= (longest or seq_len):
         raise ValueError(f"seq_len must be in [1, {longest or 'any'}], the model's longest. Got {seq_len}.")
     masked = content["model_type"] == "albert"
-    tokenizer = None if _holds_tokens(files) and not masked else _load(name, "AutoTokenizer", trust_remote_code)
+    as_text = any(file.suffix != ".safetensors" for file in files)
+    tokenizer = _load(name, "AutoTokenizer", trust_remote_code) if as_text or masked else None
     tokens = _read_tokens(files, tokenizer)
     vocabulary = content.get("padded_vocab_size", content.get("vocab_size"))
     if vocabulary is not None and (len(tokens) == 0 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0):
@@ -182,10 +176,6 @@ def _files(data: str) -> list[Path]:
     if not files:
         raise ValueError(f"data must be files that are there. Got {data}.")
     return files
-
-
-def _holds_tokens(files: Sequence[Path]) -> bool:
-    return all(file.suffix == ".safetensors" for file in files)
 
 
 def _read_tokens(files: Sequence[Path], tokenizer: Any) -> Tensor:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from looped.diagnose.model import Batch, wide
-from looped.early_exit import Exits, run_with_exits
-from looped.halting import Policy
+from looped.diagnose.model import Batch, token_losses
+from looped.early_exit import Exits
 from looped.model import LoopedLM
 
 NO_POLICY = "none"
@@ -36,11 +34,6 @@ class Skipped:
 
 
 Run = Callable[[Tensor], Exits]  # of tokens [B, T]
-
-
-def with_exits(decoder: LoopedLM, policy: Policy, tau: float, n_loops: int) -> Run:
-    """Up to K = n_loops loops, later ones left out."""
-    return lambda tokens: run_with_exits(decoder, tokens, policy, tau, n_loops=n_loops)
 
 
 def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
@@ -79,17 +72,17 @@ def measure_skipping(
     return measured
 
 
-def _predict(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+def _predict(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """The exit loops and the cross-entropy in nats, float64, of every token [tokens], on the CPU."""
     loops, losses = [], []
     for tokens, targets in batches:
         exits = run(tokens)
-        losses.append(F.cross_entropy(wide(exits.logits).flatten(0, 1), targets.flatten(), reduction="none"))
+        losses.append(token_losses(exits.logits, targets).flatten())
         loops.append(exits.loops.flatten())
     return torch.cat(loops).cpu(), torch.cat(losses).double().cpu()
 
 
-def _seconds(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> float:
+def _seconds(run: Run, batches: Sequence[Batch]) -> float:
     _wait(batches)
     start = time.perf_counter()
     for tokens, _ in batches:
