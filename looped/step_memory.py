@@ -204,10 +204,15 @@ def _weights(config: LoopedConfig, step: Step) -> _Weights:
     return _Weights(4 * total, cast, 4 * head, of_loops, 4 * total)
 
 
+def trained_loops(config: LoopedConfig, step: Step) -> tuple[int, int]:
+    """How many loops have a gradient, and how many of those are read out."""
+    n_loops = config.n_loops - first_with_gradient(config.n_loops, step.backprop_loops)
+    return n_loops, 1 if step.supervision == "terminal" else n_loops
+
+
 def memory(config: LoopedConfig, step: Step) -> Memory:
     """The peak of a step."""
-    n_loops = config.n_loops - first_with_gradient(config.n_loops, step.backprop_loops)
-    n_read = 1 if step.supervision == "terminal" else n_loops
+    n_loops, n_read = trained_loops(config, step)
     weights, readout = _weights(config, step), _readout(config, step, n_read)
     kept = _activations(config, step, n_loops, n_read)
     states, dstates = (4 * loops * step.n_tokens * config.d_model for loops in (config.n_loops, n_loops))
