@@ -8,10 +8,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from looped.diagnose.model import Batch, LoopedModel, token_losses, wide
+from looped.diagnose.model import Batch, LoopedModel, token_losses
 from looped.diagnose.skipping import NO_POLICY, Run, Skipped, measure_skipping, with_all_loops
 from looped.early_exit import run_with_exits
-from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
+from looped.halting import (
+    MARGIN,
+    WITHOUT_A_GATE,
+    Policy,
+    Seen,
+    calibrate,
+    check_tolerance,
+    exit_loops,
+    gate_policy,
+    wide,
+)
 
 TOLERANCE = 1.01  # times the perplexity at K
 

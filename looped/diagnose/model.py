@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looped.halting import wide
 from looped.model import LoopedLM
 
 # Inputs and targets, int64 [B, T] each, every target in [0, V).
@@ -105,10 +105,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def rms(x: Tensor) -> Tensor:
     """`sqrt(mean_c x_c^2)` of every row, at least fp32: [...] of [..., d]."""
     return wide(x).square().mean(-1).sqrt()
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0) -> LoopedModel:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from looped.diagnose.model import Batch, LoopedModel, wide
+from looped.diagnose.model import Batch, LoopedModel
+from looped.halting import wide
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
 
