@@ -244,9 +244,12 @@ def duration(seconds: float) -> str:
 
 
 def bytes_sent(options: PlanOptions) -> float:
-    """By one GPU in a step, in rings: gradients are summed, which is two passes; FSDP2 gathers weights and leaves each
-    GPU its share of the summed gradients; a shared table is the GPU's own, and sends rows of states and four numbers a
-    row of logits."""
+    """What one GPU sends in a step, in rings.
+
+    Copies of the model (DDP): the sum of the gradients, which takes two passes. FSDP2: the weights are gathered, and
+    each GPU keeps its share of the summed gradients. With `shard_head` the table's gradient stays where it is. Instead
+    rows of states and of their gradients are sent, and four numbers for each row of logits.
+    """
     count, step = parameters(options.model), options.step
     passed = (options.gpus - 1) / options.gpus
     if options.shard == "fsdp2":

@@ -132,9 +132,9 @@ def loop_bytes(config: LoopedConfig, step: Step) -> int:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes kept from the forward to the backward pass. outside: of embedding, prelude and coda. loops: of all that
-    have a gradient. recomputed: the most that is formed again at once. working: gradients in a block's backward pass.
-    """
+    """Bytes kept from the forward to the backward pass. outside: of embedding, prelude and coda. loops: of all loops
+    that have a gradient; loop: of one. recomputed: the most that is formed again at once. working: gradients in a
+    block's backward pass."""
 
     outside: float
     loops: float
@@ -177,8 +177,8 @@ def _readout(config: LoopedConfig, step: Step, n_read: int) -> _Readout:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Bytes of weights, of what is gathered or cast of them, and of gradients: the table's alone, those while loops are
-    still to come, and all."""
+    """Bytes. held: of the weights. gathered: of the other GPUs' weights and of casts. Then those of gradients:
+    of_head: the table's alone. of_loops: while loops are still to come. whole: at the end of the backward pass."""
 
     held: float
     gathered: float

@@ -28,7 +28,7 @@ TOLERANCE = 1.01  # times the perplexity at K
 
 @dataclass(frozen=True)
 class Halt:
-    """Halting by one policy and with one way of reading the loops, all of which are computed.
+    """Halting by one policy, with the loops read in one way. All loops are computed, whether a token stops or not.
 
     tau: the score at which a token leaves; None if no token may leave before K.
     loops: the mean number of loops until a token leaves, on the report slice.
@@ -86,7 +86,9 @@ def measure_halting(
     check_rounds(rounds)
     n_windows = check_windows(batches)
     half = n_windows // 2
-    policies = _policies(model)
+    policies: tuple[Policy, ...] = WITHOUT_A_GATE
+    if model.decoder is not None and model.decoder.exit_gate is not None:
+        policies = (*policies, gate_policy(model.decoder.exit_logit))
     calibration, report = _slices(model, batches, half, policies, as_last=False)
     halts = {
         policy.name: _halt(calibration[[0, place]], report[[0, place]], tolerance)
@@ -132,26 +134,20 @@ def check_rounds(rounds: int) -> None:
         raise ValueError(f"rounds must be at least 0. Got rounds={rounds}.")
 
 
-def _policies(model: LoopedModel) -> tuple[Policy, ...]:
-    if model.decoder is None or model.decoder.exit_gate is None:
-        return WITHOUT_A_GATE
-    return (*WITHOUT_A_GATE, gate_policy(model.decoder.exit_logit))
-
-
 def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
     """The batches without their first windows."""
-    kept = []
+    later = []
     for tokens, targets in batches:
         if len(tokens) > first:
-            kept.append((tokens[first:], targets[first:]))
+            later.append((tokens[first:], targets[first:]))
         first = max(0, first - len(tokens))
-    return kept
+    return later
 
 
 def _slices(
     model: LoopedModel, batches: Sequence[Batch], half: int, policies: Sequence[Policy], *, as_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of the tokens of the first `half` windows, and of the others: [1 + policies, K, tokens] as `_windows` gives."""
+    """What `_windows` gives, [1 + policies, K, tokens]: of the first `half` windows, and of the others."""
     windows = _windows(model, batches, policies, as_last=as_last)
     return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
 

@@ -39,7 +39,7 @@ class Pretrained:
     notes: dict[str, str]
 
     def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
-        """The diagnosis. rounds: of one of ours, as `diagnose` takes it. Raises ValueError as it and `describe` do."""
+        """The diagnosis. rounds: as `diagnose` takes it, for a LoopedLM alone. Raises as it and `describe` do."""
         described = describe(self.model, self.batches)
         double, rounds = in_float64(described), 0 if described.decoder is None else rounds
         found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
@@ -47,9 +47,9 @@ class Pretrained:
 
 
 def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool = True) -> LoopedModel:
-    """A model that `load_pretrained` has loaded as a LoopedModel; `from_model` says what the options mean.
+    """A model that `load_pretrained` has loaded, as a LoopedModel. readout_norm: as `from_model` takes it.
 
-    Of one of ours the weights are those of its supervision, with a gate as means over the batches.
+    An export of this project has the weights of its own supervision. A gate's are means over the batches.
     """
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, LoopedLM):
@@ -62,8 +62,9 @@ def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool =
 def load_pretrained(
     name: str, data: str, *, n_tokens: int, seq_len: int | None, device: str = "cpu", trust_remote_code: bool = False
 ) -> Pretrained:
-    """A model and windows of `seq_len` tokens, `n_tokens` in all, from `data`. None: of 256, or the model's longest.
+    """A model, and windows of text to measure it on: `n_tokens` tokens in all, `seq_len` in each.
 
+    seq_len: None for 256, or for the model's longest where that is shorter.
     name: a directory that save_pretrained wrote, or a model of the hub. trust_remote_code: run the code that comes with
     it, as transformers means it.
     data: a pattern of text files, for the model's tokenizer; or a .safetensors file with `tokens` [n], as a run has.
@@ -134,9 +135,10 @@ class ScaleCheck:
 
 
 def scale_checks(model: nn.Module, batches: Sequence[Batch], n_loops: int = 8) -> list[ScaleCheck]:
-    """What "Dense Supervision Is Not Enough" (arXiv 2606.24898) checks of Ouro, for H_1..H_n of any known model.
+    """How much the scale of H_1..H_n matters to the readout, with its norm and without. n is n_loops.
 
-    n is n_loops. The loops beyond the trained ones are run as the trained ones are. Raises ValueError for n_loops < 1.
+    Sharma & Vu (arXiv 2606.24898) check this of Ouro. Loops beyond the trained ones are run as those are. Raises
+    ValueError for n_loops < 1.
     """
     sweeps = [
         sweep_alpha(

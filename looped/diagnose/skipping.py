@@ -37,7 +37,7 @@ Run = Callable[[Tensor], Exits]  # of tokens [B, T]
 
 
 def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
-    """So many loops for every token, and one readout."""
+    """`n_loops` loops for every token, then one readout."""
 
     def run(tokens: Tensor) -> Exits:
         logits = decoder(tokens, n_loops=n_loops, logits=True).logits
@@ -50,11 +50,11 @@ def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
 def measure_skipping(
     runs: Mapping[str, Run], batches: Sequence[Batch], rounds: int, n_loops: int
 ) -> dict[str, Skipped]:
-    """Every run, none of which takes more than n_loops loops. The first is what the others are compared with.
+    """Measure every run, and compare it with the first. None takes more than n_loops loops.
 
-    What is timed: the tokens [B, T] of all batches, one batch after the other, to the logits [B, T, V] with which they
-    are predicted. In every round each has its turn, so that a machine that is busy for a while is so for all of them.
-    The predictions that perplexity is of come first, and warm up.
+    What is timed is the way from the tokens [B, T] of all batches, one batch after the other, to logits [B, T, V]. In
+    every round each run has its turn: if the machine is busy for a while, it is so for all of them. The predictions
+    for the perplexity are made before, which warms up.
     """
     predicted = {name: _predict(run, batches) for name, run in runs.items()}
     seconds = np.array([[_seconds(run, batches) for run in runs.values()] for _ in range(rounds)])
@@ -92,7 +92,7 @@ def _seconds(run: Run, batches: Sequence[Batch]) -> float:
 
 
 def _wait(batches: Sequence[Batch]) -> None:
-    """Until the device has done its work."""
+    """Wait until the device has done its work."""
     device = batches[0][0].device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

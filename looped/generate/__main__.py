@@ -99,15 +99,15 @@ def say(command: Command) -> None:
     steps = stream(run.model.to(device), [ids], options)
     text = TextStream(tokenizer)
     write(text.add(ids))
-    came: list[Step] = []
+    done: list[Step] = []
     began = 0.0
     for step in steps:
         began = began or time.perf_counter()  # the first token is there
-        came.append(step)
+        done.append(step)
         write(text.add([token for token in step.tokens[0] if token != end]))
     seconds = time.perf_counter() - began
     write(text.end() + "\n")
-    print(summary(came, seconds, end), file=sys.stderr)
+    print(summary(done, seconds, end), file=sys.stderr)
 
 
 def write(text: str) -> None:
