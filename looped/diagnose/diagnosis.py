@@ -175,7 +175,8 @@ def as_trained(
         weights = torch.cat(exits, 1).mean(1).tolist()
     else:
         weights = supervision_weights(supervision, n_loops - first)
-    return from_decoder(decoder, weights=(0.0,) * first + tuple(weights), penalty=penalty)
+    of_all = (*[0.0] * first, *weights)
+    return from_decoder(decoder, weights=of_all, penalty=penalty, backprop_loops=backprop_loops)
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:

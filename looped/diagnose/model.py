@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from looped.halting import wide
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 
 # Inputs and targets, int64 [B, T] each, every target in [0, V).
 Batch = tuple[Tensor, Tensor]
@@ -28,12 +29,15 @@ class LoopedModel:
     unnormed: what else than the state the head sees where nothing is normalised, such as what a coda makes of it.
     between: the norm between loops: what a loop does to H_k, k >= 1, before anything else. None if a loop works on H_k
         itself. It is used only to measure what a loop adds to the scale that it starts from.
-    weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
+    weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: all the same,
+        which is 1/K without backprop_loops.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
+    backprop_loops: the last loops, which alone had a gradient in training and were penalised. None: all.
     decoder: the LoopedLM that this describes, or None. Halting is then measured with later loops left out, too.
 
     The functions must be in evaluation mode (no dropout) and in one dtype. Gradients flow through all but embed.
-    Raises ValueError for n_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a negative penalty.
+    Raises ValueError for n_loops or backprop_loops < 1, weights that are not K numbers >= 0 with a sum above 0 or that
+    read a loop without gradient, or a negative penalty.
     """
 
     n_loops: int
@@ -46,6 +50,7 @@ class LoopedModel:
     between: Callable[[Tensor], Tensor] | None = None
     weights: tuple[float, ...] | None = None
     penalty: float = 0.0
+    backprop_loops: int | None = None
     decoder: LoopedLM | None = None
 
     def __post_init__(self) -> None:
@@ -56,13 +61,25 @@ class LoopedModel:
             raise ValueError(
                 f"weights must be n_loops={self.n_loops} numbers of at least 0, one of them above. Got {weights}."
             )
+        if any(weights[: self.first_trained]):
+            raise ValueError(
+                f"weights of loops without gradient must be 0. Got {weights}, backprop_loops={self.backprop_loops}."
+            )
         if not self.penalty >= 0:
             raise ValueError(f"penalty must be at least 0. Got penalty={self.penalty}.")
 
     @property
+    def first_trained(self) -> int:
+        """The first loop, from 0, that had a gradient in training."""
+        return first_with_gradient(self.n_loops, self.backprop_loops)
+
+    @property
     def loss_weights(self) -> tuple[float, ...]:
         """[K], the weights of the loops' cross-entropies in the training loss."""
-        return (1 / self.n_loops,) * self.n_loops if self.weights is None else tuple(self.weights)
+        if self.weights is not None:
+            return tuple(self.weights)
+        n_trained = self.n_loops - self.first_trained
+        return (0.0,) * self.first_trained + (1 / n_trained,) * n_trained
 
     def states(self, tokens: Tensor, n_loops: int) -> list[Tensor]:
         """H_1..H_n, each [B, T, d], of tokens [B, T]."""
@@ -107,8 +124,14 @@ def rms(x: Tensor) -> Tensor:
     return wide(x).square().mean(-1).sqrt()
 
 
-def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0) -> LoopedModel:
-    """A LoopedLM as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
+def from_decoder(
+    decoder: LoopedLM,
+    *,
+    weights: tuple[float, ...] | None = None,
+    penalty: float = 0.0,
+    backprop_loops: int | None = None,
+) -> LoopedModel:
+    """A LoopedLM as a LoopedModel. weights, penalty, backprop_loops: of the loss that it was trained with.
 
     With an inter-loop norm, loop k+1 starts from RMSNorm(H_k). Its input and output are still the states that are read,
     so an update is `H_{k+1} - H_k` and includes what the norm takes away.
@@ -133,6 +156,7 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
         between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,
+        backprop_loops=backprop_loops,
         decoder=decoder,
     )
 
