@@ -41,7 +41,10 @@ class Diagnosis:
 
 
 class DivergedError(ValueError):
-    """The model has no finite loss."""
+    """The model has no finite loss. ce: that of its last loop."""
+
+    def __init__(self, name: str, model: LoopedModel, ce: float) -> None:
+        super().__init__(f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {ce}.")
 
 
 def diagnose(
@@ -73,7 +76,7 @@ def diagnose(
     check_rounds(rounds)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
     if not all(map(math.isfinite, [*depth.ce[: model.n_loops], *depth.as_trained])):
-        raise DivergedError(_diverged(name, model, depth.ce[model.n_loops - 1]))
+        raise DivergedError(name, model, depth.ce[model.n_loops - 1])
     norms, updates = measure_dynamics(model, batches, horizon)
     measured = Measurements(
         n_loops=model.n_loops,
@@ -104,16 +107,8 @@ def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
         if int(targets.min()) < 0:
             raise ValueError(f"targets must not be negative: no target is ignored. Got {int(targets.min())}.")
     check_windows(batches)
-    _check_horizon(model.n_loops, horizon)
-
-
-def _check_horizon(n_loops: int, horizon: int) -> None:
-    if horizon <= n_loops:
-        raise ValueError(f"horizon must be above the n_loops={n_loops} that were trained. Got horizon={horizon}.")
-
-
-def _diverged(name: str, model: LoopedModel, ce: float) -> str:
-    return f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {ce}."
+    if horizon <= model.n_loops:
+        raise ValueError(f"horizon must be above the n_loops={model.n_loops} that were trained. Got horizon={horizon}.")
 
 
 @torch.no_grad()
@@ -122,13 +117,13 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
 
     Raises ValueError for a bad argument, and DivergedError for a run without a finite loss on that window.
     """
-    _check_horizon(run.model.config.n_loops, horizon)
-    batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
-    tokens, targets = (rows[:1] for rows in batches[0])
     model = from_decoder(run.model)
+    batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
+    _check(model, batches, horizon)
+    tokens, targets = (rows[:1] for rows in batches[0])
     loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
     if not loss.isfinite().all():
-        raise DivergedError(_diverged(run.name if name is None else name, model, loss.mean().item()))
+        raise DivergedError(run.name if name is None else name, model, loss.mean().item())
 
 
 def diagnose_run(

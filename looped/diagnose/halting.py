@@ -144,19 +144,14 @@ def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
     return later
 
 
+@torch.no_grad()
 def _slices(
     model: LoopedModel, batches: Sequence[Batch], half: int, policies: Sequence[Policy], *, as_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `_windows` gives, [1 + policies, K, tokens]: of the first `half` windows, and of the others."""
-    windows = _windows(model, batches, policies, as_last=as_last)
-    return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
+    """The cross-entropy of every loop and token, and its score by each policy, [1 + policies, K, tokens].
 
-
-@torch.no_grad()
-def _windows(
-    model: LoopedModel, batches: Sequence[Batch], policies: Sequence[Policy], *, as_last: bool
-) -> list[Tensor]:
-    """For each window [1 + policies, K, T]: the cross-entropy of every loop and token, and the score of each policy."""
+    Of the first `half` windows, and of the others.
+    """
     windows: list[Tensor] = []
     for tokens, targets in batches:
         embedded = model.embed(tokens)
@@ -175,7 +170,7 @@ def _windows(
             loops.append(torch.stack([loss, *scores]))
             before = state
         windows += torch.stack(loops, dim=1).double().cpu().unbind(2)
-    return windows
+    return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
 
 
 def _halt(calibration: Tensor, report: Tensor, tolerance: float) -> Halt:

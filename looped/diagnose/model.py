@@ -29,15 +29,14 @@ class LoopedModel:
     unnormed: what else than the state the head sees where nothing is normalised, such as what a coda makes of it.
     between: the norm between loops: what a loop does to H_k, k >= 1, before anything else. None if a loop works on H_k
         itself. It is used only to measure what a loop adds to the scale that it starts from.
-    weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: all the same,
-        which is 1/K without backprop_loops.
+    weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
     backprop_loops: the last loops, which alone had a gradient in training and were penalised. None: all.
     decoder: the LoopedLM that this describes, or None. Halting is then measured with later loops left out, too.
 
     The functions must be in evaluation mode (no dropout) and in one dtype. Gradients flow through all but embed.
-    Raises ValueError for n_loops or backprop_loops < 1, weights that are not K numbers >= 0 with a sum above 0 or that
-    read a loop without gradient, or a negative penalty.
+    Raises ValueError for n_loops or backprop_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a
+    negative penalty.
     """
 
     n_loops: int
@@ -61,25 +60,14 @@ class LoopedModel:
             raise ValueError(
                 f"weights must be n_loops={self.n_loops} numbers of at least 0, one of them above. Got {weights}."
             )
-        if any(weights[: self.first_trained]):
-            raise ValueError(
-                f"weights of loops without gradient must be 0. Got {weights}, backprop_loops={self.backprop_loops}."
-            )
+        first_with_gradient(self.n_loops, self.backprop_loops)  # raises for backprop_loops < 1
         if not self.penalty >= 0:
             raise ValueError(f"penalty must be at least 0. Got penalty={self.penalty}.")
 
     @property
-    def first_trained(self) -> int:
-        """The first loop, from 0, that had a gradient in training."""
-        return first_with_gradient(self.n_loops, self.backprop_loops)
-
-    @property
     def loss_weights(self) -> tuple[float, ...]:
         """[K], the weights of the loops' cross-entropies in the training loss."""
-        if self.weights is not None:
-            return tuple(self.weights)
-        n_trained = self.n_loops - self.first_trained
-        return (0.0,) * self.first_trained + (1 / n_trained,) * n_trained
+        return (1 / self.n_loops,) * self.n_loops if self.weights is None else tuple(self.weights)
 
     def states(self, tokens: Tensor, n_loops: int) -> list[Tensor]:
         """H_1..H_n, each [B, T, d], of tokens [B, T]."""

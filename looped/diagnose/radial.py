@@ -16,6 +16,7 @@ from looped.diagnose.model import Batch, LoopedModel
 from looped.halting import wide
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
+from looped.recurrence import first_with_gradient
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _whole_gradients(
         for loop, (state, weight) in enumerate(zip(states, model.loss_weights, strict=True))
         if weight > 0
     ]
-    first = model.first_trained
+    first = first_with_gradient(model.n_loops, model.backprop_loops)
     trained, zeros = states[first:], [torch.zeros_like(state) for state in states[:first]]
     total = [*zeros, *torch.autograd.grad(sum(losses), trained, retain_graph=True, materialize_grads=True)]  # type: ignore[arg-type]
     if model.penalty == 0:
