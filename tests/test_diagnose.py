@@ -17,7 +17,7 @@ from tiny_run import arguments, reseal
 from looped import LoopedConfig, LoopedLM
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
-from looped.diagnose.diagnosis import Diagnosis
+from looped.diagnose.diagnosis import Diagnosis, DivergedError
 from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.figures import FIGURES, colours_of
 from looped.diagnose.findings import findings
@@ -149,6 +149,13 @@ def test_a_model_that_has_diverged_is_rejected():
     model: LoopedModel = Recurrence().described(loop=lambda state, embedded, done: state * torch.nan)
     with pytest.raises(ValueError, match="model has diverged: its cross-entropy at K = 3 is nan"):
         diagnose(model, batches())
+
+
+def test_the_loop_that_has_diverged_is_named():
+    """The last one is read through its norm, and is finite."""
+    model = Recurrence().described(norm_every_loop=False, unnormed=lambda state: state * math.nan)
+    with pytest.raises(DivergedError, match="its cross-entropy at K = 2 is nan"):
+        diagnose(model, batches(), horizon=5)
 
 
 def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):

@@ -41,10 +41,10 @@ class Diagnosis:
 
 
 class DivergedError(ValueError):
-    """The model has no finite loss. ce: that of its last loop."""
+    """The model has no finite loss. ce: its cross-entropy after n_loops loops."""
 
-    def __init__(self, name: str, model: LoopedModel, ce: float) -> None:
-        super().__init__(f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {ce}.")
+    def __init__(self, name: str, n_loops: int, ce: float) -> None:
+        super().__init__(f"{name} has diverged: its cross-entropy at K = {n_loops} is {ce}.")
 
 
 def diagnose(
@@ -75,8 +75,9 @@ def diagnose(
     _check(model, batches, horizon)
     check_rounds(rounds)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
-    if not all(map(math.isfinite, [*depth.ce[: model.n_loops], *depth.as_trained])):
-        raise DivergedError(name, model, depth.ce[model.n_loops - 1])
+    for n_loops, ce in reversed([*enumerate(depth.as_trained, 1), *enumerate(depth.ce[: model.n_loops], 1)]):
+        if not math.isfinite(ce):
+            raise DivergedError(name, n_loops, ce)
     norms, updates = measure_dynamics(model, batches, horizon)
     measured = Measurements(
         n_loops=model.n_loops,
@@ -123,7 +124,7 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
     tokens, targets = (rows[:1] for rows in batches[0])
     loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
     if not loss.isfinite().all():
-        raise DivergedError(run.name if name is None else name, model, loss.mean().item())
+        raise DivergedError(run.name if name is None else name, model.n_loops, loss.mean().item())
 
 
 def diagnose_run(
