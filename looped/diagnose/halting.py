@@ -11,17 +11,7 @@ from torch import Tensor
 from looped.diagnose.model import Batch, LoopedModel, token_losses
 from looped.diagnose.skipping import NO_POLICY, Run, Skipped, measure_skipping, with_all_loops
 from looped.early_exit import run_with_exits
-from looped.halting import (
-    MARGIN,
-    WITHOUT_A_GATE,
-    Policy,
-    Seen,
-    calibrate,
-    check_tolerance,
-    exit_loops,
-    gate_policy,
-    wide,
-)
+from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
 
@@ -159,7 +149,7 @@ def _slices(
         scores: list[Tensor] = []
         loops = []
         for loop, state in enumerate(model.unroll(embedded, model.n_loops)):
-            logits = wide(model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1)))
+            logits = model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1))
             loss = token_losses(logits, targets)
             read = model.decoder.read(state) if model.decoder is not None and policies[-1].reads else None
             seen = Seen(before, state, logits, read=read)
