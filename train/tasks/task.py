@@ -73,7 +73,7 @@ class TaskSource(Source):
     def __init__(self, task: Task) -> None:
         self.task, self.vocab_size = task, task.vocab_size
         self.description = f"{task.name}, made on the fly ({task.description})"
-        made = self._made = self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
+        made = self._validation = self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
         # Of the validation sequences: it changes with how sequences are made, and with the generator.
         content = made.inputs.numpy().tobytes() + made.targets.numpy().tobytes()
         self.fingerprint = hashlib.blake2b(f"{task.name} ".encode() + content, digest_size=16).hexdigest()
@@ -85,12 +85,12 @@ class TaskSource(Source):
 
     def validation(self, limit: int | None) -> tuple[MadeSequences, np.ndarray]:
         """``limit``: tokens, of which each sequence has T."""
-        n, length = self._made.inputs.shape
-        return self._made, spread(n, n if limit is None else max(1, limit // length))
+        n, length = self._validation.inputs.shape
+        return self._validation, spread(n, n if limit is None else max(1, limit // length))
 
     def write(self, out: Path) -> None:
         """The validation sequences, as documents; there is no tokenizer."""
-        inputs, targets = self._made.inputs.numpy(), self._made.targets.numpy()
+        inputs, targets = self._validation.inputs.numpy(), self._validation.targets.numpy()
         bounds = np.arange(len(inputs) + 1) * inputs.shape[1]
         write_validation(out, inputs.ravel(), bounds, targets=targets.ravel())
 
