@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,17 +126,14 @@ def pieces(parts: Iterable[str], size: int = PIECE) -> Iterator[str]:
     on the cut; where there is none near, at ``size``. Nor do the pieces depend on the parts in which the text comes.
     """
     text = ""
-    for part in parts:
-        text, start = text + part, 0
-        while len(text) - start > size + 1:  # the character behind the cut is looked at too
+    for part in chain(parts, [None]):  # None: the end
+        text, start = text + (part or ""), 0
+        longest = size if part is None else size + 1  # the character behind the cut is looked at too
+        while len(text) - start > longest:
             end = _cut(text, start, size)
             yield text[start:end]
             start = end
         text = text[start:]
-    while len(text) > size:
-        end = _cut(text, 0, size)
-        yield text[:end]
-        text = text[end:]
     yield text
 
 
