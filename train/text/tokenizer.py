@@ -175,9 +175,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    interruptibly(model.train_from_iterator, texts, trainer)
-    _check_size(model, vocab_size)
-    return _finish("bpe", model)
+    return _trained("bpe", model, trainer, texts, vocab_size)
 
 
 def train_paper(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -193,9 +191,19 @@ def train_paper(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=PAPER_SPECIALS, show_progress=sys.stderr.isatty()
     )
+    return _trained("paper", model, trainer, texts, vocab_size)
+
+
+def _trained(
+    name: str, model: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: Iterable[str], vocab_size: int
+) -> Tokenizer:
     interruptibly(model.train_from_iterator, texts, trainer)
-    _check_size(model, vocab_size)
-    return _finish("paper", model)
+    if model.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"vocab_size must be at most {model.get_vocab_size()}, which is all that the training text allows. "
+            f"Got vocab_size={vocab_size}."
+        )
+    return _finish(name, model)
 
 
 def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
@@ -207,14 +215,6 @@ def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
     with refusing(f"tokenizer {path} cannot be read again once it is saved"):
         model = tokenizers.Tokenizer.from_str(model.to_str())  # cache and run keep it as the library writes it
     return _finish(name or str(path), model)
-
-
-def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
-    if model.get_vocab_size() < vocab_size:
-        raise ValueError(
-            f"vocab_size must be at most {model.get_vocab_size()}, which is all that the training text allows. "
-            f"Got vocab_size={vocab_size}."
-        )
 
 
 def _finish(name: str, model: tokenizers.Tokenizer) -> Tokenizer:
