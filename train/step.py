@@ -151,10 +151,11 @@ def _measured(output: LoopedOutput, share: float, targets: Tensor, n_targets: Te
 
 
 def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
-    """By what a sum over some of the batch's targets is divided; None where the loss itself counts them.
+    """What a micro-batch's sum over its targets is divided by; None where the loss itself counts its targets.
 
-    Of several processes it is their targets over the number of processes: what is then averaged over the processes,
-    gradients by looped/sharding.py and the rest by `_mean_over_processes`, is the sum over all targets' number.
+    With several processes it is the number of targets of all of them, divided by the number of processes. Gradients
+    (looped/sharding.py) and losses (`_mean_over_processes`) are averaged over the processes afterwards. That average
+    is then the sum over all targets, divided by their number.
     """
     n_processes = processes.world_size()
     if grad_accumulation == n_processes == 1:
@@ -164,7 +165,10 @@ def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
 
 
 def _unaveraged(model: nn.Module) -> AbstractContextManager[None]:
-    """In which gradients of replicas are summed up and not yet averaged; shares of them are averaged every time."""
+    """For all micro-batches but the last: replicas add up their gradients, and average them with the last one alone.
+
+    Where the weights are shared out, gradients are averaged in every backward pass.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 

@@ -67,7 +67,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of complete runs of one seed. value: of a run of each condition. form: how the number is printed."""
+    """A number taken from complete runs of one seed.
+
+    value: gives it, from the evidence of one run of each of the conditions. form: how it is printed.
+    """
 
     label: str
     value: Callable[..., float]

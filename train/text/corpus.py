@@ -139,7 +139,10 @@ def file_state(paths: Sequence[Path]) -> FileState:
 
 @dataclass(frozen=True)
 class _Side:
-    """Those ``n`` of the documents whose key is at most ``largest``, if ``held_out``, or above it."""
+    """One side of a split: the documents whose key is at most ``largest`` if ``held_out``, else the others.
+
+    n: how many they are.
+    """
 
     documents: Iterable[Document]
     largest: int
