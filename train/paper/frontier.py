@@ -1,12 +1,7 @@
-"""The compute-quality frontier: validation perplexity against speed at K = 1..n_loops, a curve for each condition.
+"""The compute-quality frontier, ``python -m train.paper frontier``: perplexity against speed at K = 1..n_loops.
 
-    python -m train.paper frontier --runs DIR [--conditions ...] [--out bench/results] [--tokens N] [--batches 1 4 16]
-    python -m train.paper frontier [--seeds 42 101 202] [...] [-- options of the sweep]
-
-DIR is a sweep, of which every complete run counts. Without it five conditions are trained at demo scale into
-runs/frontier, or found there. Writes `<date>-<device>-frontier.json`, `.md` and `.png`.
-
-Perplexity and bits per byte are those of windows spread over the validation split, every loop read as if it were the
+Measures every complete run of a sweep; without one, trains five conditions at demo scale into runs/frontier. Writes
+`<date>-<device>-frontier.json`, `.md` and `.png`, with a curve for each condition. Every loop is read as if it were the
 last (frontier_perplexity.py). Speed is that of prefill at several batch sizes (frontier_speed.py).
 """
 
