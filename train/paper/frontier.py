@@ -19,7 +19,7 @@ from tqdm import tqdm
 from looped.command_line import command_line
 from looped.model import LoopedLM
 from looped.provenance import instructions, processor
-from looped.run_directory import SavedRun, load_run
+from looped.run_directory import SavedRun, check_writable, load_run
 from train.interrupt import Interruptions
 from train.metrics import finite
 from train.paper import sweep
@@ -63,6 +63,7 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     own, extra = split_words(words)
     options = command_line(own, FrontierConfig(), "python -m train.paper frontier")
     check_options(options, positive=("tokens", "batches", "rounds"), distinct=("conditions", "seeds", "batches"))
+    check_writable(options.out)  # before hours of training
     if options.runs is not None and extra:
         raise ValueError("options of the sweep can follow ' -- ' only without --runs.")
     if options.runs is None:
