@@ -161,10 +161,10 @@ def load_source(config: TrainConfig) -> Source:
 
 
 def _compile(model: LoopedLM, n_depths: int) -> None:
-    """Compile in place, so that parameters keep their names, and as often as it takes.
+    """Compile in place, so that parameters keep their names, and let PyTorch compile as often as it takes.
 
-    The loops are unrolled, so that there is a graph for each depth, measured or not, for two sizes of micro-batches;
-    and for evaluation, and its speed at every K, as many again.
+    The loops are unrolled, so that every depth of training has graphs of its own: for steps that are measured or not,
+    and for two sizes of micro-batches. Evaluation has its own graphs too, and so has its speed at every K.
     """
     if processes.world_size() > 1:  # gradients of shared weights are ready at the end alone: nothing to overlap
         torch._dynamo.config.optimize_ddp = False

@@ -97,7 +97,7 @@ def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{
 @dataclass(frozen=True)
 class Claim:
     """title: the paper's statement. paper: its numbers. figure: a file beside the page. note: on how it is measured.
-    other_reading: of the same runs, which does not decide.
+    other_reading: a second way to read the same runs, in words. It is told, and does not decide.
 
     Without quantities no run of a sweep can confirm or deny it. The note says why, with a place for the preset.
     """

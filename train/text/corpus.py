@@ -173,7 +173,7 @@ def split_by_hash(documents: Iterable[Document]) -> Corpus:
     extremes = sorted(copies)
     if len(extremes) == 1:
         return _split_by_position(next(iter(documents)))
-    largest = min(max(bound, extremes[0]), extremes[-2])
+    largest = min(max(bound, extremes[0]), extremes[-2])  # the smallest key validates, the largest trains
     if largest == extremes[0]:
         n_below = copies[extremes[0]]
     elif largest == extremes[-2]:
