@@ -41,7 +41,7 @@ Failure = TypeVar("Failure", bound=BaseException)
 
 def join() -> None:
     """Meet the other processes, if torchrun has started several. Raises ValueError if they are not there."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     try:
         store, rank, size = next(rendezvous("env://"))
@@ -82,7 +82,7 @@ def world_size() -> int:
 
 def is_later() -> bool:
     """Whether torchrun says that this process is not the first; before they have met."""
-    return int(os.environ.get("RANK", "0")) > 0
+    return os.environ.get("RANK", "0") != "0"
 
 
 def is_first() -> bool:
