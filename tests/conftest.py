@@ -5,6 +5,8 @@ whether a CPU tensor goes to Triton; so without a GPU the variable is set while 
 the fixture for the tests that want it.
 """
 
+import functools
+import inspect
 import os
 
 import numpy as np
@@ -29,7 +31,30 @@ from looped.kernels import (  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+patch_language = interpreter._patch_lang
 
+
+def patch_language_once(function):
+    """The interpreter does it for every function that a kernel calls, where nothing is left to be patched."""
+    languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return patch_language(function)
+    return interpreter._LangPatchScope()
+
+
+@functools.cache
+def builtins(package):
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtins(package, builder, scope):
+    """As the interpreter does, whose search takes longer than many a kernel."""
+    for name in builtins(package):
+        if tl.core.is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
+interpreter._patch_lang, interpreter._patch_builtin = patch_language_once, patch_builtins
 truncating_convert = interpreter._convert_float
 
 
@@ -70,3 +95,11 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def no_picture():
+    """Runs draw no report.png, which takes as long as all else that they do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.report.draw", lambda *arguments: None)
+        yield

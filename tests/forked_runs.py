@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,29 +18,36 @@ from train.run import main
 PATIENCE = 120.0  # seconds for a run that nobody kills
 
 
+def fork(work: Callable[[], int | None], log: Path) -> int:
+    """The process id of a fork that does the work, writes to the log and has the code that the work returns."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (until the process ends)
+        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
+        code = 70
+        try:
+            code = work() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
 def start(argv: list[str], processes: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> list[int]:
     """The command line's run in forks of this process, as torchrun starts them; their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            if processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1), os.dup2(output, 2)
-            code = 70
-            try:
-                before(rank)
-                code = main(argv)
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return children
+
+    def run(rank: int) -> int:
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        before(rank)
+        return main(argv)
+
+    return [fork(lambda rank=rank: run(rank), log) for rank in range(processes)]
 
 
 def finish(children: list[int], log: Path) -> None:

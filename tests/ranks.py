@@ -18,7 +18,8 @@ def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ra
     """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails, its traceback is printed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = f"{folder}/meeting-{n_ranks}"
-    torch.multiprocessing.spawn(_rank, (function, meeting, arguments, n_ranks), nprocs=n_ranks, daemon=True)
+    given = function, meeting, arguments, n_ranks
+    torch.multiprocessing.start_processes(_rank, given, nprocs=n_ranks, daemon=True, start_method="fork")
 
 
 def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tuple[Any, ...], n_ranks: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_bad_steps import located
 from test_step import adamw, batch, make, take
-from tiny_decoder import LAYERS, LENGTH, D, V, assert_same_gradients, model, tokens
+from tiny_decoder import COMPILED, LAYERS, LENGTH, D, V, assert_same_gradients, model, tokens
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -135,9 +135,9 @@ def test_what_the_first_loop_starts_from_has_no_gradient():
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiles_into_one_graph(fused: bool):
     torch._dynamo.reset()
-    decoder = model(fused=fused)
+    decoder = model(fused=fused, **COMPILED)
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
-    options = {"n_loops": 3, "backprop_loops": 1, "penalty": 0.1}
+    options = {"backprop_loops": 1, "penalty": 0.1}
     found = gradients_of(decoder, compiled(tokens(), targets(), **options).loss)
     assert_same_gradients(found, gradients_of(decoder, decoder(tokens(), targets(), **options).loss))
 

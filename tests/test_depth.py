@@ -21,6 +21,8 @@ from train.metrics import read_metrics
 from train.run import main
 from train.text.batches import batch_indices
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 def drawn(text: str, n: int = 20_000) -> np.ndarray:
     generator = np.random.default_rng(1)
@@ -173,8 +175,7 @@ def test_evaluation_beyond_the_models_depth(whole):
     assert all(row["tokens_per_second"] is None and row["ce"] > 0 for row in summary["evaluation_beyond"])
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("log_every", ["1", "5"])
+@pytest.mark.parametrize(("graphs", "log_every"), [(False, "5"), (True, "1")])
 def test_half_and_resumed_half_are_the_whole(tmp_path, monkeypatch, graphs, log_every):
     if graphs:
         install(monkeypatch)
@@ -254,7 +255,6 @@ def test_graphs_are_captured_once_for_each_depth_measured_or_not(tmp_path, monke
 
     monkeypatch.setattr(trainer, "training_step", counted)
     monkeypatch.setattr(trainer, "_evaluate", lambda run: [])
-    monkeypatch.setattr(trainer.report, "draw", lambda *args: None)
     options = ("--depth", "uniform:1-3", "--steps", "60", "--log-every", "2", "--dropout", "0", "--n-layers", "1")
     assert main(arguments(tmp_path, *options, "--out", str(tmp_path / "run"))) == 0
     assert eager == {(n, measure): WARM_UP + 1 for n in (1, 2, 3) for measure in (False, True)}
@@ -275,14 +275,14 @@ def test_compiled_once_for_each_depth_measured_or_not(tmp_path, monkeypatch):
     n_after_training = []
     evaluate = trainer._evaluate
     monkeypatch.setattr(trainer, "_evaluate", lambda run: n_after_training.append(len(graphs)) or evaluate(run))
-    options = ("--depth", "uniform:1-5", "--backprop-loops", "2", "--steps", "40", "--log-every", "2", "--compile")
-    model = ("--dropout", "0", "--n-layers", "1", "--eval-loops", "3", "--eval-tokens", "400")
+    options = ("--depth", "uniform:1-2", "--backprop-loops", "1", "--steps", "12", "--log-every", "2", "--compile")
+    model = ("--dropout", "0", "--n-layers", "1", "--n-loops", "2", "--eval-tokens", "400")
     argv = arguments(tmp_path, *options, *model, "--out", str(tmp_path / "run"))
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
         assert main(argv) == 0
-    depth = parse_depth("uniform:1-5", 3)
-    expected = {(depth.at(42, number - 1), number == 1 or number % 2 == 0) for number in range(1, 41)}
-    assert len(expected) > 8  # PyTorch's own limit
+    depth = parse_depth("uniform:1-2", 2)
+    expected = {(depth.at(42, number - 1), number == 1 or number % 2 == 0) for number in range(1, 13)}
+    assert len(expected) > 3  # the limit, unless the trainer raises it
     assert n_after_training == [len(expected)]
-    assert len(graphs) - n_after_training[0] <= 2 + 3
+    assert len(graphs) - n_after_training[0] <= 2 + 2
     torch._dynamo.reset()

@@ -34,6 +34,7 @@ from looped.generate import __main__ as generate_program
 from looped.run_directory import load_run
 from train.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 CHECKPOINT = ("checkpoint/model.safetensors", "checkpoint/optimizer.safetensors", "checkpoint/rng.safetensors")
 JSON = ("config.json", "tokenizer.json", "summary.json", "checkpoint/checkpoint.json", "diagnosis/diagnosis.json")
 FILES = (*JSON, *CHECKPOINT, "validation.safetensors", "metrics.jsonl")

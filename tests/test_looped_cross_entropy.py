@@ -13,7 +13,7 @@ from looped.kernels.readout import TENSORS
 from looped.kernels.readout_call import ReadoutCall
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (4, 33, 64, 257), (2, 129, 96, 1000), (2, 5, 40, 1), (1, 3, 8, 40000)]
+SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (4, 17, 64, 257), (2, 33, 96, 1000), (2, 5, 40, 1), (1, 3, 8, 40000)]
 
 
 # Values and gradients -------------------------------------------------------------------------------------------------
@@ -52,12 +52,12 @@ def test_weights_and_reductions(backend, device, weights, reduction):
         dict(label_smoothing=1.0, z_loss=0.1, softcap=2.0),
     ],
 )
-@pytest.mark.parametrize("vocabulary", [65, 33000])
-def test_loss_options(backend, device, options, vocabulary):
-    Case((2, 5, 32, vocabulary), device, bias=True, **options).check()
+@pytest.mark.parametrize(("n_tokens", "vocabulary"), [(5, 65), (2, 33000)])
+def test_loss_options(backend, device, options, n_tokens, vocabulary):
+    Case((2, n_tokens, 32, vocabulary), device, bias=True, **options).check()
 
 
-shapes = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(8, 70), st.integers(8, 300))
+shapes = st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(8, 70), st.integers(8, 300))
 options = st.fixed_dictionaries(
     {
         "readout": st.sampled_from(READOUTS),

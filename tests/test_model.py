@@ -9,7 +9,7 @@ import pytest
 import tiny_decoder
 import torch
 import torch.nn.functional as F
-from tiny_decoder import D, V, assert_same_gradients, reference_read
+from tiny_decoder import COMPILED, D, V, assert_same_gradients, reference_read
 from torch import Tensor
 
 import looped.kernels.device
@@ -285,7 +285,8 @@ def test_autocast_loss_is_close(readout: Any, fused: bool, monkeypatch: pytest.M
 @pytest.mark.parametrize(("fused", "checkpoint_loops"), [(False, False), (True, True)])
 def test_the_whole_forward_compiles_into_one_graph(fused: bool, checkpoint_loops: bool) -> None:
     torch._dynamo.reset()
-    decoder = model(fused=fused, positions="rotary", n_prelude=1, n_coda=1, injection="diagonal", block_norm="sandwich")
+    changes: dict[str, Any] = {"positions": "rotary", "n_prelude": 1, "n_coda": 1}
+    decoder = model(fused=fused, injection="diagonal", block_norm="sandwich", **changes, **COMPILED)
     decoder.checkpoint_loops = checkpoint_loops
     expected, expected_gradients = run(decoder, penalty=0.01, logits=True)
     decoder.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import BATCH, LENGTH, READOUTS, K, batch, expected_logits, model, run
-from tiny_decoder import assert_same_gradients
+from tiny_decoder import COMPILED, assert_same_gradients
 
 
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal"])
@@ -101,7 +101,7 @@ def test_statistics_without_gradients_have_no_radial_part(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_compiled_model_measures_statistics(fused: bool) -> None:
     torch._dynamo.reset()
-    decoder = model(fused=fused)
+    decoder = model(fused=fused, **COMPILED)
     expected, expected_gradients = run(decoder, statistics=True)
     decoder.compile(backend="aot_eager")
     result, found = run(decoder, statistics=True)

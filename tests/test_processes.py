@@ -9,8 +9,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +18,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked_runs import finish, fork
 from ranks import run_ranks
 from tiny_decoder import V, model
 from tiny_run import MODEL, arguments
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from looped.model import LoopedLM
 from looped.sharding import replicate, share_out, whole
-from train import processes, report, trainer
+from train import checkpoint, processes, trainer
 from train.bad_steps import NOWHERE, locate
 from train.metrics import read_metrics
 from train.run import main
 from train.step import training_step
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 RELATIVE = 1e-5
 RUNS = {  # by name: options of runs that must not depend on the number of processes
     "fused": [],
@@ -58,9 +60,8 @@ def options(directory: Path, name: str, n_processes: int) -> list[str]:
 
 @contextlib.contextmanager
 def as_rank(rank: int) -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """What the ranks of torchrun are told; and their output, and no picture, which takes the longest."""
+    """What the ranks of torchrun are told; and their output."""
     os.environ["RANK"] = str(rank)
-    report.draw = lambda *_: None  # type: ignore[assignment]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
         yield out, errors
 
@@ -273,33 +274,34 @@ def test_steps_are_those_of_one_process_whatever_targets_are_ignored(runs: Path)
 
 # One that ends -------------------------------------------------------------------------------------------------------
 
-# It takes as long to find the checkpoint whole as that of a large model does: torchrun's SIGTERM comes meanwhile.
-PROGRAM = """
-import os, signal, time
-from train import checkpoint, processes, report, trainer
-from train.run import main
 
-report.draw = lambda *_: None
-take_step, step_of = trainer._step, checkpoint.step_of
+def mortal(argv: list[str]) -> None:
+    """A process of torchrun's. Its second ends with the first step after the checkpoint of step 4, once.
 
-def slow(out):
-    time.sleep(1)
-    return step_of(out)
+    It takes as long to find the checkpoint whole as that of a large model does: torchrun's SIGTERM comes meanwhile.
+    """
+    take_step, step_of = trainer._step, checkpoint.step_of
 
-def mortal(run, measure):
-    if processes.rank() == 1 and run.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return take_step(run, measure)
+    def slow(out: Path) -> int | None:
+        time.sleep(1)
+        return step_of(out)
 
-trainer._step, checkpoint.step_of = mortal, slow
-processes.end(main)
-"""
+    def step(run: Any, measure: bool) -> Any:
+        if processes.rank() == 1 and run.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(run, measure)
+
+    trainer._step, checkpoint.step_of = step, slow
+    code = main(argv)
+    if code:  # torchrun waits for a result of forks
+        processes.end(lambda: code)
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+def torchrun(words: list[str], argv: list[str]) -> None:
+    """As the program of that name, but its processes are forks, which have PyTorch loaded."""
+    launch = config_from_args(parse_args([*words, "forks"]))[0]
+    launch.start_method = "fork"
+    elastic_launch(launch, mortal)(argv)
 
 
 def mortal_options(directory: Path) -> list[str]:
@@ -308,23 +310,19 @@ def mortal_options(directory: Path) -> list[str]:
 
 def test_killed_processes_go_on_from_the_last_checkpoint(runs: Path, tmp_path: Path) -> None:
     """With dropout, whose numbers are each process's own: the losses are those of a run that nobody killed."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    killed = tmp_path / "killed"
+    killed, log = tmp_path / "killed", tmp_path / "log"
     port = ["--master-port", str(29500 + os.getpid() % 20000)]
-    started = time.monotonic()
-    command = [str(program), *mortal_options(runs), "--out", str(killed)]
-    result = torchrun(*port, "--max-restarts", "1", *command)
-    assert result.returncode == 0, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: step 5 of 8: process 0 of 2 stops: another process has ended or does not ")
-    assert "The checkpoint of step 4 is whole. To continue from it: torchrun --nproc-per-node 2 " in errors[0]
-    assert time.monotonic() - started < 200
+    words = ["--nproc-per-node", "2", *port, "--max-restarts", "1"]
+    argv = [*mortal_options(runs), "--out", str(killed)]
+    finish([fork(lambda: torchrun(words, argv), log)], log)
+    said = log.read_text().splitlines()
+    (error,) = (line for line in said if line.startswith("error:"))
+    assert error.startswith("error: step 5 of 8: process 0 of 2 stops: another process has ended or does not ")
+    assert "The checkpoint of step 4 is whole. To continue from it: torchrun --nproc-per-node 2 " in error
     rows = [read_metrics(run / "metrics.jsonl") for run in (runs / "whole", killed)]
     assert len(rows[0]) == len(rows[1]) == 8
     for expected, row in zip(*rows, strict=True):
         for key in ("step", "loss", "ce", "grad_norm", "state_norm"):
             assert row[key] == expected[key]
-    assert f"into      {killed}, from step 4" in result.stdout
+    assert f"into      {killed}, from step 4" in said
     assert not (killed / processes.LAUNCH).exists()

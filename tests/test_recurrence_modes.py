@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoder import LAYERS, LENGTH, assert_same_gradients, gradients, model, reference_states, tokens
+from tiny_decoder import COMPILED, LAYERS, LENGTH, assert_same_gradients, gradients, model, reference_states, tokens
 from torch import Tensor
 
 import looped.kernels.device
@@ -98,10 +98,10 @@ def test_builds_on_the_meta_device_and_loads_later() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "inter_loop_norm": True}], ids=str)
-def test_compiles_into_one_graph(fused: bool, autocast: bool, changes: dict[str, Any]) -> None:
+def test_compiles_into_one_graph(fused: bool, autocast: bool) -> None:
     torch._dynamo.reset()
-    decoder = model(fused=fused, **changes)
+    changes: dict[str, Any] = {"positions": "rotary", "inter_loop_norm": True} if fused == autocast else {}
+    decoder = model(fused=fused, **changes, **COMPILED)
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = decoder(tokens()).states
@@ -114,7 +114,7 @@ def test_compiles_into_one_graph(fused: bool, autocast: bool, changes: dict[str,
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiles_with_checkpointed_loops_and_dropout(fused: bool) -> None:
     torch._dynamo.reset()
-    decoder = model(fused=fused, dropout=0.2)
+    decoder = model(fused=fused, dropout=0.2, **COMPILED)
     decoder.checkpoint_loops = True
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
     found = gradients(decoder, compiled(tokens()).states)

@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from forked_runs import weights_of
+from forked_runs import finish, rows_of, start, weights_of
 from tiny_run import arguments, reseal
 
 from looped.checkpoint import KINDS, CheckpointError, check_whole, files_of, weights_hash
@@ -27,31 +25,47 @@ def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("resharding")
 
 
+def go_on_with_others(directory: Path, shard: str, argv: list[str], log: Path) -> list[list[str]]:
+    """A run of 1, 2, 4 and 1 processes, two steps each. What is in its checkpoint after each of them."""
+    run, files = directory / shard, []
+    for stage, processes in enumerate((1, 2, 4, 1), start=1):
+        options = ["--resume", str(run)] if stage > 1 else [*argv, "--out", str(run)]
+        options += ["--steps", str(2 * stage), "--shard", shard if processes > 1 else "none"]
+        options += ["--save-every", "1", "--async-save" if shard == "fsdp2" else "--no-async-save"]
+        finish(start(options, processes, log), log)
+        if processes == 4:
+            shutil.copytree(run, directory / f"four-{shard}")
+        files.append(sorted(path.name for path in (run / "checkpoint").iterdir()))
+    return files
+
+
 @pytest.fixture(scope="module")
-def resharded(directory) -> dict[str, dict]:
-    program = str(Path(__file__).with_name("resharding.py"))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, program, str(directory)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def resharded(directory, no_picture) -> dict[str, list[list[str]]]:
+    """By how weights were shared out, the files of each checkpoint; and a run that goes on in one process."""
+    argv, log = arguments(directory, "--batch-size", "8", "--dropout", "0", "--eval-tokens", "64"), directory / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        finish(start([*argv, "--out", str(directory / "whole")], 1, log), log)
+        return {shard: go_on_with_others(directory, shard, argv, log) for shard in ("none", "fsdp2")}
 
 
 @pytest.fixture
 def four(directory, resharded, tmp_path) -> Path:
     """The run that four processes left, to be damaged."""
-    return Path(shutil.copytree(directory / "four", tmp_path / "run"))
+    return Path(shutil.copytree(directory / "four-fsdp2", tmp_path / "run"))
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp2"])
-def test_a_run_goes_on_with_another_number_of_processes(resharded, shard):
-    """1, 2, 4 and 1 in turn. They differ in the order in which a batch is added up."""
-    found = resharded[shard]
-    assert len(found["losses"]) == 8
-    assert found["losses"] == pytest.approx(found["expected"], rel=1e-6)
-    assert found["farthest weight"] < 1e-6
-    parts = [[name for name in names if name.startswith("model")] for names in found["files"]]
+def test_a_run_goes_on_with_another_number_of_processes(directory, resharded, shard):
+    """They differ in the order in which a batch is added up."""
+    runs = directory / "whole", directory / shard
+    expected, losses = ([row["loss"] for row in rows_of(run)] for run in runs)
+    assert len(losses) == 8
+    assert losses == pytest.approx(expected, rel=1e-6)
+    whole, weights = (weights_of(run) for run in runs)
+    assert weights.keys() == whole.keys()
+    assert max(float((weights[name] - whole[name]).abs().max()) for name in whole) < 1e-6
+    parts = [[name for name in names if name.startswith("model")] for names in resharded[shard]]
     assert parts[0] == parts[3] == ["model.safetensors"]
     assert parts[1] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert parts[2] == [f"model-0000{part}-of-00004.safetensors" for part in range(1, 5)]

@@ -31,6 +31,11 @@ def finished(tmp_path_factory) -> Path:
     return directory / "run"
 
 
+@pytest.fixture(autouse=True)
+def one_picture(finished, no_picture) -> None:
+    """That of the finished run."""
+
+
 def test_what_a_run_leaves(finished):
     names = {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoint", "summary.json", "report.png"}
     assert {path.name for path in finished.iterdir()} == names | {"validation.safetensors"}
@@ -109,7 +114,8 @@ def test_models_of_every_kind_train(tmp_path, readout):
     assert main(arguments(tmp_path, *options, "--steps", "2", "--out", str(tmp_path / "run"))) == 0
 
 
-def test_compiled(tmp_path):
+def test_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.trainer._evaluate", lambda run: [])
     options = ["--compile", "--steps", "2", "--n-loops", "1", "--n-layers", "1", "--dropout", "0"]
     losses = []
     for name, chosen in (("a", options), ("b", options[1:])):

@@ -20,6 +20,7 @@ from train.metrics import MetricsLog, read_metrics
 from train.run import main
 from train.saves import Saves
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 FINISHED = ["checkpoint", "config.json", "metrics.jsonl", "report.png", "summary.json", "tokenizer.json"]
 NO_SPACE = r"(?=.*checkpoint\.new).*No space left on device.*"
 GOES_ON = r"\. Training goes on, and tries again later\. Saves that failed: (\d+)\."

@@ -7,7 +7,7 @@ from looped.kernels.cross_entropy_cpu import top2
 from looped.kernels.statistics import ReadoutStatistics, readout_statistics_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 33, 64, 257), (4, 35, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
+SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 17, 64, 257), (3, 11, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
 
 
 def inputs(shape, device, dtype):
@@ -109,7 +109,7 @@ def test_empty(backend, device):
 
 
 def test_deterministic(backend, device):
-    states, head, targets, *_ = inputs((2, 33, 32, 257), device, torch.bfloat16)
+    states, head, targets, *_ = inputs((2, 17, 32, 257), device, torch.bfloat16)
     first, again = (readout_statistics(states, head, targets) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -117,11 +117,11 @@ def test_deterministic(backend, device):
 def test_no_logits_larger_than_a_chunk():
     """On the CPU: the largest product is one chunk of rows, not all of them."""
     products, mm = [], torch.mm
-    states, head = torch.randn(4, 4096, 8), torch.randn(20_000, 8)
+    states, head = torch.randn(3, 2048, 8), torch.randn(5000, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "mm", lambda a, b, **k: products.append((len(a), b.shape[1])) or mm(a, b, **k))
         readout_statistics(states, head)
-    assert sum(rows * columns for rows, columns in products) == 4 * 4096 * 20_000
+    assert sum(rows * columns for rows, columns in products) == 3 * 2048 * 5000
     assert max(rows for rows, _ in products) <= 2048
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numerics import assert_no_worse_than
 from test_model import READOUTS, K, batch, expected_logits, gradients, model, run
-from tiny_decoder import D, assert_same_gradients
+from tiny_decoder import COMPILED, D, assert_same_gradients
 from torch import Tensor
 
 import looped.kernels.device
@@ -279,7 +279,7 @@ def test_with_truncated_backpropagation_the_exits_are_among_the_loops_that_learn
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_whole_forward_compiles_into_one_graph(fused: bool) -> None:
     torch._dynamo.reset()
-    decoder = gated_model(fused=fused)
+    decoder = gated_model(fused=fused, **COMPILED)
     options = Gated(0.2, "geometric:0.4")
     expected, expected_gradients = run(decoder, supervision=options)
     decoder.zero_grad()

@@ -82,18 +82,18 @@ def test_trap_some_states_detached(backend, device):
 
 def test_trap_noncontiguous_and_expanded_inputs(backend, device):
     torch.manual_seed(0)
-    head, targets = torch.randn(31, 16, device=device), torch.randint(31, (4, 6), device=device)
-    base = torch.randn(2, 6, 4, 32, device=device)
+    head, targets = torch.randn(31, 16, device=device), torch.randint(31, (2, 3), device=device)
+    base = torch.randn(2, 3, 2, 32, device=device)
     for states in (
         base.transpose(1, 2)[..., ::2],
         base.transpose(1, 2)[..., :16],
-        base[:1, :4].transpose(1, 2).expand(3, 4, 4, 32)[:, :, :1, 16:].expand(3, 4, 6, 16),
+        base[:1, :1, :, 16:].transpose(1, 2).expand(3, 2, 3, 16),
     ):
         for some_head in (head, head.t().contiguous().t(), head[:1].expand(31, 16)):
-            result = looped_cross_entropy(states, some_head, targets, chunk_rows=10)
+            result = looped_cross_entropy(states, some_head, targets, chunk_rows=5)
             expected = looped_cross_entropy_reference(states.contiguous(), some_head.contiguous(), targets).loss
             torch.testing.assert_close(result.loss, expected)
-    leaf = torch.randn(2, 4, 6, 16, device=device, requires_grad=True)
+    leaf = torch.randn(2, 2, 3, 16, device=device, requires_grad=True)
     view = leaf.transpose(1, 2)
     looped_cross_entropy(view, head, targets.t()).loss.backward()
     expected = torch.autograd.grad(looped_cross_entropy_reference(view, head, targets.t())[0], leaf)[0]
@@ -103,7 +103,7 @@ def test_trap_noncontiguous_and_expanded_inputs(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_trap_loss_scaling(device, backend, dtype):
     """A loss scale reaches float16 gradients that would be subnormal without it."""
-    case = Case((2, 300, 16, 31), device, dtype, reduction="sum", weights=[2e-6, 2e-6])
+    case = Case((2, 48, 16, 31), device, dtype, reduction="sum", weights=[2e-6, 2e-6])
     scale = 2.0**19
     scaled, _ = case.run(looped_cross_entropy, upstream=scale)
     truth, _ = case.run(looped_cross_entropy_reference, torch.float64, upstream=scale)
@@ -114,10 +114,10 @@ def test_trap_loss_scaling(device, backend, dtype):
 
 def test_trap_float16_sums_over_many_tokens_do_not_overflow(backend, device):
     """The head's gradient is a mean, of order one, whatever the sum over tokens is before it is divided."""
-    states = torch.full((1, 600, 16), 300.0, device=device).half().requires_grad_()
-    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(600, dtype=torch.int64)
+    states = torch.full((1, 60, 16), 3000.0, device=device).half().requires_grad_()
+    head, targets = torch.zeros(3, 16, device=device).half().requires_grad_(), torch.zeros(60, dtype=torch.int64)
     looped_cross_entropy(states, head, targets.to(device), readout="raw").loss.backward()
-    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -200.0, device=device))
+    torch.testing.assert_close(head.grad[0].float(), torch.full((16,), -2000.0, device=device))
 
 
 def test_trap_common_logit_offset(backend, device):

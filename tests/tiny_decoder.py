@@ -11,6 +11,7 @@ from looped.config import LoopedConfig
 from looped.model import LoopedLM
 
 V, D, HEADS, LAYERS, FF, LENGTH = 61, 24, 3, 2, 40, 16
+COMPILED: dict[str, Any] = {"n_layers": 1, "n_loops": 2}  # changes for torch.compile, which takes long for every layer
 
 
 def config(**changes: Any) -> LoopedConfig:
