@@ -70,3 +70,11 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def no_picture():
+    """Runs draw no report.png, which takes as long as all else that they do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.report.draw", lambda *arguments: None)
+        yield
