@@ -121,7 +121,7 @@ def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, c
 
 
 def test_several_at_a_time_give_the_same(two, tmp_path, monkeypatch):
-    """Seeds that are the same run have the same diagnosis, whichever process made it; here forks, which start sooner."""
+    """Seeds that are the same run have the same diagnosis, whichever process made it; here forks."""
     fork = get_context("fork")
     monkeypatch.setattr(judging, "get_context", {"spawn": fork}.get)
     assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
