@@ -42,7 +42,8 @@ def rms_norm_penalty_reference(
 
 
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
-    x, (weight, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in (weight, residual))
+    x = x.contiguous()
+    weight, residual = [t if t is None else t.contiguous() for t in (weight, residual)]
     y = torch.empty_like(x, dtype=y_dtype)
     mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     total = x.new_empty(0) if residual is None else torch.empty_like(residual)
@@ -64,9 +65,7 @@ def _backward(
 ):  # fmt: skip
     """dx (in x_dtype), dresidual (in h's dtype; empty where it equals dx), dweight (empty unless needed)."""
     h = h.contiguous()
-    dy, dmean_square, dtotal, weight = (
-        None if t is None else t.contiguous() for t in (dy, dmean_square, dtotal, weight)
-    )
+    dy, dmean_square, dtotal, weight = [t if t is None else t.contiguous() for t in (dy, dmean_square, dtotal, weight)]
     dh = torch.empty_like(h)
     dx = None if x_dtype == h.dtype else torch.empty_like(h, dtype=x_dtype)
     dweight = partial_sums(h) if need_dweight else None
