@@ -5,27 +5,15 @@ import sys
 
 import kills
 import pytest
-import torch
 
 SEED = "5"  # of one process: killed between the two renames of a save, then while the files of one are written
-
-
-@pytest.fixture
-def one_thread():
-    """As kills.py has: the runs are forks, in which there are no others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
     ("options", "n_kills", "between_names"),
     [(("--within-saving",), 2, 1), (("--within-saving", "--processes", "2", "--shard", "fsdp2"), 1, 0)],
 )
-def test_nothing_is_lost_in_the_midst_of_a_save(
-    monkeypatch, capsys, no_picture, one_thread, options, n_kills, between_names
-):
+def test_nothing_is_lost_in_the_midst_of_a_save(monkeypatch, capsys, no_picture, options, n_kills, between_names):
     small = ("--n-layers", "1", "--n-loops", "1")
     monkeypatch.setattr(sys, "argv", ["kills.py", "--kills", str(n_kills), "--seed", SEED, *options, *small])
     assert kills.main() == 0

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forks import forked, run_forked
+from forked_runs import forked, run_forked
 from tiny_run import arguments
 
 from train import trainer

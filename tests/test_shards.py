@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forks import forked
+from forked_runs import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import text

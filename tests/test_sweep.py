@@ -13,7 +13,7 @@ from typing import get_args
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from forks import forked
+from forked_runs import forked
 from safetensors.torch import load_file
 from tiny_sweep import (
     NAMES,

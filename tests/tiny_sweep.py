@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
-from forks import forked
+from forked_runs import forked
 from tiny_run import MODEL, TRAINING, text
 
 from looped.command_line import command_line
