@@ -23,10 +23,11 @@ def launch(
     """Run a kernel, whose arguments are the tensors and then the numbers, on the tensors' GPU.
 
     Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
-    classifies anew each time.  Here a kernel is looked up by the numbers and the tensors' dtypes, where all addresses
-    are multiples of 16.
+    classifies anew each time.  Here a kernel is looked up by its grid, the numbers and the tensors' dtypes, where all
+    addresses are multiples of 16.
     """
-    addresses, on, dtypes = 0, None, []
+    addresses, on = 0, None
+    dtypes: list[torch.dtype | None] = []
     for tensor in tensors:
         if tensor is None:
             dtypes.append(None)
@@ -40,17 +41,19 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
         return
-    if addresses & 15 or HIP or not isinstance(kernel, triton.JITFunction):
+    plain = type(on) in (torch.Tensor, torch.nn.Parameter) and isinstance(kernel, triton.JITFunction)
+    if addresses & 15 or not plain or HIP:
         kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
         return
-    key = (kernel, device, num_warps, numbers, *map(type, numbers), *dtypes)  # to a dict, 1 is 1.0 and True
-    compiled = COMPILED.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers)
+    key = (kernel, device, grid, num_warps, numbers, *map(type, numbers), *dtypes)  # to a dict, 1 is 1.0 and True
+    run = COMPILED.get(key)
+    if run is not None:
+        run(*tensors, *numbers)
         return
     if len(COMPILED) >= MAX_COMPILED:
         COMPILED.clear()
-    COMPILED[key] = kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
+    compiled = kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
+    COMPILED[key] = compiled[(*grid, 1, 1)[:3]]
 
 
 def cdiv(n: int, size: int) -> int:
