@@ -117,6 +117,7 @@ def test_alone_the_shared_name_is_ours(tmp_path, first):
         assert sorted(kernels.__all__) == sorted(looped.kernels.__all__)
         for name in kernels.__all__:
             assert getattr(kernels, name) is getattr(looped.kernels, name)
+        assert sys.modules["kernels.rms_norm"] is sys.modules["looped.kernels.rms_norm"]
         for path in Path({str(ROOT)!r}, "kernels").glob("[!_]*.py"):
             for package in ("kernels.", "looped.kernels."):  # what is loaded later has the second name alone
                 try:
