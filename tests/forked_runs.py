@@ -1,4 +1,4 @@
-"""Runs of one or several processes that are forks of this one, which has PyTorch loaded and has not used it."""
+"""Runs in forks of this process, which has loaded PyTorch already: they begin at once."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -18,20 +19,51 @@ from train.run import main
 PATIENCE = 120.0  # seconds for a run that nobody kills
 
 
-def fork(work: Callable[[], int | None], log: Path) -> int:
-    """The process id of a fork that does the work, writes to the log and has the code that the work returns."""
+def forked(call: Callable[[], int | None], stdout: int | None, stderr: int | None) -> int:
+    """Start a process that ends with the exit code of ``call`` and writes to these descriptors. Gives its id.
+
+    None: the descriptor is closed.
+    """
     child = os.fork()
     if child == 0:
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (until the process ends)
-        os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
         code = 70
         try:
-            code = work() or 0
+            sys.stdout, sys.stderr = _stream(1, stdout), _stream(2, stderr)
+            torch.set_num_threads(1)  # the other threads have stayed behind
+            code = call() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except BaseException:
+            code = 70
             traceback.print_exc()
         finally:
             os._exit(code)
     return child
+
+
+def _stream(number: int, target: int | None) -> TextIO | None:
+    """What Python has as sys.stdout or sys.stderr when the descriptor ``number`` is ``target``."""
+    if target is None:
+        os.close(number)
+        return None
+    os.dup2(target, number)
+    return open(number, "w", buffering=1 if number == 2 else -1, closefd=False)
+
+
+def run_forked(call: Callable[[], int]) -> tuple[int, str]:
+    """The exit code and the standard error of ``call`` in a process of its own."""
+    reader, writer = os.pipe()
+    with open(os.devnull, "wb") as null, open(reader) as stderr:
+        child = forked(call, null.fileno(), writer)
+        os.close(writer)
+        said = stderr.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def fork(work: Callable[[], int | None], log: Path) -> int:
+    """The process id of a fork that does the work, writes to the log and has the code that the work returns."""
+    with open(log, "ab") as output:
+        return forked(work, output.fileno(), output.fileno())
 
 
 def start(argv: list[str], processes: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,10 @@ def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, c
     assert_rejected(words, "learning_rate must be that of the runs", capsys, tmp_path)
 
 
-def test_several_at_a_time_give_the_same(two, tmp_path):
-    """Seeds that are the same run have the same diagnosis, whichever process made it."""
+def test_several_at_a_time_give_the_same(two, tmp_path, monkeypatch):
+    """Seeds that are the same run have the same diagnosis, whichever process made it; here forks."""
+    fork = get_context("fork")
+    monkeypatch.setattr(judging, "get_context", {"spawn": fork}.get)
     assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
     first, second = (
         read_diagnosis_of_run(two / "per-loop-rmsnorm" / f"seed-{seed}", n_tokens=64, horizon=30) for seed in (42, 101)

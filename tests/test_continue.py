@@ -15,6 +15,8 @@ from train.metrics import read_metrics
 from train.run import main
 from train.step import learning_rate
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 
 def step_of(run: Path) -> int:
     return json.loads((run / "checkpoint" / "checkpoint.json").read_text())["step"]
@@ -77,9 +79,9 @@ def test_too_many_in_a_row_stop_and_the_run_goes_on_with_another_rate(tmp_path, 
 
 def test_a_changed_weight_decay_and_rate_are_used(tmp_path):
     """Half a run, continued with other values, is not the run that was begun with the old ones."""
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "half"), "--steps", "4")) == 0
     for name, options in (("a", []), ("b", ["--weight-decay", "0.5"]), ("c", ["--grad-clip", "0.01"])):
-        run = tmp_path / name
-        assert main(arguments(tmp_path, "--out", str(run), "--steps", "4")) == 0
+        run = shutil.copytree(tmp_path / "half", tmp_path / name)
         assert main(["--resume", str(run), "--steps", "8", *options]) == 0
     losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in "abc"]
     assert losses[0][:5] == losses[1][:5] == losses[2][:5]
@@ -91,7 +93,7 @@ def test_a_changed_weight_decay_and_rate_are_used(tmp_path):
 def test_when_checkpoints_are_written(tmp_path, monkeypatch, save_every, steps):
     saved, save = [], trainer.save
     monkeypatch.setattr(trainer, "save", lambda run: saved.append(run.step) or save(run))
-    argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--save-every", save_every)
+    argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--save-every", save_every, "--n-loops", "1")
     assert main([*argv, "--steps", "15"]) == 0
     assert saved == sorted({*steps, 15})
 
@@ -99,7 +101,8 @@ def test_when_checkpoints_are_written(tmp_path, monkeypatch, save_every, steps):
 def test_the_first_checkpoint_comes_early(tmp_path, monkeypatch):
     saved, save = [], trainer.save
     monkeypatch.setattr(trainer, "save", lambda run: saved.append(run.step) or save(run))
-    assert main([*arguments(tmp_path, "--out", str(tmp_path / "run"), "--log-every", "60"), "--steps", "60"]) == 0
+    options = ("--log-every", "60", "--steps", "60", "--n-loops", "1", "--n-layers", "1")
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"), *options)) == 0
     assert saved == [50, 60]
 
 

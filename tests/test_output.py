@@ -1,59 +1,84 @@
-"""Runs whose output nobody reads, whose files cannot be written, or whose system has not all that POSIX has."""
+"""Runs whose output nobody reads, or whose files cannot be written."""
 
 import json
 import os
 import re
+import resource
+import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked_runs import forked, run_forked
 from tiny_run import arguments
 
+from train import trainer
 from train.metrics import read_metrics
+from train.run import main
 
-ROOT = Path(__file__).parents[1]
+PROGRAM = Path(__file__).parents[1] / "train" / "run.py"
 FINISHED = {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoint", "summary.json", "report.png"}
+BROKEN_PIPE = "standard output cannot be written (Broken pipe). The run goes on.\n"
+NO_SPACE = "standard output cannot be written (No space left on device). The run goes on.\n"
 
 
-def run_program(argv: list[str], *, before: str = "", shell: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """``train.run.main(argv)`` in a process of its own, after the Python ``before``, in the shell's redirections."""
-    script = f"{before}\nimport sys\nfrom train.run import main\nsys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = ["bash", "-c", f'"$0" "$@" {shell}', sys.executable, "-c", script, *argv]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.parametrize(
-    ("shell", "message"),
-    [
-        ("| head -n 2; exit ${PIPESTATUS[0]}", "standard output cannot be written (Broken pipe). The run goes on.\n"),
-        ("> /dev/full", "standard output cannot be written (No space left on device). The run goes on.\n"),
-        ("> /dev/full 2>&1", ""),
-        ("2>&1 | head -n 1; exit ${PIPESTATUS[0]}", ""),
-        (">&- 2>&-", ""),
-        ("2>&-", ""),
-    ],
-)
-def test_a_run_outlasts_its_output(tmp_path, shell, message):
-    run = tmp_path / "run"
-    done = run_program(arguments(tmp_path, "--out", str(run), "--steps", "4"), shell=shell)
-    assert (done.returncode, done.stderr) == (0, message)
+def assert_finished(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= FINISHED
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-LIMIT = """
-import resource
-from train import trainer
+def test_a_program_outlasts_its_output(tmp_path):
+    argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--steps", "4")
+    command = f"{shlex.join([sys.executable, str(PROGRAM), *argv])} | head -n 2; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, BROKEN_PIPE)
+    assert_finished(tmp_path / "run")
+
+
+def opened(place: str) -> int | None:
+    """A descriptor to write to, or None, which is a closed one."""
+    if place == "closed":
+        return None
+    if place != "unread pipe":
+        return os.open(place, os.O_WRONLY | os.O_CREAT)
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "message"),
+    [
+        ("unread pipe", "said", BROKEN_PIPE),
+        ("/dev/full", "said", NO_SPACE),
+        ("/dev/full", "/dev/full", ""),
+        ("unread pipe", "unread pipe", ""),
+        ("closed", "closed", ""),
+        ("/dev/null", "closed", ""),
+    ],
+)
+def test_a_run_outlasts_its_output(tmp_path, monkeypatch, stdout, stderr, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "said").touch()
+    argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--steps", "4")
+    _, status = os.waitpid(forked(lambda: main(argv), opened(stdout), opened(stderr)), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (tmp_path / "said").read_text() == message
+    assert_finished(tmp_path / "run")
+
+
 def limited(function):
+    """``function`` of a run, from step 5 on with no file above 200 bytes."""
+
     def wrapped(run, *rest):
         if run.step >= 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
         return function(run, *rest)
+
     return wrapped
-"""
 
 
 @pytest.mark.parametrize(
@@ -80,12 +105,14 @@ def limited(function):
         ),
     ],
 )
-def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path, options, function, message, last):
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, options, function, message, last):
     run = tmp_path / "run"
-    before = f"{LIMIT}trainer.{function} = limited(trainer.{function})"
-    done = run_program(arguments(tmp_path, "--out", str(run), *options.split()), before=before)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    argv = arguments(tmp_path, "--out", str(run), *options.split())
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, function, limited(getattr(trainer, function)))
+        code, error = run_forked(lambda: main(argv))
+    assert code == 1
+    (line,) = error.splitlines()
     found = re.match(f"error: {message}", line)
     assert found, line
     assert {path.name for path in run.iterdir()} <= FINISHED | {"validation.safetensors"}
@@ -96,41 +123,36 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path, options, funct
     assert json.loads((run / "checkpoint" / "checkpoint.json").read_text())["step"] == last
     rest = line[found.end() :]
     assert rest.startswith(f"The checkpoint of step {last} is whole. To continue from it: ")
-    command = rest.partition("continue from it: ")[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    again = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    _, program, *argv = shlex.split(rest.partition("continue from it: ")[2])
+    assert Path(program).resolve() == PROGRAM
+    assert main(argv) == 0
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 8
 
 
 def test_a_directory_that_cannot_be_filled_is_left_as_it_was(tmp_path):
     (tmp_path / "empty").mkdir()
     argv = arguments(tmp_path, "--steps", "1")
-    assert run_program([*argv, "--out", str(tmp_path / "ok")]).returncode == 0  # its text is in the cache now
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))"
+    assert main([*argv, "--out", str(tmp_path / "ok")]) == 0  # its text is in the cache now
+
+    def limited_run(name: str) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+        return main([*argv, "--out", str(tmp_path / name)])
+
     for name in ("empty", "new"):
-        done = run_program([*argv, "--out", str(tmp_path / name)], before=limit)
-        assert done.returncode == 2
-        assert re.fullmatch(rf"error: out directory .*{name} is not writable \(.*large: '.*'\)\.\n", done.stderr)
+        code, error = run_forked(partial(limited_run, name))
+        assert code == 2
+        assert re.fullmatch(rf"error: out directory .*{name} is not writable \(.*large: '.*'\)\.\n", error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "empty", "ok", "text.txt"]
     assert not any((tmp_path / "empty").iterdir())
 
 
-def test_a_system_without_posix(tmp_path):
-    """As on Windows: no fcntl, no resource."""
-    before = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None"
-    argv = arguments(tmp_path, "--steps", "3", "--out", str(tmp_path / "run"))
-    assert run_program(argv, before=before).returncode == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["peak_memory_bytes"] is None
-    assert run_program(["--resume", str(tmp_path / "run"), "--steps", "4"], before=before).returncode == 0
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 def test_files_have_the_modes_that_the_umask_leaves(tmp_path, umask):
-    before = f"import os\nos.umask({umask})"
-    assert (
-        run_program(arguments(tmp_path, "--steps", "2", "--out", str(tmp_path / "run")), before=before).returncode == 0
-    )
+    argv = arguments(tmp_path, "--steps", "2", "--out", str(tmp_path / "run"))
+    before = os.umask(umask)
+    try:
+        assert main(argv) == 0
+    finally:
+        os.umask(before)
     for path in (tmp_path / "run", *(tmp_path / "run").rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path

@@ -1,15 +1,15 @@
 """Tokens in several files, written by processes that may be killed, or that want the same at once."""
 
+import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked_runs import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import text
@@ -23,13 +23,12 @@ from train.text.data import TokenData, load_data
 from train.text.shards import Shards
 
 OPTIONS: dict[str, Any] = {"tokenizer": "bpe", "vocab_size": 300, "seq_len": 16}
-SMALL = {"SHARD_BYTES": 4000, "CHARACTERS_AT_ONCE": 1500}
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_BYTES", SMALL["SHARD_BYTES"])
-    monkeypatch.setattr(data_module, "CHARACTERS_AT_ONCE", SMALL["CHARACTERS_AT_ONCE"])
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(data_module, "CHARACTERS_AT_ONCE", 1500)
     monkeypatch.setattr(data_module, "pieces", lambda parts: data_module_pieces(parts, 400))
 
 
@@ -104,38 +103,31 @@ def test_a_process_reads_its_rows_alone(texts, tmp_path, monkeypatch):
     assert gathered == [8, 4, 4, 2, 2, 2, 2]
 
 
-CHILD = """
-import os, signal, sys, time
-from pathlib import Path
-from train.text import data, shards
-pieces = data.pieces
-data.pieces = lambda parts: pieces(parts, 400)
-shards.SHARD_BYTES, data.CHARACTERS_AT_ONCE, kill_at = {SHARD_BYTES}, {CHARACTERS_AT_ONCE}, int(sys.argv[3])
-write = data._write_group
-def counted(*arguments):
-    global kill_at
-    kill_at -= 1
-    if kill_at == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.02)
-    write(*arguments)
-data._write_group = counted
-data.load_data(sys.argv[1], cache=Path(sys.argv[2]), tokenizer="bpe", vocab_size=300, seq_len=16)
-""".format(**SMALL)
+def begin(texts: str, cache: Path, kill_at: int = 0) -> tuple[int, Path]:
+    """A process that encodes ``texts``, and kills itself before it encodes group ``kill_at`` of them; its stderr."""
+    write, groups = data_module._write_group, itertools.count(1)
 
+    def counted(*arguments: Any) -> None:
+        if next(groups) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        write(*arguments)
 
-def start(texts: str, cache: Path, kill_at: int = 0) -> subprocess.Popen[str]:
-    """A process that encodes ``texts``, and kills itself before it encodes group ``kill_at`` of them."""
-    command = [sys.executable, "-c", CHILD, texts, str(cache), str(kill_at)]
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
+    def encode() -> int:
+        data_module._write_group = counted
+        load(texts, cache)
+        return 0
+
+    errors = cache.with_name("errors")
+    with open(errors, "wb") as file:
+        return forked(encode, file.fileno(), file.fileno()), errors
 
 
 def test_a_killed_process_has_lost_the_last_file_alone(texts, tmp_path, monkeypatch):
     expected = load(texts, tmp_path / "whole")
     cache = tmp_path / "cache"
-    child = start(texts, cache, kill_at=15)
-    child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL
+    child, _ = begin(texts, cache, kill_at=15)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (staging,) = cache.iterdir()
     assert staging.name.startswith("unfinished-tokens-")
     kept = {path.name: path.stat().st_mtime_ns for path in staging.glob("train-*.tokens")}
@@ -192,12 +184,13 @@ def test_an_interrupted_process_leaves_no_half_files(texts, tmp_path, monkeypatc
 
 
 def test_processes_that_want_the_same_at_once(texts, tmp_path, capsys):
-    child = start(texts, tmp_path / "cache")
-    while child.poll() is None and not list(tmp_path.glob("cache/*/tokenizer.json")):
+    child, errors = begin(texts, tmp_path / "cache")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/*/tokenizer.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     mine = load(texts, tmp_path / "cache")
-    _, errors = child.communicate(timeout=60)
-    assert (child.returncode, errors) == (0, "")
+    assert os.waitpid(child, 0)[1] == 0
+    assert errors.read_text() == ""
     assert "waiting for another process" in capsys.readouterr().err
     assert_equal(mine, load(texts, tmp_path / "whole"))
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -13,8 +13,18 @@ from typing import get_args
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from forked_runs import forked
 from safetensors.torch import load_file
-from tiny_sweep import ENVIRONMENT, NAMES, PROGRAM, assert_rejected, contents, finished_sweep, sweep_words, tasks_of
+from tiny_sweep import (
+    NAMES,
+    PROGRAM,
+    assert_rejected,
+    contents,
+    finished_sweep,
+    main_of_forks,
+    sweep_words,
+    tasks_of,
+)
 
 from looped.command_line import command_line
 from train.config import TrainConfig
@@ -27,6 +37,8 @@ from train.paper.plan import SweepConfig, Task, plan, sweep_command
 from train.paper.runs import EXECUTION
 from train.run import main as train_main
 from train.run import parse
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +232,7 @@ def test_stopped_runs_are_continued_or_begun_again(finished, directory, capsys):
     (unfinished.run.directory / "report.png").unlink()
     (unfinished.run.directory / "metrics.jsonl").write_text('{"step": 1, "loss"')  # killed while it wrote
     capsys.readouterr()
-    assert main(argv) == 0
+    assert main_of_forks(argv) == 0
     printed = capsys.readouterr().out
     assert re.search(r"terminal-rmsnorm +seed 7 +is continued", printed)
     assert re.search(r"per-loop-rmsnorm +seed 7 +had no checkpoint yet: removed", printed)
@@ -254,7 +266,7 @@ def test_what_would_fail_after_training_is_found_before(finished, directory, cap
 
 def test_divergence_is_a_result(tmp_path, capsys):
     argv = sweep_words(tmp_path, "--conditions", "per-loop-raw", extra=("--learning-rate", "1e30"))
-    assert main(argv) == 0
+    assert main_of_forks(argv) == 0
     assert re.search(r"per-loop-raw +seed 7 +diverged at step \d", capsys.readouterr().out)
     table = (tmp_path / "sweep" / "sweep.md").read_text()
     assert "| `per-loop-raw` | 0, 1 diverged | - |" in table
@@ -270,7 +282,7 @@ def test_failure_of_one_run_does_not_end_the_sweep(finished, directory, capsys):
     (torn.run.directory / "checkpoint" / "model.safetensors").write_bytes(b"")
     shutil.rmtree(missing.run.directory)
     capsys.readouterr()
-    assert main(argv) == 1
+    assert main_of_forks(argv) == 1
     printed = capsys.readouterr().out
     assert re.search(r"terminal-rmsnorm .* failed \(exit 2, see .*seed-7.log\): error: .* is torn", printed)
     assert re.search(r"per-loop-rmsnorm .* PPL .* 2 of 2 done", printed)
@@ -285,28 +297,29 @@ def wait_until(holds, seconds: float = 240) -> None:
         time.sleep(0.1)
 
 
-def begin(directory: Path) -> subprocess.Popen[str]:
-    """Two long runs at once, both in training when this returns."""
-    argv = sweep_words(directory, "--steps", "100000", "--jobs", "2")
-    process = subprocess.Popen([*PROGRAM, *argv], cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    runs = [task.run.directory for task in tasks_of(argv)]
-    wait_until(lambda: all(read_metrics(run / "metrics.jsonl") for run in runs))
-    return process
+def in_training(words: list[str]) -> bool:
+    return all(read_metrics(task.run.directory / "metrics.jsonl") for task in tasks_of(words))
 
 
 def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeypatch):
-    with begin(tmp_path) as process:
+    words = sweep_words(tmp_path, "--steps", "100000", "--jobs", "2")
+    with open(tmp_path / "printed.txt", "wb") as printed:
+        process = forked(lambda: main_of_forks(words), printed.fileno(), printed.fileno())
+    try:
+        wait_until(lambda: in_training(words))
         monkeypatch.setattr(sweep, "_start", None)
         argv = sweep_words(tmp_path, "--steps", "100000")
         assert main(argv) == 2
         assert "out must not be in use" in capsys.readouterr().err
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM
+    finally:
+        os.kill(process, signal.SIGTERM)
+        _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    output = (tmp_path / "printed.txt").read_text()
     assert "stopping 2 running" in output
     command = shlex.split(output.splitlines()[-1])
     assert command[:3] == PROGRAM
-    assert command[3:] == sweep_words(tmp_path, "--steps", "100000", "--jobs", "2")
+    assert command[3:] == words
     for task in tasks_of(argv):
         step = json.loads((task.run.directory / "checkpoint" / "checkpoint.json").read_text())["step"]
         assert 1 <= step < 100_000
@@ -316,17 +329,20 @@ def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeyp
 
 
 def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
-    with begin(tmp_path) as process:
+    """The program, and the run that it starts."""
+    words = sweep_words(tmp_path, "--steps", "100000", "--conditions", NAMES[0])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*PROGRAM, *words], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: in_training(words))
         process.kill()
     monkeypatch.setattr(sweep, "_start", None)
-    argv = sweep_words(tmp_path, "--steps", "100000")
+    (task,) = tasks_of(words)
     try:
-        assert main(argv) == 2
+        assert main(words) == 2
         assert "out must not be in use" in capsys.readouterr().err
     finally:
-        for task in tasks_of(argv):
-            os.kill(_process_of(task.run.directory), signal.SIGTERM)
-    wait_until(lambda: all((task.run.directory / "checkpoint").exists() for task in tasks_of(argv)))
+        os.kill(_process_of(task.run.directory), signal.SIGTERM)
+    wait_until((task.run.directory / "checkpoint").exists)
 
 
 def _process_of(run: Path) -> int:

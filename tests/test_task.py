@@ -29,6 +29,8 @@ from train.tasks.accuracy import with_accuracy
 from train.tasks.task import TASKS, TaskSource, make_task
 from train.text.batches import spread
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 TINY = shlex.split("--d-model 16 --d-ff 32 --n-heads 2 --batch-size 4 --steps 6 --log-every 1 --device cpu")
 LENGTHS = {"p-hop": 24, "addition": 10}
 
@@ -125,7 +127,8 @@ def test_the_second_stage_of_a_gate_goes_on_with_the_curriculum(tmp_path, monkey
     assert load_run(tmp_path / "run-gate").model.exit_gate is not None
 
 
-def test_what_a_run_leaves(tmp_path, capsys):
+def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.report.draw", draw)
     run = tmp_path / "run"
     assert main(arguments("p-hop", run)) == 0
     output = capsys.readouterr().out

@@ -3,22 +3,25 @@
 import json
 import os
 import re
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
+from forked_runs import forked
 from tiny_run import MODEL, TRAINING, text
 
 from looped.command_line import command_line
+from train.paper import sweep
 from train.paper.__main__ import main
 from train.paper.options import split_words
 from train.paper.plan import SweepConfig, Task, plan
+from train.run import main as train_main
 
 NAMES = ("terminal-rmsnorm", "per-loop-rmsnorm")
 PROGRAM = [sys.executable, "-m", "train.paper"]
-CHECKOUT = str(Path(__file__).parents[1])
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": CHECKOUT}
 
 
 def training_words(directory: Path, *options: str, extra: tuple[str, ...] = ()) -> list[str]:
@@ -60,14 +63,43 @@ def contents(directory: Path) -> dict[str, bytes] | None:
     return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+class ForkedRun:
+    """A run that the sweep starts: all that the sweep wants of subprocess.Popen, as a fork."""
+
+    def __init__(self, command: list[str], stdout: BinaryIO, env: dict[str, str], **_: object) -> None:
+        assert command[:2] == [sys.executable, str(sweep.PROGRAM)]
+
+        def run() -> int:
+            os.environ |= env
+            return train_main(command[2:])
+
+        self.pid, self.code = forked(run, stdout.fileno(), stdout.fileno()), None
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.code is None:
+            ended, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code
+
+    def wait(self) -> int | None:
+        return self.poll(0)
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+
+def main_of_forks(words: list[str]) -> int:
+    """``python -m train.paper`` whose runs are forks of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "subprocess", SimpleNamespace(Popen=ForkedRun, DEVNULL=None, STDOUT=None))
+        return main(words)
+
+
 def finished_sweep(factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished sweep in it, which tests copy, and in printed.txt what the program printed."""
     directory = factory.getbasetemp() / "finished-sweep"
     if not directory.exists():
         directory.mkdir()
-        command = [*PROGRAM, *sweep_words(directory)]
-        done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
-        (directory / "printed.txt").write_text(done.stdout)
+        with open(directory / "printed.txt", "w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+            assert main_of_forks(sweep_words(directory)) == 0
     return directory
