@@ -25,6 +25,7 @@ from tiny_run import MODEL, arguments
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from looped.model import LoopedLM
 from looped.sharding import replicate, share_out, whole
@@ -215,27 +216,32 @@ def take_steps(rank: int, folder: str) -> None:
                 network.checkpoint_loops = case_number == 0
                 results[f"{number}-{way}-{case_number}"] = steps(network, spread(network, way), rows, case)
             check_bad_step(rank, model(**which), way, rows)
-        check_gathers(model(**which), rows)
+        check_exchanges(model(**which), rows)
     torch.save(results, Path(folder, f"{rank}.pt"))
 
 
-class Gathers(TorchDispatchMode):
-    """How many there are while it is on."""
+class Exchanges(TorchDispatchMode):
+    """How often weights are gathered while it is on, and the dtypes in which gradients are summed."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathers, self.summed = 0, set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "allgather" in str(func)
+        self.gathers += "allgather" in str(func)
+        if "reduce_scatter" in str(func):
+            self.summed |= {tensor.dtype for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
         return func(*args, **(kwargs or {}))
 
 
-def check_gathers(network: LoopedLM, rows: list[torch.Tensor]) -> None:
-    """A step gathers each block once, and all else once, whatever K."""
-    spread(network, "fsdp2")
+def check_exchanges(network: LoopedLM, rows: list[torch.Tensor]) -> None:
+    """A step gathers each block once, and all else once, whatever K; gradients are averaged in float32."""
+    share_out(network, dist.group.WORLD, torch.bfloat16)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
-    with Gathers() as gathers:
-        training_step(network, optimizer, *rows, supervision="per-loop", penalty=0.0, dtype=torch.float32, n_loops=3)
-    assert gathers.count == len(network.blocks) + 1
+    with Exchanges() as exchanges:
+        training_step(network, optimizer, *rows, supervision="per-loop", penalty=0.0, dtype=torch.bfloat16, n_loops=3)
+    assert exchanges.gathers == len(network.blocks) + 1
+    assert exchanges.summed == {torch.float32}
 
 
 def check_bad_step(rank: int, network: LoopedLM, way: str, rows: list[torch.Tensor]) -> None:

@@ -153,6 +153,15 @@ def test_a_row_that_could_not_be_written_is_there_before_the_next_checkpoint(tmp
     assert rows == [1, 2, 3]  # of step 1, 4 and 8, at the checkpoints of 3, 6 and 8
 
 
+def test_what_fails_in_the_background_of_the_last_save_is_an_error():
+    class Failing:
+        def wait(self):
+            raise OSError(errno.ENOSPC, "No space left on device", "checkpoint.new")
+
+    with pytest.raises(OSError, match=r"checkpoint\.new"):
+        Saves("continue").take_last(Failing)
+
+
 @pytest.mark.parametrize(("n_processes", "patience"), [(1, None), (2, 30.0)])
 def test_a_run_that_fails_waits_for_what_is_being_written(n_processes, patience, monkeypatch):
     """As when the loss is not finite: the message names the last checkpoint."""
