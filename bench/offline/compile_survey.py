@@ -1,25 +1,20 @@
 """What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, accesses.
 
-    python -m bench.offline.compile_survey sm_90 [--sampled] > report.json
-
-calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with the
-options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses there.
-It writes one JSON object a kernel.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and
-disassembler.
+A survey calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with
+the options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses
+there.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and disassembler.
 """
 
-import argparse
-import json
 import math
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -220,14 +215,8 @@ def survey(target_name: str, sampled: bool = False) -> list[Resources]:
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--sampled", action="store_true", help="fewer shapes, dtypes and options")
-    arguments = parser.parse_args()
-    report = [asdict(kernel) for kernel in survey(arguments.target, arguments.sampled)]
-    json.dump(report, sys.stdout, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+def surveys(sampled: bool) -> dict[str, list[dict[str, Any]]]:
+    """The survey of every target, two at a time, each in a process of its own: launchers keep what they chose."""
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        reports = pool.starmap(survey, [(name, sampled) for name in TARGETS], chunksize=1)
+    return {name: [asdict(kernel) for kernel in report] for name, report in zip(TARGETS, reports, strict=True)}
