@@ -1,7 +1,7 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, with wide accesses.
 
-No GPU is needed: bench/offline/compile_survey.py compiles.  By default a sample of the configurations; with GPU_CHECK=all
-in the environment all of them (half an hour for two targets on two cores).
+bench/offline/compile_survey.py compiles them without a GPU.  By default a sample of the configurations; with
+GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
 """
 
 import json

@@ -64,7 +64,7 @@ def _carry_out(program: str, arguments: list[str], folder: str, packages: list[s
 
 
 def _serve() -> None:
-    import torch._dynamo  # what the first fake tensor imports
+    import torch._dynamo  # noqa: F401  what the first fake tensor imports
 
     import bench.offline.whole_program  # noqa: F401  all of looped and train
 
