@@ -5,6 +5,7 @@ whether a CPU tensor goes to Triton; so without a GPU the variable is set while 
 the fixture for the tests that want it.
 """
 
+import gc
 import os
 
 import numpy as np
@@ -28,6 +29,11 @@ from looped.kernels import (  # noqa: E402, F401
 )
 
 os.environ.pop("TRITON_INTERPRET", None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported now stays: nothing looks through it for garbage, which is most of the time of a collection."""
+    gc.freeze()
 
 
 truncating_convert = interpreter._convert_float
