@@ -117,7 +117,7 @@ class Part(NamedTuple):
     run: Callable[[Path, bool, Sequence[object]], int]
 
 
-TINY = "smoke and not (compiled or chunked or terminal)"
+TINY = "smoke and not (compiled or chunked or terminal or (huginn and (plain or eager)))"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
     "host": Part(45, run_host),
