@@ -104,6 +104,7 @@ def subjects() -> dict[str, Subject]:
         "F.rms_norm": Subject(lambda h, w: F.rms_norm(h, (D,), w, 1e-6), (residual, weight)),
         "bare autograd.Function": Subject(Bare.apply, (residual,)),
         "bare Triton launch": Subject(lambda h: bare_kernel[(1,)](h, D, BLOCK=64), (residual,), False),
+        "rms_norm_penalty, y": Subject(lambda h, w: rms_norm_penalty(h, w).y, (residual, weight)),
         "rms_norm_penalty": Subject(lambda h, w: rms_norm_penalty(h, w), (residual, weight)),
         "rms_norm_penalty, residual": Subject(
             lambda h, w, r: rms_norm_penalty(h, w, residual=r), (x, weight, residual)

@@ -205,8 +205,8 @@ def cross_entropy(
     # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
     registers = {"maxnreg": 128} if statistics is not None and logits.is_cuda and not torch.version.hip else {}
     launch(
-        cross_entropy_kernel, (n_rows,), logits,
-        logits, targets, row_weight, bias, options.z_loss, results.loss, statistics, results.top1,
+        cross_entropy_kernel, (n_rows,),
+        (logits, targets, row_weight, bias, options.z_loss, results.loss, statistics, results.top1),
         n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
         options.label_smoothing or None, options.softcap, gradient, block,
         num_warps=max(1, min(NUM_WARPS, block // 128)), **registers,

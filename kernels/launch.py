@@ -1,5 +1,6 @@
 """What every Triton module here shares: the launch of a kernel, and the radial fraction of a row."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,41 +13,47 @@ MAX_COMPILED = 4096
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], on: torch.Tensor, *arguments: Any, num_warps: int, **options: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor | None],
+    *numbers: Any,
+    num_warps: int,
+    **options: Any,
 ) -> None:
-    """Run a kernel, its arguments by position, on the GPU of the tensor `on`.
+    """Run a kernel, whose arguments are the tensors and then the numbers, on the tensors' GPU.
 
     Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
-    classifies anew each time.  Here a kernel is looked up by the arguments' values and the tensors' dtypes, where all
+    classifies anew each time.  Here a kernel is looked up by its grid, the numbers and the tensors' dtypes, where all
     addresses are multiples of 16.
     """
+    addresses, on = 0, None
+    dtypes: list[torch.dtype | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        else:
+            on = tensor
+            addresses |= tensor.data_ptr()
+            dtypes.append(tensor.dtype)
+    assert on is not None  # every kernel writes a tensor
     device = on.device.index if on.is_cuda else None
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, on, *arguments, num_warps=num_warps, **options)
-            return
-    if type(on) not in (torch.Tensor, torch.nn.Parameter) or not isinstance(kernel, triton.JITFunction) or HIP:
-        kernel[grid](*arguments, num_warps=num_warps, **options)
+            launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
         return
-    addresses, known = 0, [kernel, device, num_warps]
-    for argument in arguments:
-        kind = type(argument)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            addresses |= argument.data_ptr()
-            known.append(argument.dtype)
-        else:  # of a float Triton compiles for the type alone
-            known.append(float if kind is float else argument)
-    if addresses & 15:
-        kernel[grid](*arguments, num_warps=num_warps, **options)
+    plain = type(on) in (torch.Tensor, torch.nn.Parameter) and isinstance(kernel, triton.JITFunction)
+    if addresses & 15 or not plain or HIP:
+        kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
         return
-    key = tuple(known)
-    compiled = COMPILED.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*arguments)
+    key = (kernel, device, grid, num_warps, numbers, *map(type, numbers), *dtypes)  # to a dict, 1 is 1.0 and True
+    run = COMPILED.get(key)
+    if run is not None:
+        run(*tensors, *numbers)
         return
     if len(COMPILED) >= MAX_COMPILED:
         COMPILED.clear()
-    COMPILED[key] = kernel[grid](*arguments, num_warps=num_warps, **options)
+    compiled = kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
+    COMPILED[key] = compiled[(*grid, 1, 1)[:3]]
 
 
 def cdiv(n: int, size: int) -> int:

@@ -53,11 +53,11 @@ def radial_forward(h: Tensor, grad: Tensor, sums: list[Tensor]) -> None:
     rows, columns = norm_tile(h.shape[1])
     warps = min(16, max(4, rows * columns // 512))
     grid = (cdiv(h.shape[0], rows),)
-    launch(radial_forward_kernel, grid, h, h, grad, *sums, *h.shape, rows, columns, num_warps=warps)
+    launch(radial_forward_kernel, grid, (h, grad, *sums), *h.shape, rows, columns, num_warps=warps)
 
 
 def radial_backward(h: Tensor, grad: Tensor, upstream: list[Tensor], dh: Tensor, dgrad: Tensor) -> None:
     rows, columns = norm_tile(h.shape[1])
     warps = min(16, max(4, rows * columns // 512))
     grid = (cdiv(h.shape[0], rows),)
-    launch(radial_backward_kernel, grid, h, h, grad, *upstream, dh, dgrad, *h.shape, rows, columns, num_warps=warps)
+    launch(radial_backward_kernel, grid, (h, grad, *upstream, dh, dgrad), *h.shape, rows, columns, num_warps=warps)

@@ -48,11 +48,10 @@ class Op:
         return self._run(arguments)
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-            if not torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
                 return self.body(*arguments)
-            with torch.no_grad():
-                return self.body(*arguments)
+        return self.body(*arguments)
 
     def flat(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments as the schema has them."""

@@ -42,81 +42,74 @@ def rms_norm_penalty_reference(
 
 
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
-    x, (weight, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in (weight, residual))
+    """y, mean_square, and with a residual the sum."""
+    x = x.contiguous()
+    weight, residual = [t if t is None else t.contiguous() for t in (weight, residual)]
     y = torch.empty_like(x, dtype=y_dtype)
-    mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
-    total = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    norm_forward(
-        x, weight, None, eps=eps, norm="rmsnorm", residual=residual, y=y, total=None if residual is None else total,
-        mean_square=mean_square,
-    )  # fmt: skip
-    return y, mean_square, total
+    mean_square = torch.empty(x.shape[:-1], dtype=accumulator(x.dtype), device=x.device)
+    total = None if residual is None else torch.empty_like(residual)
+    norm_forward(x, weight, None, eps=eps, norm="rmsnorm", residual=residual, y=y, total=total, mean_square=mean_square)
+    return [y, mean_square] if total is None else [y, mean_square, total]
 
 
 def _forward_fake(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
-    return x.new_empty(x.shape, dtype=y_dtype), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype)), total
+    results = [x.new_empty(x.shape, dtype=y_dtype), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))]
+    return results if residual is None else [*results, x.new_empty(x.shape, dtype=residual.dtype)]
 
 
 def _backward(
     dy: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, h: Tensor, weight: Tensor | None,
     eps: float, x_dtype: torch.dtype, need_dweight: bool,
 ):  # fmt: skip
-    """dx (in x_dtype), dresidual (in h's dtype; empty where it equals dx), dweight (empty unless needed)."""
+    """dh; dx, if x_dtype is not h's dtype; and the gradient of the weight, if needed."""
     h = h.contiguous()
-    dy, dmean_square, dtotal, weight = (
-        None if t is None else t.contiguous() for t in (dy, dmean_square, dtotal, weight)
-    )
+    dy, dmean_square, dtotal, weight = [t if t is None else t.contiguous() for t in (dy, dmean_square, dtotal, weight)]
     dh = torch.empty_like(h)
     dx = None if x_dtype == h.dtype else torch.empty_like(h, dtype=x_dtype)
     dweight = partial_sums(h) if need_dweight else None
     norm_backward(
         dy, h, weight, eps=eps, norm="rmsnorm", dmean_square=dmean_square, dtotal=dtotal, dh=dh, dx=dx, dweight=dweight
     )
-    summed = h.new_empty(0) if dweight is None or weight is None else dweight.sum(0, dtype=weight.dtype)
-    return (dh, h.new_empty(0), summed) if dx is None else (dx, dh, summed)
+    results = [dh] if dx is None else [dh, dx]
+    if dweight is not None and weight is not None:
+        results.append(dweight.sum(0, dtype=weight.dtype))
+    return results
 
 
 def _backward_fake(dy, dmean_square, dtotal, h, weight, eps, x_dtype, need_dweight):
-    dresidual = h.new_empty(h.shape) if x_dtype != h.dtype else h.new_empty(0)
-    dweight = weight.new_empty(weight.shape) if need_dweight else h.new_empty(0)
-    return h.new_empty(h.shape, dtype=x_dtype), dresidual, dweight
+    results = [h.new_empty(h.shape, dtype=dtype) for dtype in dict.fromkeys((h.dtype, x_dtype))]
+    return [*results, weight.new_empty(weight.shape)] if need_dweight else results
 
 
 class _RMSNormPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, y_dtype):
-        y, mean_square, total = _rms_norm_penalty.below_autograd(x, weight, residual, eps, y_dtype)
+        results = _rms_norm_penalty.below_autograd(x, weight, residual, eps, y_dtype)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.x_dtype, ctx.has_residual = eps, x.dtype, residual is not None
-        ctx.save_for_backward(x if residual is None else total, weight)
-        return y, mean_square, total
+        ctx.save_for_backward(x if residual is None else results[2], weight)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, dy, dmean_square, dtotal):
+    def backward(ctx, dy, dmean_square, dtotal=None):
         h, weight = ctx.saved_tensors
-        dtotal = dtotal if ctx.has_residual else None
         if dy is None and dmean_square is None and dtotal is None:
             return None, None, None, None, None
         need_dweight = weight is not None and ctx.needs_input_grad[1] and dy is not None
-        dx, dresidual, dweight = _rms_norm_penalty_backward(
-            dy, dmean_square, dtotal, h, weight, ctx.eps, ctx.x_dtype, need_dweight
-        )
-        if ctx.has_residual and ctx.x_dtype == h.dtype:
-            dresidual = dx
-        return dx, dweight if need_dweight else None, dresidual if ctx.has_residual else None, None, None
+        results = _rms_norm_penalty_backward(dy, dmean_square, dtotal, h, weight, ctx.eps, ctx.x_dtype, need_dweight)
+        dweight = results.pop() if need_dweight else None
+        return results[-1], dweight, results[0] if ctx.has_residual else None, None, None
 
 
 _rms_norm_penalty = register(
-    "rms_norm_penalty(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType y_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rms_norm_penalty(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType y_dtype) -> Tensor[]",
     _forward,
     _forward_fake,
     _RMSNormPenalty.apply,
 )
 _rms_norm_penalty_backward = register(
     "rms_norm_penalty_backward(Tensor? dy, Tensor? dmean_square, Tensor? dtotal, Tensor h, Tensor? weight, float eps,"
-    " ScalarType x_dtype, bool need_dweight) -> (Tensor, Tensor, Tensor)",
+    " ScalarType x_dtype, bool need_dweight) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -159,5 +152,5 @@ def rms_norm_penalty(
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}. Got {tuple(residual.shape)}.")
         if residual.device != x.device:
             raise ValueError(f"residual must be on x's device {x.device}. Got {residual.device}.")
-    y, mean_square, total = _rms_norm_penalty(x, weight, residual, eps, autocast_dtype(x))
-    return RMSNormPenalty(y, mean_square, None if residual is None else total)
+    y, mean_square, *total = _rms_norm_penalty(x, weight, residual, eps, autocast_dtype(x))
+    return RMSNormPenalty(y, mean_square, total[0] if total else None)

@@ -172,8 +172,8 @@ def norm_forward(
     n_rows = x.numel() // n_columns
     rows, columns = norm_tile(n_columns)
     launch(
-        norm_forward_kernel, (cdiv(n_rows, rows),), x,
-        x, residual, weight, bias, y, total, mean_square, n_rows, n_columns, eps, NORMS[norm], rows, columns,
+        norm_forward_kernel, (cdiv(n_rows, rows),),
+        (x, residual, weight, bias, y, total, mean_square), n_rows, n_columns, eps, NORMS[norm], rows, columns,
         num_warps=min(16, max(4, rows * columns // 512)),
     )  # fmt: skip
 
@@ -191,8 +191,8 @@ def norm_backward(
     partial = dweight if dbias is None else dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
     launch(
-        norm_backward_kernel, (n_programs,), h,
-        dy, h, weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, dot, fraction,
+        norm_backward_kernel, (n_programs,),
+        (dy, h, weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, dot, fraction),
         n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
         num_warps=backward_warps(tile),
     )  # fmt: skip

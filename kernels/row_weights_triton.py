@@ -108,8 +108,8 @@ def row_weights(
 ) -> None:  # fmt: skip
     n_tokens = targets.shape[0]
     launch(
-        row_weights_kernel, (1,), targets,
-        targets, weights, penalty, n_targets, row_weight, factors, in_range,
+        row_weights_kernel, (1,),
+        (targets, weights, penalty, n_targets, row_weight, factors, in_range),
         0 if weights is None else weights.shape[0], n_tokens, n_columns, ignore_index, weight, n_penalised,
         weights is not None and weights.shape[1] == n_tokens, mean, BLOCK_TOKENS, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -121,12 +121,12 @@ def loss_sums(
 ) -> None:  # fmt: skip
     n_penalised = 0 if mean_square is None else mean_square.numel()
     launch(
-        loss_sums_kernel, (1,), loss,
-        loss, row_weight, mean_square, factors, total, per_loop, *loss.shape, n_penalised, BLOCK_TOKENS,
+        loss_sums_kernel, (1,),
+        (loss, row_weight, mean_square, factors, total, per_loop), *loss.shape, n_penalised, BLOCK_TOKENS,
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
 def scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
     grid = (cdiv(x.numel(), BLOCK_TOKENS),)
-    launch(scaled_kernel, grid, x, x, scale, out, x.numel(), BLOCK_TOKENS, num_warps=NUM_WARPS)
+    launch(scaled_kernel, grid, (x, scale, out), x.numel(), BLOCK_TOKENS, num_warps=NUM_WARPS)

@@ -156,8 +156,8 @@ def form_parts(
     statistics = len(parts) > 4
     block, launched = _step(logits, bias, options, statistics)
     launch(
-        parts_kernel, (n_rows,), logits,
-        logits, targets, bias, parts,
+        parts_kernel, (n_rows,),
+        (logits, targets, bias, parts),
         n_columns, logits.stride(0), n_rows, shard.rows.start, options.label_smoothing or None, options.softcap,
         statistics, block,
         **launched,
@@ -171,8 +171,8 @@ def finish_rows(
     n_rows, n_columns = logits.shape
     block, launched = _step(logits, bias, options)
     launch(
-        finish_kernel, (n_rows,), logits,
-        logits, targets, row_weight, bias, options.z_loss, parts, results.loss, results.statistics, results.top1,
+        finish_kernel, (n_rows,),
+        (logits, targets, row_weight, bias, options.z_loss, parts, results.loss, results.statistics, results.top1),
         n_columns, logits.stride(0), n_rows, parts.shape[1], shard.rows.start, shard.n_words, shard.most_rows,
         shard.n_ranks, options.ignore_index, options.label_smoothing or None, options.softcap,
         gradient, power_of_2(shard.n_ranks), block,

@@ -58,13 +58,13 @@ def swiglu_backward_kernel(
 def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
     n_rows, n_columns = gate.shape
     grid = (n_rows * cdiv(n_columns, BLOCK),)
-    launch(swiglu_forward_kernel, grid, gate, gate, up, y, n_columns, gate.stride(0), BLOCK, num_warps=WARPS)
+    launch(swiglu_forward_kernel, grid, (gate, up, y), n_columns, gate.stride(0), BLOCK, num_warps=WARPS)
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
     n_rows, n_columns = gate.shape
     grid = (n_rows * cdiv(n_columns, BLOCK),)
     launch(
-        swiglu_backward_kernel, grid, gate,
-        dy, gate, up, dgate, dup, n_columns, gate.stride(0), BLOCK, num_warps=WARPS,
+        swiglu_backward_kernel, grid,
+        (dy, gate, up, dgate, dup), n_columns, gate.stride(0), BLOCK, num_warps=WARPS,
     )  # fmt: skip

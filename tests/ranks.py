@@ -1,6 +1,8 @@
 """Several processes that run one function as the ranks of a gloo group on this machine."""
 
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,22 @@ N_RANKS = 2
 
 
 def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ranks: int = N_RANKS) -> None:
-    """Runs `function(rank, *arguments)` in `n_ranks` processes. What one of them raises is raised here."""
+    """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails, its traceback is printed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = f"{folder}/meeting-{n_ranks}"
     torch.multiprocessing.spawn(_rank, (function, meeting, arguments, n_ranks), nprocs=n_ranks, daemon=True)
 
 
 def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tuple[Any, ...], n_ranks: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
-    function(rank, *arguments)
-    dist.barrier()
     # Nothing is taken down. PyTorch does that in a race with the group's own threads, which it now and then loses:
     # the process aborts, or waits for ever.
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
+        function(rank, *arguments)
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     os._exit(0)
