@@ -2,9 +2,8 @@
 
 That is the path of a user's GPU, and of `make gpu`: CUDA events, graphs, cold caches, the caching allocator's peak, the
 libraries that need a GPU, the record and its table.  Decoders have one layer: another launches the same again.  What
-torch.compile makes is left out, as it would compile for a
-device that PyTorch does not find; and, for the time they take, PyTorch's own chunked op, the steps of terminal
-supervision and all but ours of another recurrence.
+torch.compile makes is left out, as it would compile for a device that PyTorch does not find; and, for the time they
+take, PyTorch's own chunked op, the steps of terminal supervision, and others' steps of another recurrence.
 """
 
 import json

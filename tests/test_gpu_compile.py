@@ -14,7 +14,6 @@ from uninterpreted import run
 from bench.offline.compile_survey import MULTIPROCESSORS, amd_field, counted_on
 from bench.offline.fake_gpu import TARGETS
 
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ODD_TOKENS = "of 2047 tokens"  # in the name of a case
 KERNELS = {
     "norm_forward_kernel",
@@ -113,7 +112,7 @@ def surveys() -> dict[str, list[dict]]:
     )
 
 
-@pytest.fixture(params=SHARED_BYTES)
+@pytest.fixture(params=TARGETS)
 def target(request) -> str:
     return request.param
 
@@ -139,7 +138,7 @@ def test_no_stack_and_no_spills(compiled):
 
 
 def test_shared_memory_within_limit(compiled, target):
-    assert not offenders(compiled, lambda kernel: kernel["shared_bytes"] <= SHARED_BYTES[target])
+    assert not offenders(compiled, lambda kernel: kernel["shared_bytes"] <= TARGETS[target].shared_bytes)
 
 
 def test_as_many_programs_are_resident_as_the_launcher_counts_on(compiled):

@@ -48,9 +48,6 @@ class Record:
     live_bytes: int = 0
     peak_bytes: int = 0
 
-    def launches(self, prefix: str = "") -> int:
-        return sum(call.name.startswith(prefix) for call in self.calls)
-
     def clear(self) -> None:
         """Forget calls, copies and the peak, but neither live memory nor compiled kernels."""
         self.calls.clear()

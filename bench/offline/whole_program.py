@@ -83,7 +83,7 @@ def _triton(record: Record) -> dict[str, int]:
 def _counts(record: Record) -> dict[str, Any]:
     """launches: kernels on the device; host_waits: why the host would wait for it, and where."""
     return {
-        "launches": record.launches(),
+        "launches": len(record.calls),
         "triton_launches": _triton(record),
         "flops": sum(call.flops for call in record.calls),
         "host_waits": record.host_copies,
