@@ -119,6 +119,25 @@ def gradient_of(e, z, scale, column, target, n_columns, n_words, smoothing, soft
 
 
 @triton.jit
+def with_z_loss(loss, lse, z_loss_ptr):
+    """The row's loss with its z-loss, and the factor of the softmax in the gradient."""
+    scale = tl.full((), 1.0, tl.float32)
+    if z_loss_ptr is not None:
+        z_loss = tl.load(z_loss_ptr)
+        loss += z_loss * lse * lse
+        scale += 2.0 * z_loss * lse
+    return loss, scale
+
+
+@triton.jit
+def store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, margin, top1):
+    tl.store(statistics_ptr + out, lse)
+    tl.store(statistics_ptr + n_results + out, entropy)
+    tl.store(statistics_ptr + 2 * n_results + out, margin)
+    tl.store(top1_ptr + out, top1.to(tl.int64))
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, loss_ptr, statistics_ptr, top1_ptr,
     n_columns, row_length, n_tokens, n_results, first_row, ignore_index, smoothing, softcap,
@@ -146,14 +165,10 @@ def cross_entropy_kernel(
 
     # differences from the maximum, not from lse, which a large common offset would round
     loss = log_total + (maximum - z_target)
-    scale = tl.full((), 1.0, tl.float32)  # of the softmax in the gradient
     if smoothing is not None:
         uniform = log_total + (maximum - pivot - sum_z / n_columns)
         loss = (1.0 - smoothing) * loss + smoothing * uniform
-    if z_loss_ptr is not None:
-        z_loss = tl.load(z_loss_ptr)
-        loss += z_loss * lse * lse
-        scale += 2.0 * z_loss * lse
+    loss, scale = with_z_loss(loss, lse, z_loss_ptr)
     loss = tl.where(in_range, loss, float("nan"))
     tl.store(loss_ptr + out, tl.where(target == ignore_index, 0.0, loss))
 
@@ -179,10 +194,7 @@ def cross_entropy_kernel(
     if statistics_ptr is not None:
         top1, best, top2 = top2_of_lanes(lane_top1, lane_top2, lane_best)
         entropy = log_total - LN2 * tl.sum(lane_moment, axis=0) / total
-        tl.store(statistics_ptr + out, lse)
-        tl.store(statistics_ptr + n_results + out, entropy)
-        tl.store(statistics_ptr + 2 * n_results + out, top1 - top2)
-        tl.store(top1_ptr + out, best.to(tl.int64))
+        store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, top1 - top2, best)
 
 
 def block_vocab(n_columns: int, finished: bool, statistics: bool, padded: bool) -> int:

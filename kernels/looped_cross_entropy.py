@@ -24,7 +24,7 @@ from .cross_entropy import LossOptions, loss_reference, statistics_reference
 from .device import accumulator, autocast_dtype, product_dtype
 from .products import default_chunk_rows
 from .radial import radial_gradient_reference
-from .readout import read_out
+from .readout import ReadoutResults, read_out
 from .readout_call import ReadoutCall
 from .row_weights import loop_weights
 from .vocabulary_shard import VocabularyShard, rows_here
@@ -212,6 +212,16 @@ def _scalar(value: float | Tensor, like: Tensor, wide: torch.dtype, zero: bool =
     return None if value == 0 and not zero else torch.full((), value, dtype=wide, device=like.device)
 
 
+def _statistics_of(
+    results: ReadoutResults, active: Sequence[int], n_loops: int, shape: torch.Size, *, radial: bool
+) -> LoopedStatistics:
+    measured = [_spread(c, active, n_loops, shape, torch.nan) for c in (results.ce.detach(), *results.statistics)]
+    cross_entropy, lse, entropy, margin, mean_square, dot, fraction = measured
+    best = _spread(results.top1, active, n_loops, shape, -1)
+    of_gradient = (dot, fraction) if radial else (None, None)
+    return LoopedStatistics(cross_entropy, lse, entropy, margin, best, mean_square, *of_gradient)
+
+
 def looped_cross_entropy(
     states: Tensor | Sequence[Tensor],
     head: Tensor,
@@ -333,12 +343,5 @@ def looped_cross_entropy(
     loss = results.total
     if reduction == "none":
         loss = _spread(_weighted(weight if row_weight is None else row_weight, results.ce), active, n_loops, shape, 0.0)
-    if not statistics:
-        return LoopedCrossEntropy(loss, per_loop, None)
-    columns = [_spread(c, active, n_loops, shape, torch.nan) for c in (results.ce.detach(), *results.statistics)]
-    cross_entropy, lse, entropy, margin, mean_square, dot, fraction = columns
-    radial = (dot, fraction) if any(wanted) else (None, None)
-    best = _spread(results.top1, active, n_loops, shape, -1)
-    return LoopedCrossEntropy(
-        loss, per_loop, LoopedStatistics(cross_entropy, lse, entropy, margin, best, mean_square, *radial)
-    )
+    measured = _statistics_of(results, active, n_loops, shape, radial=any(wanted)) if statistics else None
+    return LoopedCrossEntropy(loss, per_loop, measured)

@@ -75,6 +75,15 @@ def norm_forward_kernel(
 
 
 @triton.jit
+def store_sum(rows, out_ptr, in_columns, ADD: tl.constexpr):
+    """Write the sum of rows [BLOCK_ROWS, BLOCK_COLUMNS], or, with ADD, add it to what is there."""
+    total = tl.sum(rows, axis=0)
+    if ADD:
+        total += tl.load(out_ptr, mask=in_columns, other=0.0)
+    tl.store(out_ptr, total, mask=in_columns)
+
+
+@triton.jit
 def norm_backward_kernel(
     dy_ptr, h_ptr, weight_ptr, row_weight_ptr, scale_ptr, dmean_square_ptr, dsum_ptr,
     dh_ptr, dx_ptr, dweight_ptr, dbias_ptr, dot_ptr, fraction_ptr,
@@ -130,15 +139,9 @@ def norm_backward_kernel(
 
     partial = tl.program_id(0).to(tl.int64) * n_columns + column
     if dweight_ptr is not None:
-        total = tl.sum(dweight, axis=0)
-        if ADD:
-            total += tl.load(dweight_ptr + partial, mask=in_columns, other=0.0)
-        tl.store(dweight_ptr + partial, total, mask=in_columns)
+        store_sum(dweight, dweight_ptr + partial, in_columns, ADD)
     if dbias_ptr is not None:
-        total_bias = tl.sum(dbias, axis=0)
-        if ADD:
-            total_bias += tl.load(dbias_ptr + partial, mask=in_columns, other=0.0)
-        tl.store(dbias_ptr + partial, total_bias, mask=in_columns)
+        store_sum(dbias, dbias_ptr + partial, in_columns, ADD)
 
 
 @functools.cache

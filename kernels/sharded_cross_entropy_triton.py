@@ -17,9 +17,11 @@ from .cross_entropy_triton import (
     gradient_of,
     load_logits,
     measured,
+    store_statistics,
     summed,
     target_logit,
     top2_of_lanes,
+    with_z_loss,
 )
 from .launch import HIP, launch, power_of_2
 from .vocabulary_shard import VocabularyShard
@@ -98,16 +100,12 @@ def finish_kernel(
 
     # differences from the maximum, not from lse, which a large common offset would round
     loss = log_total + (maximum - z_target)
-    scale = tl.full((), 1.0, tl.float32)  # of the softmax in the gradient
     if smoothing is not None:
         of_rank = tl.minimum(most_rows, n_words - rank * most_rows)  # columns
         gaps = tl.load(sent + 3 * n_rows, mask=in_ranks, other=0.0) + of_rank * (maximum - largest)
         mean_gap = tl.sum(tl.where(in_ranks, gaps, 0.0), axis=0) / n_words
         loss = (1.0 - smoothing) * loss + smoothing * (log_total + mean_gap)
-    if z_loss_ptr is not None:
-        z_loss = tl.load(z_loss_ptr)
-        loss += z_loss * lse * lse
-        scale += 2.0 * z_loss * lse
+    loss, scale = with_z_loss(loss, lse, z_loss_ptr)
     loss = tl.where((target >= 0) & (target < n_words), loss, float("nan"))
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
 
@@ -119,11 +117,9 @@ def finish_kernel(
         others = tl.where(sums == 0, float("-inf"), largest)
         second = tl.max(tl.where(rank == winner, seconds, others), axis=0)
         moment = tl.sum(factor * (moments + sums * (largest - maximum)), axis=0)
-        tl.store(statistics_ptr + row, lse)
-        tl.store(statistics_ptr + n_rows + row, log_total - moment / total)
-        tl.store(statistics_ptr + 2 * n_rows + row, maximum - second)
+        entropy = log_total - moment / total
         top1 = winner * most_rows + tl.sum(tl.where(rank == winner, best, 0), axis=0)
-        tl.store(top1_ptr + row, top1.to(tl.int64))
+        store_statistics(statistics_ptr, top1_ptr, row, n_rows, lse, entropy, maximum - second, top1)
 
     if GRADIENT:
         if row_weight_ptr is not None:

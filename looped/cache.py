@@ -17,12 +17,12 @@ k when the layers of loop k compute it.
     prelude, coda   a slot for each layer. A token's keys in the coda are those of the loop at which it was read last.
 
 A token that leaves early, after loop e, has at loop k the keys and values of loop min(k, e), and in the coda those of
-its reading at loop e. `CachedRows.without` and `carry_forward` see to that.
+its reading at loop e. `CachedRows.left` and `carry_forward` see to that.
 
 Sizes never change, and columns are tensors: a CUDA graph can hold a step that reads and writes a cache.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -141,10 +141,6 @@ class CachedRows:
     columns: Tensor
     mask: Tensor
     left: Tensor | None = None
-
-    def without(self, left: Tensor) -> "CachedRows":
-        """The same rows, of which those that `left` [B, T] have left."""
-        return replace(self, left=left)
 
     def at(self, part: Part, loop: int, layer: int) -> Attend:
         """Raises ValueError as `KeyValueCache.slot` does. What it returns raises it for rows of another model."""

@@ -20,6 +20,7 @@ from looped.adapters import find_adapter
 from looped.kernels import LoopedReadout
 from looped.kernels.arguments import check_number
 from looped.kernels.looped_cross_entropy import LoopedCrossEntropy
+from looped.recurrence import mean_square
 from looped.replay import Calls, call_of, check_eager, named_module, tensor_of, uncompiled
 
 
@@ -49,12 +50,11 @@ def capture(
     Raises ValueError or TypeError, before the model runs, for a name that the model has not, a norm or a head that the
     fused readout would not reproduce, a compiled caller, or an unknown model without names.
     """
+    least = 1 if states else 2
     if norm is None and states is None:
         adapter = find_adapter(model)
-        norm, head, states, coda = adapter.norm, adapter.head, adapter.states, adapter.coda
-        captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=1)
-    else:
-        captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=1 if states else 2)
+        norm, head, states, coda, least = adapter.norm, adapter.head, adapter.states, adapter.coda, 1
+    captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=least)
     handles = captured.attach()
     handles.append(model.register_forward_pre_hook(lambda *_: captured.begin()))
     handles.append(model.register_forward_hook(lambda *_: captured.end(), always_call=True))
@@ -207,13 +207,6 @@ class Captured:
         norm = self.readout.norm
         of_readout = {*self.readout.head.parameters(), *(() if norm is None else norm.parameters())}
         return any(parameter.requires_grad and parameter not in of_readout for parameter in self.model.parameters())
-
-
-def mean_square(states: Sequence[Tensor]) -> Tensor:
-    """The mean over loops, tokens and channels of H_k^2, at least float32, one loop at a time."""
-    return torch.stack(
-        [state.to(torch.promote_types(state.dtype, torch.float32)).square().mean() for state in states]
-    ).mean()
 
 
 def _version(state: Tensor) -> int:

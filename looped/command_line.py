@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import tyro
 
 Options = TypeVar("Options")
@@ -27,6 +28,14 @@ def command_line(argv: list[str], defaults: Options, prog: str | None = None) ->
         lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
         message = " ".join(line for line in lines if line)
         raise ValueError(message.partition("For full helptext")[0]) from None
+
+
+def device_named(name: str) -> str:
+    """auto, cpu or cuda; auto is a GPU where there is one. Raises ValueError for cuda without a GPU."""
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
+    return ("cuda" if found else "cpu") if name == "auto" else name
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 Readout = Literal["rmsnorm", "layernorm", "raw", "final-only"]
 Positions = Literal["learned", "rotary"]
@@ -91,11 +91,9 @@ class LoopedConfig(LoopedShape):
                 _check_finite(field.name, value)
             elif field.type is bool and not isinstance(value, bool):
                 raise TypeError(f"{field.name} must be True or False. Got {field.name}={value!r}.")
-        _check_choice("readout", self.readout, get_args(Readout))
-        _check_choice("positions", self.positions, get_args(Positions))
-        _check_choice("injection", self.injection, get_args(Injection))
-        _check_choice("start", self.start, get_args(Start))
-        _check_choice("block_norm", self.block_norm, get_args(BlockNorm))
+            elif get_origin(field.type) is Literal and value not in get_args(field.type):
+                choices = ", ".join(get_args(field.type))
+                raise ValueError(f"{field.name} must be one of {choices}. Got {field.name}={value!r}.")
         if self.start != "embedding" and self.injection == "none":
             raise ValueError(
                 f"start must be embedding with injection=none: the loops would see no token. Got start={self.start!r}."
@@ -132,11 +130,6 @@ def _check_finite(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number. Got {name}={value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite. Got {name}={value}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}. Got {name}={value!r}.")
 
 
 PRESETS: dict[str, LoopedConfig] = {

@@ -175,9 +175,10 @@ def _attention_backward(
     douts.mul_(1 / _keep(p))
     dqueries, dkeys, dvalues, future = *(torch.zeros_like(queries) for _ in range(3)), _future(queries)
     with torch.autocast("cpu", enabled=False):
-        for heads, rows, seen, block_seed in _blocks(queries.shape[0], queries.shape[1], seed):
-            probabilities = _Block(heads, rows, seen, block_seed).probabilities(queries, keys, future)
-            kept = _kept(probabilities, p, block_seed)
+        for block in _blocks(queries.shape[0], queries.shape[1], seed):
+            heads, rows, seen, _ = block
+            probabilities = block.probabilities(queries, keys, future)
+            kept = _kept(probabilities, p, block.seed)
             ds = _and_(torch.bmm(douts[heads, rows], values[heads, seen].transpose(1, 2)), kept)
             ds.sub_(mean[heads, rows]).mul_(probabilities)
             weights = _and_(probabilities, kept)

@@ -70,17 +70,18 @@ def _negative_entropy(seen: Seen) -> Tensor:
 
 
 def _negative_change(seen: Seen) -> Tensor:
-    before, state = _wide(seen.before), _wide(seen.state)
+    before, state = wide(seen.before), wide(seen.state)
     length = state.norm(dim=-1).clamp(min=torch.finfo(state.dtype).eps)  # a state of zero has a finite score too
     return -(state - before).norm(dim=-1) / length
 
 
 def _logits(seen: Seen) -> Tensor:
     assert seen.logits is not None  # as `reads_logits` says
-    return _wide(seen.logits)
+    return wide(seen.logits)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x, at least fp32."""
     return x.to(accumulator(x.dtype))
 
 
@@ -99,7 +100,7 @@ def gate_policy(exit_logit: Callable[[Tensor], Tensor]) -> Policy:
 
     def score(seen: Seen) -> Tensor:
         assert seen.read is not None  # as `reads` says
-        going_on = torch.sigmoid(-_wide(exit_logit(seen.read)))
+        going_on = torch.sigmoid(-wide(exit_logit(seen.read)))
         return 1 - (going_on if seen.score is None else going_on * (1 - seen.score))
 
     return Policy("gate", False, score, reads=True)
@@ -110,11 +111,11 @@ def policy_named(name: str, exit_logit: Callable[[Tensor], Tensor] | None = None
 
     Raises ValueError for an unknown policy, and for `gate` without a gate.
     """
-    if name == "gate" and exit_logit is None:
-        raise ValueError("policy gate needs a model with an exit gate. Got policy='gate'.")
     known = {policy.name: policy for policy in WITHOUT_A_GATE}
     if exit_logit is not None:
         known["gate"] = gate_policy(exit_logit)
+    elif name == "gate":
+        raise ValueError("policy gate needs a model with an exit gate. Got policy='gate'.")
     if name not in known:
         raise ValueError(f"policy must be one of {', '.join(known)}. Got policy={name!r}.")
     return known[name]

@@ -13,7 +13,7 @@ from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
 from looped.kernels import LoopedStatistics, VocabularyShard
-from looped.recurrence import Recurrence, first_with_gradient
+from looped.recurrence import Recurrence, first_with_gradient, mean_square
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 
@@ -181,7 +181,7 @@ class LoopedLM(Recurrence):
         )
         loss = result.loss
         if self.config.n_coda and (isinstance(penalty, Tensor) or penalty > 0):
-            loss = loss + penalty * torch.stack([state.float().square().mean() for state in states]).mean()
+            loss = loss + penalty * mean_square(states)
         gate = gated(supervision)
         if gate is None or log_p is None:
             return ReadoutLoss(loss, result.per_loop, result.statistics, None)

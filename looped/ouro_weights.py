@@ -29,6 +29,7 @@ from torch import Tensor
 
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
+from looped.whole_file import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -250,7 +251,7 @@ def _download(repository: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.120}).") from error
 

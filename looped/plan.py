@@ -19,8 +19,8 @@ from looped.command_line import command_line
 from looped.config import PRESETS, LoopedConfig, LoopedShape
 from looped.model import LoopedLM
 from looped.peak_flops import peak_tflops
-from looped.step_memory import Shard, Step, memory, parameters
-from looped.supervision import Supervision, supervision_weights
+from looped.step_memory import Shard, Step, memory, parameters, trained_loops
+from looped.supervision import Supervision
 
 PROGRAM = "python -m looped.plan"
 
@@ -224,10 +224,10 @@ def flops_per_token(options: PlanOptions) -> tuple[int, int]:
     """Of the model; and what recomputing its loops adds: their forward pass once more."""
     with torch.device("meta"):
         model = LoopedLM(options.model)
-    n_readouts = 1 if options.supervision == "terminal" else None
-    how: dict[str, Any] = {"seq_len": options.seq_len, "backprop_loops": options.backprop_loops}
-    needed = model.flops_per_token(n_readouts=n_readouts, **how)
-    again = model.flops_per_token(options.backprop_loops, n_readouts=0, seq_len=options.seq_len, training=False)
+    n_loops, n_read = trained_loops(options.model, options.step)
+    seq_len = options.seq_len
+    needed = model.flops_per_token(n_readouts=n_read, seq_len=seq_len, backprop_loops=options.backprop_loops)
+    again = model.flops_per_token(n_loops, n_readouts=0, seq_len=seq_len, training=False)
     return needed, again if options.checkpoint_loops else 0
 
 
@@ -244,9 +244,12 @@ def duration(seconds: float) -> str:
 
 
 def bytes_sent(options: PlanOptions) -> float:
-    """By one GPU in a step, in rings: gradients are summed, which is two passes; FSDP2 gathers weights and leaves each
-    GPU its share of the summed gradients; a shared table is the GPU's own, and sends rows of states and four numbers a
-    row of logits."""
+    """What one GPU sends in a step, in rings.
+
+    Copies of the model (DDP): the sum of the gradients, which takes two passes. FSDP2: the weights are gathered, and
+    each GPU keeps its share of the summed gradients. With `shard_head` the table's gradient stays where it is. Instead
+    rows of states and of their gradients are sent, and four numbers for each row of logits.
+    """
     count, step = parameters(options.model), options.step
     passed = (options.gpus - 1) / options.gpus
     if options.shard == "fsdp2":
@@ -254,15 +257,10 @@ def bytes_sent(options: PlanOptions) -> float:
         return passed * (gathered + 4 * count.total)
     if not options.shard_head:
         return passed * 8 * count.total
-    n_read = len([weight for weight in _readout_weights(options) if weight])
+    _, n_read = trained_loops(options.model, step)
     rows = options.batch_size * options.seq_len * n_read
     of_rows = rows * (2 * step.product_bytes * options.d_model + 16)
     return passed * (8 * (count.total - count.head) + of_rows)
-
-
-def _readout_weights(options: PlanOptions) -> list[float]:
-    kind: Supervision = "per-loop" if options.supervision == "gated" else options.supervision
-    return supervision_weights(kind, options.backprop_loops or options.n_loops)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------

@@ -181,10 +181,9 @@ def load_run(directory: Path) -> SavedRun:
 def _read_validation(path: Path, vocab_size: int) -> Validation:
     try:
         arrays = safetensors.numpy.load_file(regular(path))
-        tensors = {name: _integers(arrays[name], f"{path} has {name}, which") for name in ("tokens", "bounds")}
-        for name, low in (("bytes_per_token", 0), ("targets", IGNORE_INDEX)):
-            if name in arrays:
-                tensors[name] = _integers(arrays[name], f"{path} has {name}, which", low)
+        least = {"tokens": 0, "bounds": 0, "bytes_per_token": 0, "targets": IGNORE_INDEX}
+        names = [name for name in least if name in {"tokens", "bounds", *arrays}]
+        tensors = {name: _integers(arrays[name], f"{path} has {name}, which", least[name]) for name in names}
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} cannot be used ({error!r:.160}).") from error
     tokens, bounds = tensors["tokens"], tensors["bounds"]
@@ -206,7 +205,7 @@ def _read_validation(path: Path, vocab_size: int) -> Validation:
     return Validation(tokens, bounds, sizes, targets)
 
 
-def _integers(array: np.ndarray, what: str, low: int = 0) -> Tensor:
+def _integers(array: np.ndarray, what: str, low: int) -> Tensor:
     """Integers [n] as int64. Raises ValueError for what is none, or below ``low``, as what overflows is."""
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{what} must be integers [n]. Got {array.dtype} {list(array.shape)}.")

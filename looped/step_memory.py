@@ -132,9 +132,9 @@ def loop_bytes(config: LoopedConfig, step: Step) -> int:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes kept from the forward to the backward pass. outside: of embedding, prelude and coda. loops: of all that
-    have a gradient. recomputed: the most that is formed again at once. working: gradients in a block's backward pass.
-    """
+    """Bytes kept from the forward to the backward pass. outside: of embedding, prelude and coda. loops: of all loops
+    that have a gradient; loop: of one. recomputed: the most that is formed again at once. working: gradients in a
+    block's backward pass."""
 
     outside: float
     loops: float
@@ -177,8 +177,8 @@ def _readout(config: LoopedConfig, step: Step, n_read: int) -> _Readout:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Bytes of weights, of what is gathered or cast of them, and of gradients: the table's alone, those while loops are
-    still to come, and all."""
+    """Bytes. held: of the weights. gathered: of the other GPUs' weights and of casts. Then those of gradients:
+    of_head: the table's alone. of_loops: while loops are still to come. whole: at the end of the backward pass."""
 
     held: float
     gathered: float
@@ -204,10 +204,15 @@ def _weights(config: LoopedConfig, step: Step) -> _Weights:
     return _Weights(4 * total, cast, 4 * head, of_loops, 4 * total)
 
 
+def trained_loops(config: LoopedConfig, step: Step) -> tuple[int, int]:
+    """How many loops have a gradient, and how many of those are read out."""
+    n_loops = config.n_loops - first_with_gradient(config.n_loops, step.backprop_loops)
+    return n_loops, 1 if step.supervision == "terminal" else n_loops
+
+
 def memory(config: LoopedConfig, step: Step) -> Memory:
     """The peak of a step."""
-    n_loops = config.n_loops - first_with_gradient(config.n_loops, step.backprop_loops)
-    n_read = 1 if step.supervision == "terminal" else n_loops
+    n_loops, n_read = trained_loops(config, step)
     weights, readout = _weights(config, step), _readout(config, step, n_read)
     kept = _activations(config, step, n_loops, n_read)
     states, dstates = (4 * loops * step.n_tokens * config.d_model for loops in (config.n_loops, n_loops))

@@ -152,7 +152,7 @@ def test_a_token_that_left_keeps_its_keys(shared: bool) -> None:
         left = torch.tensor([[loop > 0], [loop > 1], [False]])  # after the first loop, the second, the third
         number = torch.full((3, 1, HEADS, D // HEADS), loop + 1.0)
         for layer in range(2):
-            rows.without(left).at("loop", loop, layer)(number, number, -number)
+            replace(rows, left=left).at("loop", loop, layer)(number, number, -number)
     cache.carry_forward(columns, 2)
     for loop in range(4):
         for layer in range(2):
@@ -163,7 +163,7 @@ def test_a_token_that_left_keeps_its_keys(shared: bool) -> None:
             assert not keys[:, [0, 1, 3]].any()
     read_once = torch.full((3, 1, HEADS, D // HEADS), 5.0)
     rows.at("coda", 0, 0)(read_once, read_once, read_once)
-    rows.without(torch.tensor([[True], [False], [False]])).at("coda", 0, 0)(*[2 * read_once] * 3)
+    replace(rows, left=torch.tensor([[True], [False], [False]])).at("coda", 0, 0)(*[2 * read_once] * 3)
     assert cache.slot("coda", 0, 0)[0, :, 2, 0, 0].tolist() == [5.0, 10.0, 10.0]
 
 

@@ -17,7 +17,7 @@ from tiny_run import arguments, reseal
 from looped import LoopedConfig, LoopedLM
 from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
-from looped.diagnose.diagnosis import Diagnosis
+from looped.diagnose.diagnosis import Diagnosis, DivergedError
 from looped.diagnose.dynamics import Norms, Updates
 from looped.diagnose.figures import FIGURES, colours_of
 from looped.diagnose.findings import findings
@@ -122,6 +122,7 @@ def test_a_model_in_bf16():
         ({"weights": (0.0, 0.0, 0.0)}, "one of them above"),
         ({"weights": (1.0, 1.0, -1.0)}, "at least 0"),
         ({"penalty": -1.0}, "penalty must be at least 0. Got penalty=-1.0"),
+        ({"backprop_loops": 0}, "backprop_loops must be at least 1. Got backprop_loops=0"),
     ],
 )
 def test_models_that_contradict_themselves(changes, message):
@@ -150,6 +151,13 @@ def test_a_model_that_has_diverged_is_rejected():
         diagnose(model, batches())
 
 
+def test_the_loop_that_has_diverged_is_named():
+    """The last one is read through its norm, and is finite."""
+    model = Recurrence().described(norm_every_loop=False, unnormed=lambda state: state * math.nan)
+    with pytest.raises(DivergedError, match="its cross-entropy at K = 2 is nan"):
+        diagnose(model, batches(), horizon=5)
+
+
 def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):
     terminal, raw = (diagnose_run(load_run(run), n_tokens=256, horizon=6) for run in runs)
     assert terminal.measured.weights == (0, 0, 1)
@@ -167,12 +175,14 @@ def test_a_saved_run_is_diagnosed_as_it_was_trained(runs):
         assert terminal.measured.norms.mean[loop] == pytest.approx(row["state_norm"], rel=1e-4)
 
 
-def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs):
+@pytest.mark.parametrize(("backprop_loops", "weights"), [(None, (0.4, 0.24, 0.36)), (2, (0.0, 0.4, 0.6))])
+def test_the_weights_of_gated_supervision_are_the_mean_exit_probabilities(runs, backprop_loops, weights):
+    """As a gate starts. Nobody exits at a loop without gradient: the later ones share all of the probability."""
     run = load_run(runs[1])
     model = gated_copy(run.model, fused=True)
-    config = {"train": run.config["train"] | {"supervision": "gated"}, "model": run.config["model"]}
-    found = diagnose_run(dataclasses.replace(run, model=model, config=config), n_tokens=256, horizon=6)
-    assert found.measured.weights == pytest.approx((0.4, 0.24, 0.36))  # as a gate starts
+    train = run.config["train"] | {"supervision": "gated", "backprop_loops": backprop_loops}
+    changed = dataclasses.replace(run, model=model, config={"train": train, "model": run.config["model"]})
+    assert diagnose_run(changed, n_tokens=256, horizon=6).measured.weights == pytest.approx(weights)
 
 
 def test_loops_without_gradient_have_no_weight(runs):

@@ -11,7 +11,7 @@ from torch import nn
 import looped
 from looped.adapters import find_adapter
 from looped.diagnose import diagnose, from_model
-from looped.diagnose.adapted import in_float64
+from looped.diagnose.model import in_float64
 
 TOKENS, LABELS = token_batch()
 TARGETS = LABELS.clamp(min=0)

@@ -161,6 +161,17 @@ def test_loops_after_the_last_read_one_have_no_whole_gradient(model):
     assert measured.total[1:] == [0, 0]
 
 
+def test_loops_before_the_first_trained_one_have_no_whole_gradient(model):
+    """The loss is that of the later ones, and the penalty their mean."""
+    weights = (0.0, 0.5, 0.5)
+    trained = measure_radial(model.described(backprop_loops=2, weights=weights, penalty=0.3), batches())
+    whole = measure_radial(model.described(weights=weights, penalty=0.3 * N_LOOPS / 2), batches())
+    assert trained.total[0] == trained.training[0] == 0 < whole.total[0]
+    assert trained.total[1:] == pytest.approx(whole.total[1:])
+    assert trained.training[1:] == pytest.approx(whole.training[1:])
+    assert trained.immediate == whole.immediate
+
+
 def test_float64_shows_what_float32_rounds_away():
     model = Recurrence(torch.float32)
     model.norm.eps = 1e-9

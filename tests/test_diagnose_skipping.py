@@ -158,7 +158,7 @@ def test_without_times_or_a_decoder_the_page_has_no_numbers_of_them(tmp_path):
 
 def test_bad_input_is_refused_before_anything_is_computed(monkeypatch):
     described = from_decoder(model().eval())
-    monkeypatch.setattr("looped.diagnose.halting._windows", None)
+    monkeypatch.setattr("looped.diagnose.halting._slices", None)
     with pytest.raises(ValueError, match=r"^tolerance must be at least 1. Got tolerance=0.5.$"):
         measure_halting(described, windows(6), 0.5)
     with pytest.raises(ValueError, match=r"^rounds must be at least 0. Got rounds=-1.$"):

@@ -299,6 +299,7 @@ def test_rejects_what_is_no_sweep(runs, tmp_path, capsys):
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--conditions", "raw"], "invalid choice 'raw' for argument '--conditions'"),
         (["--runs", "somewhere", "--", "--steps", "3"], "only without --runs"),
+        (["--out", "/proc/page"], "out must be a directory that can be written. Got out=/proc/page"),
     ],
 )
 def test_rejects_options(options, message, tmp_path, monkeypatch, capsys):

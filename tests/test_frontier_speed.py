@@ -6,7 +6,7 @@ import torch
 
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
-from train.paper import frontier_speed
+from train import step
 from train.paper.frontier_speed import DEVICE, architecture, competitors, throughput
 
 
@@ -14,7 +14,7 @@ def test_conditions_and_depths_take_turns(monkeypatch):
     turns: list[tuple[str, int]] = []
     seconds = {("a", 1): 1.0, ("b", 1): 2.0, ("a", 2): 4.0, ("b", 2): 8.0}
 
-    def timed(call):
+    def timed(call, device):
         assert call() is None
         return seconds[turns[-1]] if len(turns) > 4 else 1e9  # the first round warms up
 
@@ -30,7 +30,7 @@ def test_conditions_and_depths_take_turns(monkeypatch):
     models = {name: Turn(config).to(DEVICE).eval() for name in "ab"}
     for name, model in models.items():
         model.name = name
-    monkeypatch.setattr(frontier_speed, "seconds_of", timed)
+    monkeypatch.setattr(step, "seconds_of", timed)
     inputs = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
     rates = throughput(models, inputs, torch.float32, 3)
     assert turns == list(seconds) * 4

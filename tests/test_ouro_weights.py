@@ -212,7 +212,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     directory = save(tmp_path / "ouro", OuroForCausalLM())
-    for name, damage in (("model.safetensors", "no file"), ("config.json", "{")):
+    for name, damage in (("model.safetensors", "no file"), ("config.json", "{"), ("config.json", 100_000 * "[")):
         (directory / name).write_text(damage)
         with pytest.raises(ValueError, match=name) as caught:
             load_ouro(directory)

@@ -224,6 +224,17 @@ def test_growth(capsys):
     assert rows[-1].startswith("| 1,000 GPUs |")
 
 
+@pytest.mark.parametrize("more", [[], ["--gpus", "2", "--shard-head"]], ids=str)
+def test_more_loops_with_gradient_than_there_are_is_all_of_them(more, capsys):
+    reports = []
+    for backprop_loops in ([], ["--backprop-loops", "4"], ["--backprop-loops", "9"]):
+        assert plan.main(["--preset", "paper-44m", *more, *backprop_loops]) == 0
+        reports.append(capsys.readouterr().out)
+    assert reports[0] == reports[1] == reports[2]
+    shared = plan.parse(["--preset", "paper-44m", "--gpus", "2", "--shard-head"])
+    assert plan.bytes_sent(replace(shared, backprop_loops=9)) == plan.bytes_sent(shared)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

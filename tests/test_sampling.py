@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from looped.generate.sampling import Draws, Sampling, draw
+from looped.generate import Options
+from looped.generate.sampling import Draws, draw
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log() + 3
 
@@ -29,7 +30,7 @@ LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log() + 3
     ids=str,
 )
 def test_probabilities(options, expected):
-    found = Sampling(**options).probabilities(torch.stack([LOGITS, LOGITS.flip(0), LOGITS.double() * 0]))
+    found = Options(**options).probabilities(torch.stack([LOGITS, LOGITS.flip(0), LOGITS.double() * 0]))
     torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float32), atol=2e-6, rtol=0)
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(-1), torch.ones(3))
@@ -58,21 +59,21 @@ def test_a_rows_numbers_do_not_depend_on_the_others():
 
 
 def test_a_tiny_temperature_does_not_overflow():
-    assert Sampling(temperature=1e-37).probabilities(torch.tensor([99.0, 100.0])).tolist() == [0, 1]
+    assert Options(temperature=1e-37).probabilities(torch.tensor([99.0, 100.0])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.5}, {"top_p": 0.26}], ids=str)
 def test_of_equal_tokens_the_smaller_stay(options):
     """top_p is reached exactly by two of four."""
-    assert Sampling(**options).probabilities(torch.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
-    assert Sampling(top_k=7).probabilities(torch.zeros(5000)).nonzero().flatten().tolist() == list(range(7))
+    assert Options(**options).probabilities(torch.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
+    assert Options(top_k=7).probabilities(torch.zeros(5000)).nonzero().flatten().tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50, 1e-300])
 def test_a_temperature_too_small_for_float32_takes_the_most_probable(temperature: float) -> None:
     torch.set_flush_denormal(True)
     try:
-        p = Sampling(temperature=temperature).probabilities(torch.tensor([1.0, 3.0, 2.0, 3.0]))
+        p = Options(temperature=temperature).probabilities(torch.tensor([1.0, 3.0, 2.0, 3.0]))
     finally:
         torch.set_flush_denormal(False)
     torch.testing.assert_close(p, torch.tensor([0.0, 0.5, 0.0, 0.5]))

@@ -102,13 +102,16 @@ def test_processes_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     assert draws[4] == draws[0]
 
 
+@pytest.mark.parametrize(("rank", "size"), [(None, "2"), ("first", "2"), ("0", "two")])
 def test_processes_that_cannot_meet_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: str | None, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
     assert main(arguments(tmp_path, "--out", str(tmp_path / "run"))) == 2
-    error = "error: the processes must be able to meet as torchrun says. Got RANK=None, WORLD_SIZE=2,"
+    error = f"error: the processes must be able to meet as torchrun says. Got RANK={rank}, WORLD_SIZE={size},"
     assert capsys.readouterr().err.startswith(error)
     assert not (tmp_path / "run").exists()
 

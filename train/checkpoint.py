@@ -65,7 +65,11 @@ def save(
     """
     state = {
         "model": dict(model.state_dict()),
-        "optimizer": _optimizer_tensors(model, optimizer),
+        "optimizer": {
+            f"{name}.{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state[parameter].items()
+        },
         "rng": _rng_tensors(model),
     }
     kinds = {name: kind for kind, tensors in state.items() for name in tensors}
@@ -264,14 +268,6 @@ def _check_generators(present: dict[str, Tensor], stored: dict[str, Tensor]) -> 
                 f"checkpoint of another PyTorch: the state of random generator {name} is {list(there.shape)} "
                 f"{there.dtype} in the checkpoint and {list(here.shape)} {here.dtype} here."
             )
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
 
 
 def _empty_moments(model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -334,7 +334,8 @@ def validate(config: TrainConfig) -> None:
     device_of(config)
     if config.resume is None and config.out is not None:
         check_out_directory(config.out)
-    _check_cache(config.cache)
+    if config.cache is not None and not (nearest := nearest_existing(config.cache)).is_dir():
+        raise ValueError(f"cache must be a directory, and {nearest} is a file. Got cache={config.cache}.")
 
 
 def _check(config: TrainConfig, name: str, holds: Callable[[Any], bool], rule: str) -> None:
@@ -378,14 +379,6 @@ def comparable(config: TrainConfig, name: str) -> Any:
     """An option's value as runs are compared by it: paths absolute, as config.json has them."""
     value = getattr(config, name)
     return os.path.abspath(value) if name in ("data", "tokenizer") and value is not None else value
-
-
-def _check_cache(cache: Path | None) -> None:
-    if cache is None:
-        return
-    nearest = nearest_existing(cache)
-    if not nearest.is_dir():
-        raise ValueError(f"cache must be a directory, and {nearest} is a file. Got cache={cache}.")
 
 
 def check_out_directory(out: Path) -> None:

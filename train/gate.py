@@ -83,7 +83,9 @@ def _run(options: argparse.Namespace) -> int:
     if (config.data in TASKS) != (config.tokenizer is None):
         raise ValueError(f"data must be of the kind that {options.run} was trained on. Got data={config.data!r}.")
     model = gated_copy(saved.model, fused=config.fused).to(device_of(config))
-    source = _source_of(options.run, config)
+    source = load_source(config)
+    if source.fingerprint != check_whole(found(options.run), ["model"]).fingerprint:
+        raise ValueError(f"the text or the tokenizer is not the one that {options.run} was trained on.")
     batch_size = options.batch_size or config.batch_size
     before = measure(model, source, config)
     print(f"gate      of {options.run}, {model.config.d_model + 1:,} of {model.parameter_count():,} parameters")
@@ -119,14 +121,6 @@ def gated_copy(model: LoopedLM, *, fused: bool) -> LoopedLM:
     assert copy.exit_gate is not None  # the configuration has one
     copy.exit_gate.requires_grad_(True)
     return copy
-
-
-def _source_of(run: Path, config: TrainConfig) -> Source:
-    """The run's text or task. Raises ValueError if it is not the one that the run was trained on."""
-    source = load_source(config)
-    if source.fingerprint != check_whole(found(run), ["model"]).fingerprint:
-        raise ValueError(f"the text or the tokenizer is not the one that {run} was trained on.")
-    return source
 
 
 def train_gate(

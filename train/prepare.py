@@ -91,13 +91,13 @@ def prepare(config: TrainConfig) -> Run:
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
         _compile(model, len(depth.values))
-    trained = _trained(model, config, depth)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    trained = _trained(model, config, depth, dtype)
     launch = launcher(config, device)
     graphs = launch is not eagerly
     before = config if config.resume is None else read_config(config.resume)
     schedule_steps = config.schedule_steps or before.schedule_steps or _length(before, source)
     assert config.out is not None  # complete
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     run = Run(
         config=config,
         out=config.out,
@@ -161,10 +161,10 @@ def load_source(config: TrainConfig) -> Source:
 
 
 def _compile(model: LoopedLM, n_depths: int) -> None:
-    """Compile in place, so that parameters keep their names, and as often as it takes.
+    """Compile in place, so that parameters keep their names, and let PyTorch compile as often as it takes.
 
-    The loops are unrolled, so that there is a graph for each depth, measured or not, for two sizes of micro-batches;
-    and for evaluation, and its speed at every K, as many again.
+    The loops are unrolled, so that every depth of training has graphs of its own: for steps that are measured or not,
+    and for two sizes of micro-batches. Evaluation has its own graphs too, and so has its speed at every K.
     """
     if processes.world_size() > 1:  # gradients of shared weights are ready at the end alone: nothing to overlap
         torch._dynamo.config.optimize_ddp = False
@@ -182,12 +182,12 @@ def launcher(config: TrainConfig, device: torch.device) -> Launch:
     return CudaGraphs(device) if graphs else eagerly
 
 
-def _trained(model: LoopedLM, config: TrainConfig, depth: Depth) -> nn.Module:
+def _trained(model: LoopedLM, config: TrainConfig, depth: Depth, dtype: torch.dtype) -> nn.Module:
     """What a training step calls."""
     if processes.world_size() == 1:
         return model
     if config.shard == "fsdp2":
-        share_out(model, processes.group(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        share_out(model, processes.group(), dtype)
         return model
     if config.shard_head:
         share_vocabulary(model, processes.group())
@@ -232,24 +232,18 @@ def _write_directory(run: Run) -> None:
         run.out.mkdir(parents=True, exist_ok=True)
         _take(run)
         check_out_directory(run.out)  # another process may have been first while the text was loaded
+        try:
+            processes.note_launch(run.out)
+            run.source.write(run.out)
+            _write_config(run)
+        except BaseException:
+            remove_beginnings(run.out)
+            processes.forget_launch(run.out)
+            if created:
+                shutil.rmtree(run.out, ignore_errors=True)
+            raise
     except OSError as error:
-        raise _not_writable(run, error) from error
-    try:
-        processes.note_launch(run.out)
-        run.source.write(run.out)
-        _write_config(run)
-    except BaseException as error:
-        remove_beginnings(run.out)
-        processes.forget_launch(run.out)
-        if created:
-            shutil.rmtree(run.out, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _not_writable(run, error) from error
-        raise
-
-
-def _not_writable(run: Run, error: OSError) -> ValueError:
-    return ValueError(f"out directory {run.out} is not writable ({error}).")
+        raise ValueError(f"out directory {run.out} is not writable ({error}).") from error
 
 
 def _write_config(run: Run) -> None:

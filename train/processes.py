@@ -41,7 +41,7 @@ Failure = TypeVar("Failure", bound=BaseException)
 
 def join() -> None:
     """Meet the other processes, if torchrun has started several. Raises ValueError if they are not there."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     try:
         store, rank, size = next(rendezvous("env://"))
@@ -82,7 +82,7 @@ def world_size() -> int:
 
 def is_later() -> bool:
     """Whether torchrun says that this process is not the first; before they have met."""
-    return int(os.environ.get("RANK", "0")) > 0
+    return os.environ.get("RANK", "0") != "0"
 
 
 def is_first() -> bool:
@@ -113,7 +113,7 @@ def from_first(function: Callable[[], Result]) -> Result:
 
 
 def first_then_others(function: Callable[[], Result]) -> Result:
-    """What ``function`` gives in every process; the first one calls it before the others, for it may fill a cache."""
+    """What ``function`` gives, called in every process: first in the first one, for it may fill a cache."""
     of_first: list[Result] = []  # in the first process alone, and never sent
     from_first(lambda: of_first.append(function()))
     return of_first[0] if of_first else function()
@@ -129,13 +129,13 @@ def _plain(error: BaseException) -> BaseException:
 
 
 def agreed(error: Failure) -> Failure:
-    """The error, which all processes raise; the first one alone says it."""
+    """The error, marked as one that all processes raise, so that only the first one prints it."""
     error.agreed = True  # type: ignore[attr-defined]
     return error
 
 
 def is_to_be_said(error: BaseException) -> bool:
-    """Whether this process is one that says what went wrong."""
+    """Whether this process prints what went wrong."""
     return is_first() or not getattr(error, "agreed", False)
 
 
@@ -177,7 +177,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def own_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """This process's share of the indices in batches, of which every process has as many: its last may be empty.
+    """This process's share of the indices, in batches. Every process has as many batches; its last may be empty.
 
     batch_size: of all processes together.
     """
@@ -205,7 +205,7 @@ def why_lost(error: BaseException) -> str | None:
 
 
 def _launch() -> str | None:
-    """Tells the processes that one torchrun starts, and starts again, from another's; None if it starts none again."""
+    """A name of the torchrun that has started this process, the same after a restart; None if it restarts none."""
     if not may_restart():
         return None
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -230,7 +230,7 @@ def forget_launch(out: Path) -> None:
 
 
 def was_begun_here(out: Path) -> bool:
-    """Whether torchrun has started these processes in place of those that have begun the run in ``out``."""
+    """Whether these processes replace others of the same torchrun, which have begun the run in ``out`` and ended."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     note = out / LAUNCH
     return again and note.is_file() and note.read_text(encoding="utf-8") == _launch()

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -150,10 +151,11 @@ def _measured(output: LoopedOutput, share: float, targets: Tensor, n_targets: Te
 
 
 def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
-    """By what a sum over some of the batch's targets is divided; None where the loss itself counts them.
+    """What a micro-batch's sum over its targets is divided by; None where the loss itself counts its targets.
 
-    Of several processes it is their targets over the number of processes: what is then averaged over the processes,
-    gradients by looped/sharding.py and the rest by `_mean_over_processes`, is the sum over all targets' number.
+    With several processes it is the number of targets of all of them, divided by the number of processes. Gradients
+    (looped/sharding.py) and losses (`_mean_over_processes`) are averaged over the processes afterwards. That average
+    is then the sum over all targets, divided by their number.
     """
     n_processes = processes.world_size()
     if grad_accumulation == n_processes == 1:
@@ -163,7 +165,10 @@ def _n_targets(targets: Tensor, grad_accumulation: int) -> Tensor | None:
 
 
 def _unaveraged(model: nn.Module) -> AbstractContextManager[None]:
-    """In which gradients of replicas are summed up and not yet averaged; shares of them are averaged every time."""
+    """For all micro-batches but the last: replicas add up their gradients, and average them with the last one alone.
+
+    Where the weights are shared out, gradients are averaged in every backward pass.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
@@ -271,27 +276,38 @@ def _evaluate_batch(
 def throughput(
     model: LoopedLM, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5, launch: Launch = eagerly
 ) -> list[float]:
-    """Tokens per second at K = 1..n_loops: the forward pass of K loops and the logits of the last state, [B, T, V].
-
-    The K take turns, so that a machine that is busy for a while is so for all of them; the median round counts, after
-    one that warms up, or as many as it takes to replay a graph.
-    """
-    loops = range(1, model.config.n_loops + 1)
+    """Tokens per second of `prefill` at K = 1..n_loops: the median round, after one that warms up, or as many as it
+    takes to replay a graph."""
+    calls = [partial(launch, prefill, model, n_loops, dtype, inputs) for n_loops in range(1, model.config.n_loops + 1)]
     warm_up = 1 if launch is eagerly else WARM_UP + 1
-    seconds: list[list[float]] = [[] for _ in loops]
-    for _ in range(rounds + warm_up):
-        for loop in loops:
-            _synchronise(inputs.device)
-            start = time.perf_counter()
-            launch(_forward, model, loop, dtype, inputs)
-            _synchronise(inputs.device)
-            seconds[loop - 1].append(time.perf_counter() - start)
-    return [inputs.numel() / median(times[warm_up:]) for times in seconds]
+    seconds = seconds_in_turn(calls, inputs.device, rounds=rounds, warm_up=warm_up)
+    return [inputs.numel() / median(times) for times in seconds]
 
 
-def _forward(model: LoopedLM, n_loops: int, dtype: torch.dtype, inputs: Tensor) -> None:
+def prefill(model: LoopedLM, n_loops: int, dtype: torch.dtype, inputs: Tensor) -> None:
+    """The forward pass of K = n_loops loops and the logits of the last state, [B, T, V]."""
     with autocast(inputs.device, dtype):
         model(inputs, n_loops=n_loops, logits=True)
+
+
+def seconds_in_turn(
+    calls: Sequence[Callable[[], None]], device: torch.device, *, rounds: int, warm_up: int = 1
+) -> list[list[float]]:
+    """The times of each call in ``rounds`` rounds, after ``warm_up`` that do not count.
+
+    In a round the calls take turns, so that a machine that is busy for a while is so for all of them.
+    """
+    times = [[seconds_of(call, device) for call in calls] for _ in range(warm_up + rounds)]
+    return [list(of_call) for of_call in zip(*times[warm_up:], strict=True)]
+
+
+def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+    """Time of one call, until the device has done its work."""
+    _synchronise(device)
+    start = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - start
 
 
 def _synchronise(device: torch.device) -> None:

@@ -159,20 +159,21 @@ def _bad_steps_line(run: Run, n: int) -> str:
 
 
 def _place(run: Run, first: int) -> str:
-    config = run.config
     inputs, targets = _batch(run, first - 1)
+    n_loops = run.depth.at(run.config.seed, first - 1)
     with whole(run.model):
-        return locate(
-            run.model,
-            inputs,
-            targets,
-            supervision=supervision_of(config),
-            penalty=config.penalty,
-            dtype=run.dtype,
-            n_loops=run.depth.at(config.seed, first - 1),
-            backprop_loops=config.backprop_loops,
-            grad_accumulation=config.grad_accumulation,
-        )
+        return locate(run.model, inputs, targets, penalty=run.config.penalty, **_options(run, n_loops))
+
+
+def _options(run: Run, n_loops: int) -> dict[str, Any]:
+    """How a step of so many loops is computed, but for the penalty."""
+    return {
+        "supervision": supervision_of(run.config),
+        "dtype": run.dtype,
+        "n_loops": n_loops,
+        "backprop_loops": run.config.backprop_loops,
+        "grad_accumulation": run.config.grad_accumulation,
+    }
 
 
 def save(run: Run) -> Saving:
@@ -218,21 +219,8 @@ def _training_step(
     run: Run, measure: bool, n_loops: int, inputs: Tensor, targets: Tensor, penalty: float | Tensor
 ) -> StepResult:
     """What is captured on a GPU: once for each depth, measured or not."""
-    config = run.config
-    return training_step(
-        run.trained,
-        run.optimizer,
-        inputs,
-        targets,
-        supervision=supervision_of(config),
-        penalty=penalty,
-        dtype=run.dtype,
-        n_loops=n_loops,
-        backprop_loops=config.backprop_loops,
-        grad_accumulation=config.grad_accumulation,
-        grad_clip=config.grad_clip,
-        measure=measure,
-    )
+    how = {"grad_clip": run.config.grad_clip, "measure": measure} | _options(run, n_loops)
+    return training_step(run.trained, run.optimizer, inputs, targets, penalty=penalty, **how)
 
 
 def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Tensor) -> dict[str, Any]:
@@ -266,24 +254,22 @@ def _row(run: Run, result: StepResult, rate: float, clock: Clock, bad_steps: Ten
 
 
 def _evaluate(run: Run) -> list[LoopResult]:
-    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
-        return _results(run)
-
-
-def _results(run: Run) -> list[LoopResult]:
-    config = run.config
-    sequences, indices = run.source.validation(config.eval_tokens)
-    task, deepest = run.source.task, config.eval_loops or config.n_loops
-    depths = evaluated_depths(config.n_loops, deepest) if task is None else tuple(range(1, deepest + 1))
+    config, source = run.config, run.source
+    sequences, indices = source.validation(config.eval_tokens)
+    deepest = config.eval_loops or config.n_loops
+    depths = evaluated_depths(config.n_loops, deepest) if source.task is None else tuple(range(1, deepest + 1))
     at_once = config.batch_size // config.grad_accumulation  # what training has memory for
     how: dict[str, Any] = {"batch_size": at_once, "device": run.device, "dtype": run.dtype}
-    results = evaluate(
-        run.model,
-        sequences,
-        indices,
-        bytes_per_token=run.source.bytes_per_token,
-        depths=depths,
-        launch=run.launch,
-        **how,
-    )
-    return results if task is None else with_accuracy(results, task, run.model, sequences, indices, **how)
+    with whole_vocabulary(run.model):  # a process may have fewer rows to evaluate than another
+        results = evaluate(
+            run.model,
+            sequences,
+            indices,
+            bytes_per_token=source.bytes_per_token,
+            depths=depths,
+            launch=run.launch,
+            **how,
+        )
+        if source.task is None:
+            return results
+        return with_accuracy(results, source.task, run.model, sequences, indices, **how)

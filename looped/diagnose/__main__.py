@@ -5,13 +5,14 @@ Or one model as transformers saves it, an export or one of others that is known:
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from looped.command_line import Parser
+from looped.command_line import Parser, device_named
 from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
 from looped.diagnose.halting import check_rounds
@@ -47,24 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _of_runs(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
     names = run_names(options.runs)
-    device = _device(options.device)
-    runs = [load_run(directory) for directory in options.runs]
-    for name, run in zip(names, runs, strict=True):
-        check_run(run, name=name, n_tokens=options.tokens, horizon=options.loops)
+    device = device_named(options.device)
+    runs = dict(zip(names, map(load_run, options.runs), strict=True))
+    extent = {"n_tokens": options.tokens, "horizon": options.loops}
+    for name, run in runs.items():
+        check_run(run, name=name, **extent)
     check_writable(out)
     diagnoses = []
-    for name, run in zip(names, runs, strict=True):
+    for name, run in runs.items():
         print(f"diagnosing {name}", flush=True)
-        diagnoses.append(
-            diagnose_run(
-                run,
-                name=name,
-                n_tokens=options.tokens,
-                horizon=options.loops,
-                device=device,
-                rounds=options.rounds,
-            )
-        )
+        diagnoses.append(diagnose_run(run, name=name, device=device, rounds=options.rounds, **extent))
     return diagnoses
 
 
@@ -77,7 +70,7 @@ def _of_a_model(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
         options.data,
         n_tokens=options.tokens,
         seq_len=options.seq_len,
-        device=_device(options.device),
+        device=device_named(options.device),
         trust_remote_code=options.trust_remote_code,
     )
     check_writable(out)
@@ -99,11 +92,8 @@ def run_names(directories: Sequence[Path]) -> list[str]:
     repeated = next((path for path in paths if paths.count(path) > 1), None)
     if repeated is not None:
         raise ValueError(f"every run may be given once. Got {Path(*repeated)} again.")
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(Path(*path)) for path in paths]
+    length = next(n for n in itertools.count(1) if len({path[-n:] for path in paths}) == len(paths))
+    return ["/".join(path[-length:]) for path in paths]
 
 
 def _out_directory(options: argparse.Namespace) -> Path:
@@ -119,12 +109,6 @@ def _out_directory(options: argparse.Namespace) -> Path:
             raise ValueError(f"out must be given for a page of several runs. Got {len(options.runs)} runs.")
         return record_of_run(options.runs[0]).parent
     return Path(options.out)
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _parser() -> argparse.ArgumentParser:

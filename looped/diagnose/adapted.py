@@ -4,8 +4,6 @@ A loop is run by calling the model's own modules, each with what the model hande
 positions. `embed` runs the whole model once to see that, so a batch must hold no padding.
 """
 
-import copy
-import dataclasses
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,14 +46,6 @@ def from_model(model: nn.Module, *, readout_norm: bool = True) -> LoopedModel:
     )
 
 
-def in_float64(described: LoopedModel) -> LoopedModel | None:
-    """The same readout in float64, or None where more than a norm and a linear layer stands after the loop."""
-    if not isinstance(described.norm, nn.Module) or not isinstance(described.head, nn.Module):
-        return None
-    head, norm = (copy.deepcopy(module).double() for module in (described.head, described.norm))
-    return dataclasses.replace(described, head=head, norm=norm)
-
-
 class Recurrence:
     """The loop of a model: a chain of modules, which begins with the readout's norm where the model feeds that back."""
 
@@ -70,12 +60,12 @@ class Recurrence:
         return self.adapter.loop
 
     def options(self) -> dict[str, Any]:
-        """With what the model is called besides its tokens."""
+        """The keyword arguments of a call of the model, beside its tokens."""
         return {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """H_0. Whatever the modules are given for tokens of this shape is remembered."""
+        """H_0. What the modules are given besides the state is remembered for all tokens of this shape."""
         self.calls.clear()
         handles = self.calls.record()
         try:
@@ -105,19 +95,20 @@ class Recurrence:
 
     def read(self, state: Tensor) -> Tensor:
         """What the readout's norm is given."""
-        return self.through(self.adapter.coda, state) if self.adapter.coda else state
+        return self.through(self.adapter.coda, state)
 
     def readout_norm(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What a state goes through before the head. PyTorch's own norm, if it alone is that: its gradient is known."""
+        """What a state goes through before the head. A norm alone becomes PyTorch's own, whose gradient is known."""
         if self.adapter.coda:
             return lambda state: self.norm(self.read(state))
         return plain_norm(self.norm, head)
 
 
 class HrmText(Recurrence):
-    """z_L, which the low stack changes L_cycles times, and z_H, which the high stack changes then. Both end in a norm.
+    """Two states. In a loop the low stack changes z_L L_cycles times; then the high stack changes z_H once.
 
-    The state is [z_H, z_L] before those norms. As in the model only the last few low cycles have gradients.
+    Both stacks end in a norm. The LoopedModel's state is [z_H, z_L] before those norms. As in the model itself, only
+    the last few low cycles have gradients.
     """
 
     def modules_of_loop(self) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import measure_dynamics
-from looped.diagnose.halting import check_rounds, measure_halting
+from looped.diagnose.halting import check_rounds, check_windows, measure_halting
 from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.model import Batch, LoopedModel, from_decoder, in_float64
 from looped.diagnose.origin import origin
 from looped.diagnose.radial import measure_radial
 from looped.diagnose.verdict import Measurements, Verdict, judge
@@ -41,7 +41,10 @@ class Diagnosis:
 
 
 class DivergedError(ValueError):
-    """The model has no finite loss."""
+    """The model has no finite loss. ce: its cross-entropy after n_loops loops."""
+
+    def __init__(self, name: str, n_loops: int, ce: float) -> None:
+        super().__init__(f"{name} has diverged: its cross-entropy at K = {n_loops} is {ce}.")
 
 
 def diagnose(
@@ -72,8 +75,9 @@ def diagnose(
     _check(model, batches, horizon)
     check_rounds(rounds)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
-    if not all(map(math.isfinite, [*depth.ce[: model.n_loops], *depth.as_trained])):
-        raise DivergedError(_diverged(name, model, depth.ce[model.n_loops - 1]))
+    for n_loops, ce in reversed([*enumerate(depth.as_trained, 1), *enumerate(depth.ce[: model.n_loops], 1)]):
+        if not math.isfinite(ce):
+            raise DivergedError(name, n_loops, ce)
     norms, updates = measure_dynamics(model, batches, horizon)
     measured = Measurements(
         n_loops=model.n_loops,
@@ -103,21 +107,9 @@ def _check(model: LoopedModel, batches: Sequence[Batch], horizon: int) -> None:
             )
         if int(targets.min()) < 0:
             raise ValueError(f"targets must not be negative: no target is ignored. Got {int(targets.min())}.")
-    n_windows = sum(len(tokens) for tokens, _ in batches)
-    if n_windows < 2:
-        raise ValueError(
-            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
-        )
-    _check_horizon(model.n_loops, horizon)
-
-
-def _check_horizon(n_loops: int, horizon: int) -> None:
-    if horizon <= n_loops:
-        raise ValueError(f"horizon must be above the n_loops={n_loops} that were trained. Got horizon={horizon}.")
-
-
-def _diverged(name: str, model: LoopedModel, ce: float) -> str:
-    return f"{name} has diverged: its cross-entropy at K = {model.n_loops} is {ce}."
+    check_windows(batches)
+    if horizon <= model.n_loops:
+        raise ValueError(f"horizon must be above the n_loops={model.n_loops} that were trained. Got horizon={horizon}.")
 
 
 @torch.no_grad()
@@ -126,13 +118,13 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
 
     Raises ValueError for a bad argument, and DivergedError for a run without a finite loss on that window.
     """
-    _check_horizon(run.model.config.n_loops, horizon)
-    batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
-    tokens, targets = (rows[:1] for rows in batches[0])
     model = from_decoder(run.model)
+    batches = validation_batches(run.validation, seq_len=run.model.config.max_seq_len, n_tokens=n_tokens)
+    _check(model, batches, horizon)
+    tokens, targets = (rows[:1] for rows in batches[0])
     loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
     if not loss.isfinite().all():
-        raise DivergedError(_diverged(run.name if name is None else name, model, loss.mean().item()))
+        raise DivergedError(run.name if name is None else name, model.n_loops, loss.mean().item())
 
 
 def diagnose_run(
@@ -148,35 +140,39 @@ def diagnose_run(
 
     rounds: as `diagnose` takes it. Raises ValueError as `diagnose` and `validation_batches` do.
     """
-    decoder = copy.deepcopy(run.model).to(device)
-    training = run.config["train"]
-    batches = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
-    first = first_with_gradient(decoder.config.n_loops, training.get("backprop_loops"))
-    weights = loop_weights(decoder, training["supervision"], first, batches, device)
+    decoder, training = copy.deepcopy(run.model).to(device), run.config["train"]
+    windows = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
+    batches = [(tokens.to(device), targets.to(device)) for tokens, targets in windows]
+    model = as_trained(decoder, batches, training["supervision"], training["penalty"], training.get("backprop_loops"))
     return diagnose(
-        from_decoder(decoder, weights=weights, penalty=training["penalty"]),
-        [(tokens.to(device), targets.to(device)) for tokens, targets in batches],
+        model,
+        batches,
         name=run.name if name is None else name,
         horizon=horizon,
         bytes_per_token=run.validation.bytes_per_token,
-        double=from_decoder(copy.deepcopy(decoder).double()),
+        double=in_float64(model),
         run=run,
         rounds=rounds,
     )
 
 
 @torch.no_grad()
-def loop_weights(
-    decoder: LoopedLM, supervision: Supervision, first: int, batches: Sequence[Batch], device: str | torch.device
-) -> tuple[float, ...]:
-    """[K], of each loop in the training loss; those of gated supervision as means over the tokens.
+def as_trained(
+    decoder: LoopedLM, batches: Sequence[Batch], supervision: Supervision, penalty: float, backprop_loops: int | None
+) -> LoopedModel:
+    """A decoder with what is known of its training loss. The weights of gated supervision are means over the tokens.
 
-    first: the first loop, from 0, that training gives a gradient; those before it are not read.
+    The loops before the last `backprop_loops` (None: all) had no gradient and are not read.
     """
-    if supervision != "gated":
-        return (0.0,) * first + tuple(supervision_weights(supervision, decoder.config.n_loops - first))
-    exits = [decoder.exit_probabilities(decoder(tokens.to(device)).states).flatten(1) for tokens, _ in batches]
-    return tuple(torch.cat(exits, 1).mean(1).tolist())
+    n_loops = decoder.config.n_loops
+    first = first_with_gradient(n_loops, backprop_loops)
+    if supervision == "gated":
+        exits = [decoder.exit_probabilities(decoder(tokens).states[first:]).flatten(1) for tokens, _ in batches]
+        weights = torch.cat(exits, 1).mean(1).tolist()
+    else:
+        weights = supervision_weights(supervision, n_loops - first)
+    of_all = (*[0.0] * first, *weights)
+    return from_decoder(decoder, weights=of_all, penalty=penalty, backprop_loops=backprop_loops)
 
 
 def validation_batches(validation: Validation, *, seq_len: int, n_tokens: int) -> list[Batch]:

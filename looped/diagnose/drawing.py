@@ -29,8 +29,9 @@ class Drawn:
     marker: str
 
 
-def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    columns = min(PANELS, count)
+def panel_grid(models: Sequence[Drawn], title: str, label: str) -> tuple[Figure, list[Axes]]:
+    """A panel for each model. Those of a row share their y axis, which is named and numbered at the first of them."""
+    count, columns = len(models), min(PANELS, len(models))
     rows = -(-count // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(max(6.5, 3.8 * columns), 3.6 * rows), sharey=True, squeeze=False, layout="constrained"
@@ -38,14 +39,13 @@ def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     for axes in grid.flat[count:]:
         axes.remove()
     figure.suptitle(title, fontsize=11)
-    return figure, list(grid.flat[:count])
-
-
-def label_rows(panels: Sequence[Axes], label: str) -> None:
-    """The panels of a row share their y axis: name and number it at the first panel of every row."""
+    panels = list(grid.flat[:count])
+    for axes, model in zip(panels, models, strict=True):
+        axes.set_title(model.name)
     for axes in panels[::PANELS]:
         axes.set_ylabel(label)
         axes.tick_params(labelleft=True)
+    return figure, panels
 
 
 def from_1(values: Sequence[float]) -> np.ndarray:

@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from looped.diagnose.model import Batch, LoopedModel, rms, wide
+from looped.diagnose.model import Batch, LoopedModel, rms
+from looped.halting import wide
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 

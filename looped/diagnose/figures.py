@@ -13,7 +13,7 @@ from looped.diagnose import drawing
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.drawing import Drawn
 from looped.diagnose.dynamics import PERCENTILES
-from looped.diagnose.verdict import BLIND_RANGE, USED
+from looped.diagnose.verdict import THRESHOLDS
 
 # Okabe & Ito's colours without the pale yellow, then three more; told apart by most colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A4FA3", "#8C6D31", "#7F7F7F")
@@ -37,7 +37,8 @@ def drawn_models(diagnoses: Sequence[Diagnosis], known_colours: Mapping[str, str
 
 def norm_figure(models: Sequence[Drawn]) -> Figure:
     """||H_k|| over loops: the mean over tokens, and bands of percentiles. A panel for each model."""
-    figure, panels = drawing.panel_grid(len(models), "Norm of the state of every token, loop by loop")
+    title = "Norm of the state of every token, loop by loop"
+    figure, panels = drawing.panel_grid(models, title, r"$\|H_k\|_2$ of a token")
     for axes, model in zip(panels, models, strict=True):
         norms = model.measured.norms
         bands = dict(zip(PERCENTILES, np.asarray(norms.percentiles).T, strict=True))
@@ -47,10 +48,8 @@ def norm_figure(models: Sequence[Drawn]) -> Figure:
             axes.fill_between(loops, bands[low], bands[high], color=model.colour, alpha=alpha, linewidth=0, label=label)
         axes.plot(loops, norms.mean, color=model.colour, linewidth=1.8, label="mean")
         axes.axvline(model.measured.n_loops, color="0.4", linewidth=0.9, linestyle="--", label="trained depth")
-        axes.set_title(model.name)
         drawing.loop_axis(axes)
         drawing.log_if_wide(axes, [model.measured.norms.percentiles for model in models])
-    drawing.label_rows(panels, r"$\|H_k\|_2$ of a token")
     drawing.legend_below(figure, panels[0].get_legend_handles_labels()[0], columns=5)
     return figure
 
@@ -136,9 +135,8 @@ def clamp_figure(models: Sequence[Drawn]) -> Figure:
     figure, axes = plt.subplots(figsize=(max(6.5, 1.2 * len(models)), 4.2), layout="constrained")
     hatches = {"scale frozen": "", "radial part removed": "///", "both": "xxx"}
     for place, model in enumerate(models):
-        clamp = model.measured.clamp
-        forms = (clamp.frozen, clamp.tangential, clamp.both)
-        for column, (form, hatch) in enumerate(zip(forms, hatches.values(), strict=True)):
+        for column, (name, form) in enumerate(model.measured.clamp.forms.items()):
+            hatch = hatches[name]
             axes.bar(
                 place + 0.27 * (column - 1),
                 form.change[-1],
@@ -151,7 +149,7 @@ def clamp_figure(models: Sequence[Drawn]) -> Figure:
             )
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.axhline(PAPER_CLAMP, color="0.2", linewidth=0.9, linestyle="--")
-    drawing.symlog_beyond(axes, USED)
+    drawing.symlog_beyond(axes, THRESHOLDS.used)
     axes.set_xticks(range(len(models)), [model.name for model in models], rotation=25, ha="right", fontsize=8)
     axes.set(title="Radial clamp: what it costs at K", ylabel="change of the cross-entropy, nats")
     keys = [
@@ -176,23 +174,22 @@ def final_alpha_figure(models: Sequence[Drawn]) -> Figure:
         ylabel=r"CE of $\alpha H_K$ minus CE of $H_K$, nats",
     )
     drawing.alpha_axis(axes)
-    drawing.symlog_beyond(axes, BLIND_RANGE)
+    drawing.symlog_beyond(axes, THRESHOLDS.blind_range)
     drawing.name_curves(figure, models, markers=True)
     return figure
 
 
 def alpha_figure(models: Sequence[Drawn]) -> Figure:
     """Cross-entropy of alpha * H_k against alpha at every trained loop, shaded by loop. A panel for each model."""
-    figure, panels = drawing.panel_grid(len(models), "The state of every loop scaled by alpha before its readout")
+    title = "The state of every loop scaled by alpha before its readout"
+    figure, panels = drawing.panel_grid(models, title, r"cross-entropy of $\alpha H_k$, nats")
     for axes, model in zip(panels, models, strict=True):
         sweep = model.measured.alpha
         shades = plt.colormaps["viridis"](np.linspace(0.05, 0.85, len(sweep.ce)))
         for loop, (row, shade) in enumerate(zip(sweep.ce, shades, strict=True), start=1):
             axes.plot(sweep.alphas, row, color=shade, marker="o", markersize=3, linewidth=1.3, label=f"k = {loop}")
-        axes.set_title(model.name)
         drawing.alpha_axis(axes)
         drawing.log_if_wide(axes, [model.measured.alpha.ce for model in models], ratio=8)
-    drawing.label_rows(panels, r"cross-entropy of $\alpha H_k$, nats")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -9,19 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from looped.diagnose.halting import Halt
-from looped.diagnose.verdict import (
-    BLIND_FRACTION,
-    BLIND_RANGE,
-    DEPTH_CHANGE,
-    GROWTH,
-    PASSED_ON,
-    USED,
-    Control,
-    Measurements,
-    Verdict,
-    judge,
-    state_names,
-)
+from looped.diagnose.verdict import THRESHOLDS, Control, Measurements, Verdict, judge, state_names
 
 NOTHING = "Nothing."
 
@@ -73,55 +61,53 @@ def _visibility(measured: Measurements, verdict: Verdict) -> Finding:
         action = f"One way to hold it: read the states without a norm (readout raw){all_but_last}."
     elif verdict.control == "penalised":
         action = "Nothing while the penalty stays."
-    threshold = f"no if below both {BLIND_RANGE} nats and {BLIND_FRACTION:g}"
+    threshold = f"no if below both {THRESHOLDS.blind_range} nats and {THRESHOLDS.blind_fraction:g}"
     return Finding("Can the loss see how large the state is?", answer, " ".join(numbers), threshold, action)
 
 
 def _penalty(measured: Measurements, control: Control) -> Finding:
-    last_read = measured.loops_read[-1]
-    number = (
-        f"No penalty in the training loss. The cross-entropy's own gradient has a radial fraction of "
-        f"{_span(measured.radial.total)} over the loops."
-    )
-    if measured.penalty > 0:
-        number = (
-            f"With the penalty of {measured.penalty:g} the gradient at H_{last_read + 1} has a radial fraction of "
-            f"{measured.radial.training[last_read]:.2g} ({_span(measured.radial.training)} over the loops; "
-            f"{_span(measured.radial.total)} without the penalty)."
-        )
+    last_read, whole, training = measured.loops_read[-1], _span(measured.radial.total), measured.radial.training
     if measured.penalty == 0:
         answer = "No, there is none"
-    elif control == "visible":
-        answer = "In part: the loss sees the size too"
+        number = (
+            "No penalty in the training loss. The cross-entropy's own gradient has a radial fraction of "
+            f"{whole} over the loops."
+        )
     else:
-        answer = "Yes" if control == "penalised" else "No, it is too weak"
+        answers = {"visible": "In part: the loss sees the size too", "penalised": "Yes"}
+        answer = answers.get(control, "No, it is too weak")
+        number = (
+            f"With the penalty of {measured.penalty:g} the gradient at H_{last_read + 1} has a radial fraction of "
+            f"{training[last_read]:.2g} ({_span(training)} over the loops; {whole} without the penalty)."
+        )
     action = NOTHING
     if control == "penalised":
         action = "Keep it, or read the loops before the last without a norm (readout final-only)."
     elif control == "free":
         change = "add a penalty of" if measured.penalty == 0 else "raise the penalty, for example to"
         action = f"The simplest way to hold it: {change} 0.01 on the mean of H_k^2."
-    threshold = f"yes if a penalty lifts the fraction at H_{last_read + 1} above {BLIND_FRACTION:g}"
+    threshold = f"yes if a penalty lifts the fraction at H_{last_read + 1} above {THRESHOLDS.blind_fraction:g}"
     return Finding("Does a norm penalty hold the size?", answer, number, threshold, action)
 
 
 def _passing_on(measured: Measurements, control: Control) -> Finding:
     largest = max(measured.response, default=0.0)
     fades = ""
-    if PASSED_ON < largest < 1:  # as where a decay multiplies the state: what is left shrinks with every loop
+    # As where a decay multiplies the state: what is left shrinks with every loop.
+    if THRESHOLDS.passed_on < largest < 1:
         fades = f" Of a change of size at most half is left after {math.ceil(math.log(0.5) / math.log(largest))} loops."
     return Finding(
         "Does a larger state make the next loop's result larger?",
         "Yes, size is passed on" if measured.passes_scale_on else "No, size is removed between loops",
         f"A state twice as large changes the next loop's result by {_span(measured.response)} times its size.{fades}",
-        f"yes if above {PASSED_ON}",
+        f"yes if above {THRESHOLDS.passed_on}",
         "Another way to hold it: normalise the state between loops." if control == "free" else NOTHING,
     )
 
 
 def _growth(measured: Measurements, control: Control) -> Finding:
     norms, n_loops = measured.norms.mean, measured.n_loops
-    grows = measured.growth > GROWTH
+    grows = measured.growth > THRESHOLDS.growth
     action = NOTHING
     if control == "free":
         action = (
@@ -138,14 +124,14 @@ def _growth(measured: Measurements, control: Control) -> Finding:
         f"Yes, {measured.growth:.2f} times" if grows else f"Hardly, {measured.growth:.2f} times",
         f"Mean norm {norms[0]:.3g} after loop 1, {norms[n_loops - 1]:.3g} after loop {n_loops}, the last one trained, "
         f"{norms[-1]:.3g} after {len(norms)} loops.",
-        f"yes if above {GROWTH} times, from loop 1 to {n_loops}",
+        f"yes if above {THRESHOLDS.growth} times, from loop 1 to {n_loops}",
         action,
     )
 
 
 def _growth_within_a_loop(measured: Measurements) -> Finding:
     norms = measured.norms
-    grows = norms.within[0] > GROWTH
+    grows = norms.within[0] > THRESHOLDS.growth
     number = f"Loop 1 takes the mean norm from {norms.entered[0]:.3g} to {norms.mean[0]:.3g}"
     if len(norms.within) > 1:
         number += f", loop 2 from {norms.entered[1]:.3g} to {norms.mean[1]:.3g}"
@@ -153,20 +139,20 @@ def _growth_within_a_loop(measured: Measurements) -> Finding:
         "Does the state grow within one loop?",
         f"Yes, {norms.within[0]:.3g} times" if grows else f"Hardly, {norms.within[0]:.3g} times",
         f"{number}.",
-        f"yes if above {GROWTH} times in loop 1, token by token",
+        f"yes if above {THRESHOLDS.growth} times in loop 1, token by token",
         f"Train with {measured.suggested_penalty}: no readout that training uses sees it." if grows else NOTHING,
     )
 
 
 def _use(measured: Measurements) -> Finding:
     clamp = measured.clamp
-    used = abs(clamp.change) >= USED
+    used = abs(clamp.change) >= THRESHOLDS.used
     return Finding(
         "Do the loops make use of the size?",
         "Yes" if used else "Hardly",
         f"The cross-entropy at K = {measured.n_loops} changes by {clamp.change:+.4f} nats (standard error "
         f"{clamp.both.error[-1]:.4f}) when every token keeps the size it has after loop 1 (section 4: both).",
-        f"yes if {USED} nats or more, up or down",
+        f"yes if {THRESHOLDS.used} nats or more, up or down",
         "Compare the loss before and after any change that holds the size." if used else NOTHING,
     )
 
@@ -185,13 +171,13 @@ def _depth(measured: Measurements) -> Finding:
             f" At {before} it is {_span(ce[: n_loops - 1], 3)} through the last loop's norm, "
             f"{_span(depth.as_trained[:-1], 3)} without it, as training read those loops."
         )
-    if abs(change) <= DEPTH_CHANGE:
+    if abs(change) <= THRESHOLDS.depth_change:
         answer, action = "No difference", f"Do not spend more than {n_loops} loops."
     elif change > 0:
         answer, action = "No, they cost", f"Do not run more than {n_loops} loops."
     else:
         answer, action = "Yes", f"Try up to {len(ce)} loops (section 6)."
-    threshold = f"no difference if {DEPTH_CHANGE} nats or less"
+    threshold = f"no difference if {THRESHOLDS.depth_change} nats or less"
     return Finding("Do more loops than were trained help?", answer, number, threshold, action)
 
 

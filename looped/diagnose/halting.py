@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from looped.diagnose.model import Batch, LoopedModel, wide
-from looped.diagnose.skipping import NO_POLICY, Skipped, measure_skipping, with_all_loops, with_exits
+from looped.diagnose.model import Batch, LoopedModel, token_losses
+from looped.diagnose.skipping import NO_POLICY, Run, Skipped, measure_skipping, with_all_loops
+from looped.early_exit import run_with_exits
 from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
@@ -17,7 +18,7 @@ TOLERANCE = 1.01  # times the perplexity at K
 
 @dataclass(frozen=True)
 class Halt:
-    """Halting by one policy and with one way of reading the loops, all of which are computed.
+    """Halting by one policy, with the loops read in one way. All loops are computed, whether a token stops or not.
 
     tau: the score at which a token leaves; None if no token may leave before K.
     loops: the mean number of loops until a token leaves, on the report slice.
@@ -73,13 +74,11 @@ def measure_halting(
     """
     check_tolerance(tolerance)
     check_rounds(rounds)
-    n_windows = sum(len(tokens) for tokens, _ in batches)
-    if n_windows < 2:
-        raise ValueError(
-            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
-        )
+    n_windows = check_windows(batches)
     half = n_windows // 2
-    policies = _policies(model)
+    policies: tuple[Policy, ...] = WITHOUT_A_GATE
+    if model.decoder is not None and model.decoder.exit_gate is not None:
+        policies = (*policies, gate_policy(model.decoder.exit_logit))
     calibration, report = _slices(model, batches, half, policies, as_last=False)
     halts = {
         policy.name: _halt(calibration[[0, place]], report[[0, place]], tolerance)
@@ -90,9 +89,10 @@ def measure_halting(
         as_last = _halt(*_slices(model, batches, half, (MARGIN,), as_last=True), tolerance)
     skipped = {}
     if model.decoder is not None:
-        runs = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
+        runs: dict[str, Run] = {NO_POLICY: with_all_loops(model.decoder, model.n_loops)}
         for policy in policies:
-            runs[policy.name] = with_exits(model.decoder, policy, halts[policy.name].threshold, model.n_loops)
+            tau = halts[policy.name].threshold
+            runs[policy.name] = partial(run_with_exits, model.decoder, policy=policy, tau=tau, n_loops=model.n_loops)
         skipped = measure_skipping(runs, _from_window(batches, half), rounds, model.n_loops)
     return Halting(
         tolerance=tolerance,
@@ -108,41 +108,40 @@ def measure_halting(
     )
 
 
+def check_windows(batches: Sequence[Batch]) -> int:
+    """How many windows there are. Raises ValueError for fewer than two."""
+    n_windows = sum(len(tokens) for tokens, _ in batches)
+    if n_windows < 2:
+        raise ValueError(
+            f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
+        )
+    return n_windows
+
+
 def check_rounds(rounds: int) -> None:
     """Raises ValueError below 0."""
     if rounds < 0:
         raise ValueError(f"rounds must be at least 0. Got rounds={rounds}.")
 
 
-def _policies(model: LoopedModel) -> tuple[Policy, ...]:
-    if model.decoder is None or model.decoder.exit_gate is None:
-        return WITHOUT_A_GATE
-    return (*WITHOUT_A_GATE, gate_policy(model.decoder.exit_logit))
-
-
 def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:
     """The batches without their first windows."""
-    kept = []
+    later = []
     for tokens, targets in batches:
         if len(tokens) > first:
-            kept.append((tokens[first:], targets[first:]))
+            later.append((tokens[first:], targets[first:]))
         first = max(0, first - len(tokens))
-    return kept
-
-
-def _slices(
-    model: LoopedModel, batches: Sequence[Batch], half: int, policies: Sequence[Policy], *, as_last: bool
-) -> tuple[Tensor, Tensor]:
-    """Of the tokens of the first `half` windows, and of the others: [1 + policies, K, tokens] as `_windows` gives."""
-    windows = _windows(model, batches, policies, as_last=as_last)
-    return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
+    return later
 
 
 @torch.no_grad()
-def _windows(
-    model: LoopedModel, batches: Sequence[Batch], policies: Sequence[Policy], *, as_last: bool
-) -> list[Tensor]:
-    """For each window [1 + policies, K, T]: the cross-entropy of every loop and token, and the score of each policy."""
+def _slices(
+    model: LoopedModel, batches: Sequence[Batch], half: int, policies: Sequence[Policy], *, as_last: bool
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of every loop and token, and its score by each policy, [1 + policies, K, tokens].
+
+    Of the first `half` windows, and of the others.
+    """
     windows: list[Tensor] = []
     for tokens, targets in batches:
         embedded = model.embed(tokens)
@@ -150,8 +149,8 @@ def _windows(
         scores: list[Tensor] = []
         loops = []
         for loop, state in enumerate(model.unroll(embedded, model.n_loops)):
-            logits = wide(model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1)))
-            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+            logits = model.head(model.normalised(state, final=as_last or loop == model.n_loops - 1))
+            loss = token_losses(logits, targets)
             read = model.decoder.read(state) if model.decoder is not None and policies[-1].reads else None
             seen = Seen(before, state, logits, read=read)
             scores = [
@@ -161,7 +160,7 @@ def _windows(
             loops.append(torch.stack([loss, *scores]))
             before = state
         windows += torch.stack(loops, dim=1).double().cpu().unbind(2)
-    return windows
+    return torch.cat(windows[:half], dim=-1), torch.cat(windows[half:], dim=-1)
 
 
 def _halt(calibration: Tensor, report: Tensor, tolerance: float) -> Halt:

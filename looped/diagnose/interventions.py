@@ -55,6 +55,11 @@ class RadialClamp:
     both: Clamped
 
     @property
+    def forms(self) -> dict[str, Clamped]:
+        """By the name that the page gives them."""
+        return {"scale frozen": self.frozen, "radial part removed": self.tangential, "both": self.both}
+
+    @property
     def change(self) -> float:
         """The change of the cross-entropy at K under `both`, in nats."""
         return self.both.change[-1]

@@ -1,13 +1,15 @@
 """What is diagnosed: a model with a repeated loop, described by four functions. A LoopedLM can be seen as one."""
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from looped.halting import wide
 from looped.model import LoopedLM
+from looped.recurrence import first_with_gradient
 
 # Inputs and targets, int64 [B, T] each, every target in [0, V).
 Batch = tuple[Tensor, Tensor]
@@ -29,10 +31,12 @@ class LoopedModel:
         itself. It is used only to measure what a loop adds to the scale that it starts from.
     weights: [K], of each loop's cross-entropy in the training loss, 0 for loops that are not read. None: 1/K each.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2` in the training loss.
+    backprop_loops: the last loops, which alone had a gradient in training and were penalised. None: all.
     decoder: the LoopedLM that this describes, or None. Halting is then measured with later loops left out, too.
 
     The functions must be in evaluation mode (no dropout) and in one dtype. Gradients flow through all but embed.
-    Raises ValueError for n_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a negative penalty.
+    Raises ValueError for n_loops or backprop_loops < 1, weights that are not K numbers >= 0 with a sum above 0, or a
+    negative penalty.
     """
 
     n_loops: int
@@ -45,6 +49,7 @@ class LoopedModel:
     between: Callable[[Tensor], Tensor] | None = None
     weights: tuple[float, ...] | None = None
     penalty: float = 0.0
+    backprop_loops: int | None = None
     decoder: LoopedLM | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +60,7 @@ class LoopedModel:
             raise ValueError(
                 f"weights must be n_loops={self.n_loops} numbers of at least 0, one of them above. Got {weights}."
             )
+        first_with_gradient(self.n_loops, self.backprop_loops)  # raises for backprop_loops < 1
         if not self.penalty >= 0:
             raise ValueError(f"penalty must be at least 0. Got penalty={self.penalty}.")
 
@@ -93,8 +99,12 @@ class LoopedModel:
 
     def head_loss(self, normalised: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of a state that has been through `normalised`, [B, T] in nats, at least fp32."""
-        logits = wide(self.head(normalised)).flatten(0, -2)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        return token_losses(self.head(normalised), targets)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of every token, [B, T] in nats, at least fp32, of logits [B, T, V]."""
+    return F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -102,12 +112,14 @@ def rms(x: Tensor) -> Tensor:
     return wide(x).square().mean(-1).sqrt()
 
 
-def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None, penalty: float = 0.0) -> LoopedModel:
-    """A LoopedLM as a LoopedModel. `weights` and `penalty` are those of the loss that it was trained with.
+def from_decoder(
+    decoder: LoopedLM,
+    *,
+    weights: tuple[float, ...] | None = None,
+    penalty: float = 0.0,
+    backprop_loops: int | None = None,
+) -> LoopedModel:
+    """A LoopedLM as a LoopedModel. weights, penalty, backprop_loops: of the loss that it was trained with.
 
     With an inter-loop norm, loop k+1 starts from RMSNorm(H_k). Its input and output are still the states that are read,
     so an update is `H_{k+1} - H_k` and includes what the norm takes away.
@@ -132,8 +144,19 @@ def from_decoder(decoder: LoopedLM, *, weights: tuple[float, ...] | None = None,
         between=decoder.loop_norm,
         weights=weights,
         penalty=penalty,
+        backprop_loops=backprop_loops,
         decoder=decoder,
     )
+
+
+def in_float64(model: LoopedModel) -> LoopedModel | None:
+    """The same readout in float64. None where nothing is known of the model but functions."""
+    if model.decoder is not None:
+        return from_decoder(copy.deepcopy(model.decoder).double())
+    if not isinstance(model.norm, nn.Module) or not isinstance(model.head, nn.Module):
+        return None
+    head, norm = (copy.deepcopy(module).double() for module in (model.head, model.norm))
+    return replace(model, head=head, norm=norm)
 
 
 def _readout_norm(decoder: LoopedLM) -> Callable[[Tensor], Tensor] | None:

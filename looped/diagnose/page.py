@@ -13,8 +13,6 @@ import matplotlib.pyplot as plt
 from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.figures import FIGURES, drawn_models
 from looped.diagnose.findings import findings
-from looped.diagnose.record import FORMAT as FORMAT  # not used here: train's own reader of the record finds it here
-from looped.diagnose.record import to_json as to_json  # likewise
 from looped.diagnose.record import write_record
 from looped.diagnose.tables import OVERVIEW_COLUMNS, SECTIONS, Row, Section, origin_rows, overview_row
 

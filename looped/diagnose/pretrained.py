@@ -3,7 +3,6 @@
 Those that `looped.adapters` knows, and our own as `looped.export` writes them.
 """
 
-import copy
 import dataclasses
 import glob
 import json
@@ -18,12 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from looped.adapters import ADAPTERS
-from looped.diagnose.adapted import from_model, in_float64
-from looped.diagnose.diagnosis import Diagnosis, diagnose, loop_weights, validation_batches
+from looped.diagnose.adapted import from_model
+from looped.diagnose.diagnosis import Diagnosis, as_trained, diagnose, validation_batches
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, from_decoder
+from looped.diagnose.model import Batch, LoopedModel, in_float64
 from looped.model import LoopedLM
-from looped.recurrence import first_with_gradient
 from looped.run_directory import Validation
 
 OURS = "looped_lm"  # the model_type of an export
@@ -41,36 +39,32 @@ class Pretrained:
     notes: dict[str, str]
 
     def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
-        """The diagnosis. rounds: of one of ours, as `diagnose` takes it. Raises ValueError as it and `describe` do."""
+        """The diagnosis. rounds: as `diagnose` takes it, for a LoopedLM alone. Raises as it and `describe` do."""
         described = describe(self.model, self.batches)
-        if described.decoder is None:
-            double, rounds = in_float64(described), 0
-        else:
-            double = from_decoder(copy.deepcopy(described.decoder).double())
+        double, rounds = in_float64(described), 0 if described.decoder is None else rounds
         found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
         return dataclasses.replace(found, origin=found.origin | self.notes)
 
 
 def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool = True) -> LoopedModel:
-    """A model that `load_pretrained` has loaded as a LoopedModel; `from_model` says what the options mean.
+    """A model that `load_pretrained` has loaded, as a LoopedModel. readout_norm: as `from_model` takes it.
 
-    Of one of ours the weights are those of its supervision, with a gate as means over the batches.
+    An export of this project has the weights of its own supervision. A gate's are means over the batches.
     """
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, LoopedLM):
         return from_model(model, readout_norm=readout_norm)
     config: Any = model.config
-    first = first_with_gradient(decoder.config.n_loops, config.backprop_loops)
-    weights = loop_weights(decoder, config.supervision, first, batches, decoder.embedding.weight.device)
-    described = from_decoder(decoder, weights=weights, penalty=config.penalty)
+    described = as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
     return described if readout_norm else dataclasses.replace(described, norm=None)
 
 
 def load_pretrained(
     name: str, data: str, *, n_tokens: int, seq_len: int | None, device: str = "cpu", trust_remote_code: bool = False
 ) -> Pretrained:
-    """A model and windows of `seq_len` tokens, `n_tokens` in all, from `data`. None: of 256, or the model's longest.
+    """A model, and windows of text to measure it on: `n_tokens` tokens in all, `seq_len` in each.
 
+    seq_len: None for 256, or for the model's longest where that is shorter.
     name: a directory that save_pretrained wrote, or a model of the hub. trust_remote_code: run the code that comes with
     it, as transformers means it.
     data: a pattern of text files, for the model's tokenizer; or a .safetensors file with `tokens` [n], as a run has.
@@ -85,7 +79,8 @@ def load_pretrained(
     if not 1 <= seq_len <= (longest or seq_len):
         raise ValueError(f"seq_len must be in [1, {longest or 'any'}], the model's longest. Got {seq_len}.")
     masked = content["model_type"] == "albert"
-    tokenizer = None if _holds_tokens(files) and not masked else _load(name, "AutoTokenizer", trust_remote_code)
+    as_text = any(file.suffix != ".safetensors" for file in files)
+    tokenizer = _load(name, "AutoTokenizer", trust_remote_code) if as_text or masked else None
     tokens = _read_tokens(files, tokenizer)
     vocabulary = content.get("padded_vocab_size", content.get("vocab_size"))
     if vocabulary is not None and (len(tokens) == 0 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0):
@@ -140,9 +135,10 @@ class ScaleCheck:
 
 
 def scale_checks(model: nn.Module, batches: Sequence[Batch], n_loops: int = 8) -> list[ScaleCheck]:
-    """What "Dense Supervision Is Not Enough" (arXiv 2606.24898) checks of Ouro, for H_1..H_n of any known model.
+    """How much the scale of H_1..H_n matters to the readout, with its norm and without. n is n_loops.
 
-    n is n_loops. The loops beyond the trained ones are run as the trained ones are. Raises ValueError for n_loops < 1.
+    Sharma & Vu (arXiv 2606.24898) check this of Ouro. Loops beyond the trained ones are run as those are. Raises
+    ValueError for n_loops < 1.
     """
     sweeps = [
         sweep_alpha(
@@ -182,10 +178,6 @@ def _files(data: str) -> list[Path]:
     if not files:
         raise ValueError(f"data must be files that are there. Got {data}.")
     return files
-
-
-def _holds_tokens(files: Sequence[Path]) -> bool:
-    return all(file.suffix == ".safetensors" for file in files)
 
 
 def _read_tokens(files: Sequence[Path], tokenizer: Any) -> Tensor:

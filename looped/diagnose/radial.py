@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from looped.diagnose.model import Batch, LoopedModel, wide
+from looped.diagnose.model import Batch, LoopedModel
+from looped.halting import wide
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
+from looped.recurrence import first_with_gradient
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,22 @@ def _measure_batch(
 def _whole_gradients(
     model: LoopedModel, states: list[Tensor], targets: Tensor
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The gradients of the loss summed over tokens, [K][B, T, d], without the penalty and with it."""
+    """The gradients of the loss summed over tokens, [K][B, T, d], without the penalty and with it.
+
+    Those of a loop without gradient, and of one after the last that is read, are zeros.
+    """
     losses = [
         weight * model.cross_entropy(state, targets, final=loop == model.n_loops - 1).sum()
         for loop, (state, weight) in enumerate(zip(states, model.loss_weights, strict=True))
         if weight > 0
     ]
-    # A state after the last loop that is read has no gradient: zeros.
-    total = torch.autograd.grad(sum(losses), states, retain_graph=True, materialize_grads=True)  # type: ignore[arg-type]
+    first = first_with_gradient(model.n_loops, model.backprop_loops)
+    trained, zeros = states[first:], [torch.zeros_like(state) for state in states[:first]]
+    total = [*zeros, *torch.autograd.grad(sum(losses), trained, retain_graph=True, materialize_grads=True)]  # type: ignore[arg-type]
     if model.penalty == 0:
         return total, total
-    mean_squares = torch.stack([state.square().mean(-1).sum() for state in states])
-    of_penalty = torch.autograd.grad(model.penalty * mean_squares.mean(), states)
+    mean_squares = torch.stack([state.square().mean(-1).sum() for state in trained])
+    of_penalty = [*zeros, *torch.autograd.grad(model.penalty * mean_squares.mean(), trained)]
     return total, [ce + penalty for ce, penalty in zip(total, of_penalty, strict=True)]
 
 

@@ -13,7 +13,7 @@ from looped.diagnose.diagnosis import Diagnosis
 from looped.diagnose.dynamics import PERCENTILES
 from looped.diagnose.findings import findings
 from looped.diagnose.verdict import THRESHOLDS, Measurements, judge
-from looped.whole_file import read_json
+from looped.whole_file import read_json, replacing
 
 FORMAT = 4  # of the file: raised whenever something in it is added, removed or called otherwise
 
@@ -27,7 +27,7 @@ def to_json(diagnoses: Sequence[Diagnosis]) -> str:
     content = {
         "format": FORMAT,
         "percentiles": PERCENTILES,
-        "thresholds": THRESHOLDS,
+        "thresholds": asdict(THRESHOLDS),
         "diagnoses": [
             asdict(diagnosis)
             | {
@@ -48,9 +48,8 @@ def write_record(diagnoses: Sequence[Diagnosis], path: Path) -> None:
     The directory of `path` is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.new")
-    scratch.write_text(to_json(diagnoses), encoding="utf-8")
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        scratch.write_text(to_json(diagnoses), encoding="utf-8")
 
 
 def read_record(path: Path) -> list[Diagnosis]:

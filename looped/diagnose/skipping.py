@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from looped.diagnose.model import Batch, wide
-from looped.early_exit import Exits, run_with_exits
-from looped.halting import Policy
+from looped.diagnose.model import Batch, token_losses
+from looped.early_exit import Exits
 from looped.model import LoopedLM
 
 NO_POLICY = "none"
@@ -38,13 +36,8 @@ class Skipped:
 Run = Callable[[Tensor], Exits]  # of tokens [B, T]
 
 
-def with_exits(decoder: LoopedLM, policy: Policy, tau: float, n_loops: int) -> Run:
-    """Up to K = n_loops loops, later ones left out."""
-    return lambda tokens: run_with_exits(decoder, tokens, policy, tau, n_loops=n_loops)
-
-
 def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
-    """So many loops for every token, and one readout."""
+    """`n_loops` loops for every token, then one readout."""
 
     def run(tokens: Tensor) -> Exits:
         logits = decoder(tokens, n_loops=n_loops, logits=True).logits
@@ -57,11 +50,11 @@ def with_all_loops(decoder: LoopedLM, n_loops: int) -> Run:
 def measure_skipping(
     runs: Mapping[str, Run], batches: Sequence[Batch], rounds: int, n_loops: int
 ) -> dict[str, Skipped]:
-    """Every run, none of which takes more than n_loops loops. The first is what the others are compared with.
+    """Measure every run, and compare it with the first. None takes more than n_loops loops.
 
-    What is timed: the tokens [B, T] of all batches, one batch after the other, to the logits [B, T, V] with which they
-    are predicted. In every round each has its turn, so that a machine that is busy for a while is so for all of them.
-    The predictions that perplexity is of come first, and warm up.
+    What is timed is the way from the tokens [B, T] of all batches, one batch after the other, to logits [B, T, V]. In
+    every round each run has its turn: if the machine is busy for a while, it is so for all of them. The predictions
+    for the perplexity are made before, which warms up.
     """
     predicted = {name: _predict(run, batches) for name, run in runs.items()}
     seconds = np.array([[_seconds(run, batches) for run in runs.values()] for _ in range(rounds)])
@@ -79,17 +72,17 @@ def measure_skipping(
     return measured
 
 
-def _predict(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+def _predict(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """The exit loops and the cross-entropy in nats, float64, of every token [tokens], on the CPU."""
     loops, losses = [], []
     for tokens, targets in batches:
         exits = run(tokens)
-        losses.append(F.cross_entropy(wide(exits.logits).flatten(0, 1), targets.flatten(), reduction="none"))
+        losses.append(token_losses(exits.logits, targets).flatten())
         loops.append(exits.loops.flatten())
     return torch.cat(loops).cpu(), torch.cat(losses).double().cpu()
 
 
-def _seconds(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> float:
+def _seconds(run: Run, batches: Sequence[Batch]) -> float:
     _wait(batches)
     start = time.perf_counter()
     for tokens, _ in batches:
@@ -99,7 +92,7 @@ def _seconds(run: Callable[[Tensor], Exits], batches: Sequence[Batch]) -> float:
 
 
 def _wait(batches: Sequence[Batch]) -> None:
-    """Until the device has done its work."""
+    """Wait until the device has done its work."""
     device = batches[0][0].device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

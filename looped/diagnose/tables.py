@@ -63,10 +63,7 @@ def _update_rows(diagnosis: Diagnosis) -> Iterator[Row]:
 def _clamp_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     clamp = diagnosis.measured.clamp
     for loop, ce in enumerate(clamp.free):
-        changes = [
-            f"{form.change[loop]:+.5f} ± {form.error[loop]:.5f}"
-            for form in (clamp.frozen, clamp.tangential, clamp.both)
-        ]
+        changes = [f"{form.change[loop]:+.5f} ± {form.error[loop]:.5f}" for form in clamp.forms.values()]
         response = diagnosis.measured.response
         yield str(loop + 1), ce, *changes, response[loop] if loop < len(response) else "-"
 

@@ -10,22 +10,20 @@ from looped.diagnose.halting import Halt, Halting
 from looped.diagnose.interventions import AlphaSweep, RadialClamp
 from looped.diagnose.radial import RadialFractions
 
-# A readout is blind to the scale if both of these hold.
-BLIND_RANGE = 0.01  # nats: the cross-entropy moves by less as alpha goes from 0.1 to 10
-BLIND_FRACTION = 1e-4  # the immediate gradient's mean radial fraction is smaller; random directions of 128 have 0.07
-PASSED_ON = 0.01  # scale response above which the next loop still sees the scale
-USED = 0.01  # nats: the radial clamp changes the cross-entropy by at least this where the loops use the scale
-GROWTH = 1.5  # a mean norm that is multiplied by more than this grows
-DEPTH_CHANGE = 0.01  # nats: loops beyond K that change the cross-entropy by more than this matter
 
-THRESHOLDS = {
-    "blind_range": BLIND_RANGE,
-    "blind_fraction": BLIND_FRACTION,
-    "passed_on": PASSED_ON,
-    "used": USED,
-    "growth": GROWTH,
-    "depth_change": DEPTH_CHANGE,
-}
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides an answer. A readout is blind to the scale if it is below both of the first two."""
+
+    blind_range: float = 0.01  # nats, by which the cross-entropy moves as alpha goes from 0.1 to 10
+    blind_fraction: float = 1e-4  # radial, of the immediate gradient; random directions of 128 channels have 0.07
+    passed_on: float = 0.01  # scale response above which the next loop still sees the scale
+    used: float = 0.01  # nats: the radial clamp changes the cross-entropy by at least this where loops use the scale
+    growth: float = 1.5  # a mean norm that is multiplied by more than this grows
+    depth_change: float = 0.01  # nats: loops beyond K that change the cross-entropy by more than this matter
+
+
+THRESHOLDS = Thresholds()
 
 Control = Literal["free", "penalised", "removed", "visible"]
 CONTROLS: dict[Control, str] = {
@@ -68,7 +66,7 @@ class Measurements:
     @property
     def passes_scale_on(self) -> bool:
         """Whether some loop's result depends on the scale of the state before it. False for a single loop."""
-        return max(self.response, default=0.0) > PASSED_ON
+        return max(self.response, default=0.0) > THRESHOLDS.passed_on
 
     @property
     def suggested_penalty(self) -> str:
@@ -95,7 +93,7 @@ class Verdict:
 def judge(measured: Measurements) -> Verdict:
     """The verdict on one model."""
     blind = [
-        ce_range < BLIND_RANGE and fraction < BLIND_FRACTION
+        ce_range < THRESHOLDS.blind_range and fraction < THRESHOLDS.blind_fraction
         for ce_range, fraction in zip(measured.alpha.ranges, measured.radial.immediate, strict=True)
     ]
     control = _control(measured, blind)
@@ -105,7 +103,7 @@ def judge(measured: Measurements) -> Verdict:
 def _control(measured: Measurements, blind: Sequence[bool]) -> Control:
     if not all(blind[loop] for loop in measured.loops_read):
         return "visible"
-    if measured.penalty > 0 and measured.radial.training[measured.loops_read[-1]] > BLIND_FRACTION:
+    if measured.penalty > 0 and measured.radial.training[measured.loops_read[-1]] > THRESHOLDS.blind_fraction:
         return "penalised"
     if measured.n_loops > 1 and not measured.passes_scale_on:
         return "removed"
@@ -113,7 +111,7 @@ def _control(measured: Measurements, blind: Sequence[bool]) -> Control:
 
 
 def _advice(measured: Measurements, blind: Sequence[bool], control: Control) -> str:
-    grows = measured.growth > GROWTH
+    grows = measured.growth > THRESHOLDS.growth
     growth = f"grows {measured.growth:.2f} times over the {measured.n_loops} loops"
     if control == "free":
         so_far = f"and it {growth}" if grows else "though it hardly grows yet"
@@ -122,7 +120,7 @@ def _advice(measured: Measurements, blind: Sequence[bool], control: Control) -> 
         return "Keep the norm penalty: it alone holds the size of the state, which the cross-entropy cannot see."
     if control == "removed":
         within = measured.norms.within[0]
-        if within > GROWTH:
+        if within > THRESHOLDS.growth:
             return (
                 f"Consider {measured.suggested_penalty}: size does not build up from loop to loop, but nothing limits "
                 f"it within one (the first makes the state {within:.3g} times as large)."

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from looped.command_line import command_line
+from looped.command_line import command_line, device_named
 from looped.generate import Exit, Options, Step, stream
 from looped.generate.text import TextStream, read_tokenizer
 from looped.halting import policy_named
@@ -99,15 +99,15 @@ def say(command: Command) -> None:
     steps = stream(run.model.to(device), [ids], options)
     text = TextStream(tokenizer)
     write(text.add(ids))
-    came: list[Step] = []
+    done: list[Step] = []
     began = 0.0
     for step in steps:
         began = began or time.perf_counter()  # the first token is there
-        came.append(step)
+        done.append(step)
         write(text.add([token for token in step.tokens[0] if token != end]))
     seconds = time.perf_counter() - began
     write(text.end() + "\n")
-    print(summary(came, seconds, end), file=sys.stderr)
+    print(summary(done, seconds, end), file=sys.stderr)
 
 
 def write(text: str) -> None:
@@ -153,12 +153,6 @@ def exit_of(model: LoopedLM, text: str) -> Exit:
         return Exit(policy, float(tau))
     except ValueError:
         raise ValueError(f"exit must be POLICY:TAU, TAU a number. Got exit={text}.") from None
-
-
-def device_named(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model at work on a batch of sequences: what it computes of a prompt and of one more token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +101,7 @@ class Decoder:
     # What is launched: sizes and numbers known beforehand, no value looked at on the host -----------------------------
 
     def _context(self, rows: Tensor, columns: Tensor, width: int, left: Tensor | None = None) -> Context:
-        cached = self.cache.rows(columns, width)
-        cached = cached if left is None else cached.without(left)
+        cached = replace(self.cache.rows(columns, width), left=left)
         return self.model.context(rows, positions=self.cache.positions(columns), cache=cached)
 
     def _embed(self, tokens: Tensor, columns: Tensor, context: Context) -> Tensor:

@@ -1,21 +1,28 @@
 """How to generate: every option once, checked when it is made."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from looped.generate.decoder import Exit
-from looped.generate.sampling import Sampling
 from looped.halting import check_tau
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Sampling):
-    """How to generate. Raises TypeError or ValueError if a value breaks a rule, naming the option, the rule and the
-    value.
+class Options:
+    """How to generate: tokens are drawn from `softmax(logits / temperature)` of the top_k most probable ones, and of
+    those the fewest that hold top_p.
+
+    Raises TypeError or ValueError if a value breaks a rule, naming the option, the rule and the value.
 
     max_new_tokens: of every row, unless a stop token comes first. n_loops: K, by default the trained number.
-    temperature, top_k, top_p: as in `Sampling`. seed: row b draws as a batch of one with seed + b
-    does (with draft_loops in distribution only).
+    temperature: 0 is the most probable token alone. top_k: None for all tokens. top_p: the share of the probability,
+    after temperature and top_k, that is kept at least (Holtzman et al., arXiv 1904.09751).
+    seed: row b draws as a batch of one with seed + b does (with draft_loops in distribution only).
     stop_tokens: end a row, and are its last token. exit: leave loops early. shared_cache: one set of keys and values
     for all loops, which is another function than the model's own (looped/cache.py).
     draft_loops: loops that draft, at least 1 and fewer than n_loops; None for no speculation. draft_tokens: how many
@@ -24,6 +31,9 @@ class Options(Sampling):
 
     max_new_tokens: int = 64
     n_loops: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
     seed: int = 0
     stop_tokens: Sequence[int] = ()
     exit: Exit | None = None
@@ -32,7 +42,10 @@ class Options(Sampling):
     draft_tokens: int = 4
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0. Got temperature={self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1. Got top_p={self.top_p}.")
         for name in ("max_new_tokens", "n_loops", "top_k", "seed", "draft_loops", "draft_tokens"):
             value = getattr(self, name)
             if value is None and name in ("n_loops", "top_k", "draft_loops"):
@@ -50,3 +63,21 @@ class Options(Sampling):
         for name, value in (("exit", self.exit), ("shared_cache", self.shared_cache)):
             if self.draft_loops is not None and value:
                 raise ValueError(f"draft_loops must not be given with {name}: it would not be exact. Got both.")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V] fp32 of logits [..., V]. Of equal logits the smaller token counts as the more probable."""
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        # Largest first: the quotients by a tiny temperature must not overflow.
+        logits = logits.float()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
+        if self.top_k is None and self.top_p == 1:
+            return scaled.softmax(-1)
+        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            scaled[..., self.top_k :] = -math.inf
+        sorted_ = scaled.softmax(-1)
+        above = sorted_.cumsum(-1) - sorted_  # held by the tokens that are more probable
+        sorted_ = sorted_.masked_fill(above >= self.top_p, 0.0)
+        kept = torch.zeros_like(sorted_).scatter(-1, order, sorted_)
+        return kept / kept.sum(-1, keepdim=True)

@@ -66,10 +66,8 @@ def mask_of(attention_mask: Tensor | None, past: int, length: int, device: torch
 
     attention_mask: [B, W], 0 for padding; None without any.
     """
-    queries, keys = (
-        torch.arange(past, past + length, device=device).unsqueeze(1),
-        torch.arange(past + length, device=device),
-    )
+    keys = torch.arange(past + length, device=device)
+    queries = keys[past:].unsqueeze(1)
     seen = (keys <= queries).unsqueeze(0)
     if attention_mask is not None:
         seen = seen & attention_mask.bool().unsqueeze(1) | (keys == queries)  # a softmax over nothing would be nan

@@ -6,40 +6,38 @@ from typing import Any
 
 def model_card(config: Any) -> str:
     """Markdown of a LoopedPretrainedConfig whose `run` is not empty."""
-    run = config.run
-    n_prelude, n_coda = config.n_prelude, config.n_coda
+    run, n_prelude, n_coda = config.run, config.n_prelude, config.n_coda
+    name = run.get("name", "A looped language model")
     around = f", with {n_prelude} blocks before and {n_coda} after" if n_prelude + n_coda else ""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- looped",
-        "- recurrent-depth",
-        "---",
-        "",
-        f"# {run.get('name', 'A looped language model')}",
-        "",
-        f"A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}), applied "
-        f"K = {config.n_loops} times to its own output{around}. The readout of each state is {config.readout}.",
-        "",
-        *_facts(run),
-        *_evaluation(run.get("evaluation", [])),
-        "## Loading it",
-        "",
-        "With `pip install 'looped-lm[hf]'`:",
-        "",
-        "```python",
-        "from looped.transformers import register",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        "register()",
-        f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY_OR_REPOSITORY", depth={config.n_loops})  # K',
-        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OR_REPOSITORY")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    known = "\n".join([*_facts(run), *_evaluation(run.get("evaluation", []))])
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- looped
+- recurrent-depth
+---
+
+# {name}
+
+A looped language model: a stack of {config.n_layers} blocks (d = {config.d_model}), applied K = {config.n_loops} \
+times to its own output{around}. The readout of each state is {config.readout}.
+
+{known}
+## Loading it
+
+With `pip install 'looped-lm[hf]'`:
+
+```python
+from looped.transformers import register
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+register()
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY_OR_REPOSITORY", depth={config.n_loops})  # K
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY_OR_REPOSITORY")
+```
+"""
 
 
 def _facts(run: Mapping[str, Any]) -> list[str]:

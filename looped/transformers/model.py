@@ -144,9 +144,8 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (past + torch.arange(length, device=input_ids.device)).expand(len(input_ids), -1)
         if cache is None and attention_mask is None:
             return None, position_ids
-        mask = None
-        if attention_mask is not None or past > 0:
-            mask = mask_of(attention_mask, past, length, input_ids.device)
+        alone = attention_mask is None and past == 0
+        mask = None if alone else mask_of(attention_mask, past, length, input_ids.device)
         return Rows(config, mask, cache, config.dropout if self.training else 0.0), position_ids
 
     def _loss(

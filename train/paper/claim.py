@@ -67,7 +67,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of complete runs of one seed. value: of a run of each condition. form: how the number is printed."""
+    """A number taken from complete runs of one seed.
+
+    value: gives it, from the evidence of one run of each of the conditions. form: how it is printed.
+    """
 
     label: str
     value: Callable[..., float]
@@ -94,7 +97,7 @@ def diagnosed(label: str, value: Callable[[Measurements], float], form: str = "{
 @dataclass(frozen=True)
 class Claim:
     """title: the paper's statement. paper: its numbers. figure: a file beside the page. note: on how it is measured.
-    other_reading: of the same runs, which does not decide.
+    other_reading: a second way to read the same runs, in words. It is told, and does not decide.
 
     Without quantities no run of a sweep can confirm or deny it. The note says why, with a place for the preset.
     """

@@ -1,12 +1,7 @@
-"""The compute-quality frontier: validation perplexity against speed at K = 1..n_loops, a curve for each condition.
+"""The compute-quality frontier, ``python -m train.paper frontier``: perplexity against speed at K = 1..n_loops.
 
-    python -m train.paper frontier --runs DIR [--conditions ...] [--out bench/results] [--tokens N] [--batches 1 4 16]
-    python -m train.paper frontier [--seeds 42 101 202] [...] [-- options of the sweep]
-
-DIR is a sweep, of which every complete run counts. Without it five conditions are trained at demo scale into
-runs/frontier, or found there. Writes `<date>-<device>-frontier.json`, `.md` and `.png`.
-
-Perplexity and bits per byte are those of windows spread over the validation split, every loop read as if it were the
+Measures every complete run of a sweep; without one, trains five conditions at demo scale into runs/frontier. Writes
+`<date>-<device>-frontier.json`, `.md` and `.png`, with a curve for each condition. Every loop is read as if it were the
 last (frontier_perplexity.py). Speed is that of prefill at several batch sizes (frontier_speed.py).
 """
 
@@ -24,7 +19,7 @@ from tqdm import tqdm
 from looped.command_line import command_line
 from looped.model import LoopedLM
 from looped.provenance import instructions, processor
-from looped.run_directory import SavedRun, load_run
+from looped.run_directory import SavedRun, check_writable, load_run
 from train.interrupt import Interruptions
 from train.metrics import finite
 from train.paper import sweep
@@ -68,6 +63,7 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     own, extra = split_words(words)
     options = command_line(own, FrontierConfig(), "python -m train.paper frontier")
     check_options(options, positive=("tokens", "batches", "rounds"), distinct=("conditions", "seeds", "batches"))
+    check_writable(options.out)  # before hours of training
     if options.runs is not None and extra:
         raise ValueError("options of the sweep can follow ' -- ' only without --runs.")
     if options.runs is None:

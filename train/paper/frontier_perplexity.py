@@ -47,8 +47,8 @@ class Estimate(NamedTuple):
 def document_sums(run: SavedRun, n_tokens: int, dtype: torch.dtype) -> Documents:
     """Losses of about ``n_tokens`` targets at K = 1..n_loops by document; documents without a target are left out.
 
-    With at least as many tokens as the validation text has, every one but the first is a target once. Raises ValueError
-    for a text without a window.
+    Where ``n_tokens`` is at least the length of the validation text, each of its tokens but the first is a target once.
+    Raises ValueError for a text without a window.
     """
     validation, seq_len = run.validation, run.model.config.max_seq_len
     windows, indices = evaluation_windows(validation.tokens.numpy(), seq_len, n_tokens)

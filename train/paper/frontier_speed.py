@@ -5,8 +5,6 @@ gradients. Conditions that differ in training alone have one architecture and so
 """
 
 import copy
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ from torch import Tensor
 from looped.config import LoopedConfig
 from looped.model import LoopedLM
 from looped.run_directory import SavedRun
-from train.step import autocast
+from train.step import prefill, seconds_in_turn
 from train.text.batches import Windows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,41 +57,19 @@ def window_batch(run: SavedRun, batch: int) -> Tensor:
     return windows.gather(np.arange(batch) % len(windows))[0].to(DEVICE)
 
 
-def seconds_of(call: Callable[[], None]) -> float:
-    """Time of one call, until the device has done its work."""
-    _wait()
-    start = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
 def throughput(models: dict[str, LoopedLM], inputs: Tensor, dtype: torch.dtype, rounds: int) -> dict[str, list[Rate]]:
     """The rates of every model at K = 1..n_loops, on ``inputs`` [B, T].
 
-    In every round each model at each K has its turn, after a round that warms up, so that a machine that is busy for a
-    while is so for all of them.
+    Each model at each K has its turn in every round.
     """
-
-    def prefill(name: str, n_loops: int) -> None:
-        with autocast(DEVICE, dtype):
-            models[name](inputs, n_loops=n_loops, logits=True)
-
     torch.compiler.reset()  # a block may have only so many graphs
-    depths = range(1, next(iter(models.values())).config.n_loops + 1)
-    seconds: dict[tuple[str, int], list[float]] = {(name, depth): [] for depth in depths for name in models}
-    for _ in range(rounds + 1):
-        for (name, depth), times in seconds.items():
-            times.append(seconds_of(partial(prefill, name, depth)))
-
-    def rate(times: list[float]) -> Rate:
-        slow, middle, fast = np.quantile(times[1:], (0.75, 0.5, 0.25))
-        return Rate(*(float(inputs.numel() / quantile) for quantile in (middle, slow, fast)))
-
-    return {name: [rate(seconds[name, depth]) for depth in depths] for name in models}
+    n_loops = next(iter(models.values())).config.n_loops
+    calls = [
+        partial(prefill, model, depth, dtype, inputs) for depth in range(1, n_loops + 1) for model in models.values()
+    ]
+    rates = []
+    for times in seconds_in_turn(calls, DEVICE, rounds=rounds):
+        slow, middle, fast = np.quantile(times, (0.75, 0.5, 0.25))
+        rates.append(Rate(*(float(inputs.numel() / quantile) for quantile in (middle, slow, fast))))
+    return {name: rates[place :: len(models)] for place, name in enumerate(models)}

@@ -61,8 +61,8 @@ class ClaimsConfig:
 
 @dataclass(frozen=True)
 class Sweep:
-    """results: of all runs, however far they got. seeds: the complete ones. asked: the seeds that should be there.
-    commands: those that made the runs, if known, and the page."""
+    """results: of all runs, however far they got. seeds: the complete runs, by seed and condition. asked: the seeds
+    that should be there. commands: those that made the runs, if they are known, and the one that makes the page."""
 
     results: list[RunResult]
     settings: dict[str, Any]

@@ -45,7 +45,9 @@ class Run(NamedTuple):
         if (self.directory / "summary.json").exists():
             return "complete"
         rows = read_metrics(self.directory / "metrics.jsonl")
-        if rows and rows[-1]["loss"] is None:
+        last = rows[-1] if rows else None
+        # One that was killed at a bad step, before there were too many, can be continued.
+        if last and last["loss"] is None and last.get("bad_steps", math.inf) >= self.config.max_bad_steps:
             return "diverged"
         return "unfinished" if checkpoint.find(self.directory) is None else "checkpoint"
 

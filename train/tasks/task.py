@@ -8,7 +8,6 @@ is read from a disk or kept there, except the validation sequences in the run's 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from looped.run_directory import write_validation
 from looped.supervision import IGNORE_INDEX
+from train.source import Source
 from train.tasks.addition import Addition
 from train.tasks.p_hop import PHop
 from train.text.batches import share, spread
@@ -30,11 +30,8 @@ TASKS: dict[str, Callable[[int], "Task"]] = {"p-hop": PHop, "addition": Addition
 class Task(Protocol):
     """What a sequence is, how it is answered, and how answers are counted."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def vocab_size(self) -> int: ...
+    name: str
+    vocab_size: int
 
     @property
     def description(self) -> str: ...
@@ -68,30 +65,18 @@ class MadeSequences:
         return self.inputs[indices], self.targets[indices]
 
 
-@dataclass(frozen=True)
-class TaskSource:
-    """A task as a source of training and validation sequences (`train.source.Source`)."""
+class TaskSource(Source):
+    """A task as a source of training and validation sequences."""
 
     task: Task
 
-    bytes_per_token = None
-    n_tokens = None
-    n_sequences = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.task.vocab_size
-
-    @property
-    def description(self) -> str:
-        return f"{self.task.name}, made on the fly ({self.task.description})"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the validation sequences: it changes with how sequences are made, and with the generator."""
-        made = self._validation
+    def __init__(self, task: Task) -> None:
+        self.task, self.vocab_size = task, task.vocab_size
+        self.description = f"{task.name}, made on the fly ({task.description})"
+        made = self._validation = self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
+        # Of the validation sequences: it changes with how sequences are made, and with the generator.
         content = made.inputs.numpy().tobytes() + made.targets.numpy().tobytes()
-        return hashlib.blake2b(f"{self.task.name} ".encode() + content, digest_size=16).hexdigest()
+        self.fingerprint = hashlib.blake2b(f"{task.name} ".encode() + content, digest_size=16).hexdigest()
 
     def batch(self, step: int, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         made = self._make(np.random.SeedSequence(seed, spawn_key=(TRAINING, step)), batch_size, self.task.asked(step))
@@ -100,20 +85,14 @@ class TaskSource:
 
     def validation(self, limit: int | None) -> tuple[MadeSequences, np.ndarray]:
         """``limit``: tokens, of which each sequence has T."""
-        made = self._validation
-        n = len(made.inputs)
-        return made, spread(n, n if limit is None else max(1, limit // made.inputs.shape[1]))
+        n, length = self._validation.inputs.shape
+        return self._validation, spread(n, n if limit is None else max(1, limit // length))
 
     def write(self, out: Path) -> None:
         """The validation sequences, as documents; there is no tokenizer."""
-        made = self._validation
-        n, length = made.inputs.shape
-        bounds = np.arange(n + 1) * length
-        write_validation(out, made.inputs.numpy().ravel(), bounds, targets=made.targets.numpy().ravel())
-
-    @cached_property
-    def _validation(self) -> MadeSequences:
-        return self._make(np.random.SeedSequence(0, spawn_key=(VALIDATION,)), N_VALIDATION, None)
+        inputs, targets = self._validation.inputs.numpy(), self._validation.targets.numpy()
+        bounds = np.arange(len(inputs) + 1) * inputs.shape[1]
+        write_validation(out, inputs.ravel(), bounds, targets=targets.ravel())
 
     def _make(self, seed: np.random.SeedSequence, n: int, asked: int | None) -> MadeSequences:
         """``asked``: how many answers are targets, from the first on; None: all."""

@@ -25,7 +25,7 @@ def is_whole(entry: Path) -> bool:
     """Whether the files of an entry are as they were written. They are read only if there is reason to."""
     try:
         digests = dict(read_json(entry / DIGESTS))
-        state = _state(entry, digests)
+        state = file_state([entry / name for name in (DIGESTS, *digests)]).key
         if _content(entry / CHECKED) == state:
             return True
         whole = bool(digests) and all(digest_of(entry / name) == digest for name, digest in digests.items())
@@ -51,7 +51,9 @@ def make_entry(entry: Path, fill: Callable[[Path], dict[str, str]]) -> None:
     try:
         with _held(staging):
             if not is_whole(entry):  # another process may have been first
-                _remove_damaged(entry)
+                if entry.exists():
+                    print(f"the cached tokens in {entry} are damaged; the text is encoded again", file=sys.stderr)
+                    shutil.rmtree(entry)
                 _fill(staging, fill)
                 os.rename(staging, entry)
                 is_whole(entry)
@@ -103,12 +105,6 @@ def _is_at(path: Path, handle: int) -> bool:
         return False
 
 
-def _remove_damaged(entry: Path) -> None:
-    if entry.exists():
-        print(f"the cached tokens in {entry} are damaged; the text is encoded again", file=sys.stderr)
-        shutil.rmtree(entry)
-
-
 def _fill(staging: Path, fill: Callable[[Path], dict[str, str]]) -> None:
     """Have all files of an entry be there, their digests last, and no others."""
     try:
@@ -123,10 +119,6 @@ def _fill(staging: Path, fill: Callable[[Path], dict[str, str]]) -> None:
         json.dump(digests, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _state(entry: Path, digests: dict[str, str]) -> str:
-    return file_state([entry / name for name in (DIGESTS, *digests)]).key
 
 
 def _content(path: Path) -> str | None:

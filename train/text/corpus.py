@@ -139,7 +139,10 @@ def file_state(paths: Sequence[Path]) -> FileState:
 
 @dataclass(frozen=True)
 class _Side:
-    """Those ``n`` of the documents whose key is at most ``largest``, if ``held_out``, or above it."""
+    """One side of a split: the documents whose key is at most ``largest`` if ``held_out``, else the others.
+
+    n: how many they are.
+    """
 
     documents: Iterable[Document]
     largest: int
@@ -170,7 +173,7 @@ def split_by_hash(documents: Iterable[Document]) -> Corpus:
     extremes = sorted(copies)
     if len(extremes) == 1:
         return _split_by_position(next(iter(documents)))
-    largest = min(max(bound, extremes[0]), extremes[-2])
+    largest = min(max(bound, extremes[0]), extremes[-2])  # the smallest key validates, the largest trains
     if largest == extremes[0]:
         n_below = copies[extremes[0]]
     elif largest == extremes[-2]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,17 +126,14 @@ def pieces(parts: Iterable[str], size: int = PIECE) -> Iterator[str]:
     on the cut; where there is none near, at ``size``. Nor do the pieces depend on the parts in which the text comes.
     """
     text = ""
-    for part in parts:
-        text, start = text + part, 0
-        while len(text) - start > size + 1:  # the character behind the cut is looked at too
+    for part in chain(parts, [None]):  # None: the end
+        text, start = text + (part or ""), 0
+        longest = size if part is None else size + 1  # the character behind the cut is looked at too
+        while len(text) - start > longest:
             end = _cut(text, start, size)
             yield text[start:end]
             start = end
         text = text[start:]
-    while len(text) > size:
-        end = _cut(text, 0, size)
-        yield text[:end]
-        text = text[end:]
     yield text
 
 
@@ -177,9 +175,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    interruptibly(model.train_from_iterator, texts, trainer)
-    _check_size(model, vocab_size)
-    return _finish("bpe", model)
+    return _trained("bpe", model, trainer, texts, vocab_size)
 
 
 def train_paper(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -195,9 +191,19 @@ def train_paper(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=PAPER_SPECIALS, show_progress=sys.stderr.isatty()
     )
+    return _trained("paper", model, trainer, texts, vocab_size)
+
+
+def _trained(
+    name: str, model: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: Iterable[str], vocab_size: int
+) -> Tokenizer:
     interruptibly(model.train_from_iterator, texts, trainer)
-    _check_size(model, vocab_size)
-    return _finish("paper", model)
+    if model.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"vocab_size must be at most {model.get_vocab_size()}, which is all that the training text allows. "
+            f"Got vocab_size={vocab_size}."
+        )
+    return _finish(name, model)
 
 
 def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
@@ -209,14 +215,6 @@ def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
     with refusing(f"tokenizer {path} cannot be read again once it is saved"):
         model = tokenizers.Tokenizer.from_str(model.to_str())  # cache and run keep it as the library writes it
     return _finish(name or str(path), model)
-
-
-def _check_size(model: tokenizers.Tokenizer, vocab_size: int) -> None:
-    if model.get_vocab_size() < vocab_size:
-        raise ValueError(
-            f"vocab_size must be at most {model.get_vocab_size()}, which is all that the training text allows. "
-            f"Got vocab_size={vocab_size}."
-        )
 
 
 def _finish(name: str, model: tokenizers.Tokenizer) -> Tokenizer:
