@@ -26,7 +26,7 @@ gpu: $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 
 # every kernel in every configuration for four GPUs, offline: an hour or more on two cores; `make test` has a sample
 gpu-check: $(VENV)/.installed
-	GPU_CHECK=all $(PY) -m pytest tests/test_gpu_*.py $(ARGS)
+	GPU_CHECK=all $(PY) -m pytest --timeout 0 tests/test_gpu_*.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

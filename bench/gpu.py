@@ -34,7 +34,7 @@ from looped.command_line import Parser
 ROOT = Path(__file__).parents[1]
 SHOWN_LINES = 25  # of a part that failed
 TEST_SECONDS = 75  # of a process of the kernels' tests
-TINY = "smoke and not (compiled or chunked or terminal)"
+TINY = "smoke and not (compiled or chunked or terminal or (huginn and (plain or eager)))"
 
 
 def note(results: Path, name: str, **values: Any) -> None:

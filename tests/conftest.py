@@ -6,6 +6,7 @@ the fixture for the tests that want it.
 """
 
 import functools
+import gc
 import inspect
 import os
 
@@ -55,6 +56,13 @@ def patch_builtins(package, builder, scope):
 
 
 interpreter._patch_lang, interpreter._patch_builtin = patch_language_once, patch_builtins
+
+
+def pytest_collection_finish() -> None:
+    """What is imported now stays: nothing looks through it for garbage, which is most of the time of a collection."""
+    gc.freeze()
+
+
 truncating_convert = interpreter._convert_float
 
 

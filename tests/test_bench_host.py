@@ -1,15 +1,11 @@
 """The host's benchmark: without a GPU every call must take the path of CUDA tensors, down to Triton's launcher."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from uninterpreted import run
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without a GPU")
 
 # Kernels are launched as in the benchmark; the launcher that does nothing counts.
@@ -35,11 +31,7 @@ json.dump({"launches": found, "after": [x.is_cuda, x.device.type, torch.cuda.is_
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", LAUNCHES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return json.loads(run(LAUNCHES))
 
 
 def test_our_operations_launch_and_pytorchs_do_not(report):

@@ -1,17 +1,12 @@
-"""The stand-in GPU itself: what it notices, and that packages for real GPUs do not disturb it.
-
-Triton decides at import whether kernels are interpreted, so programs run in an interpreter without TRITON_INTERPRET.
-"""
+"""The stand-in GPU itself: what it notices, and that packages for real GPUs do not disturb it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from uninterpreted import run
 
-ROOT = Path(__file__).parents[1]
+FAKE_GPU = "import torch\nfrom bench.offline.fake_gpu import TARGETS, fake_gpu\n"
 
 # As flash-attn 2 does: a custom op whose body needs a compiled library, behind an autograd function.
 FLASH_ATTENTION = """
@@ -28,15 +23,6 @@ def _(q, k, v):
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
     return forward(q, k, v)
 """
-
-
-def run(program: str, path: Path | None = None) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (ROOT, path) if p is not None)
-    command = [sys.executable, "-c", "import torch\nfrom bench.offline.fake_gpu import TARGETS, fake_gpu\n" + program]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -57,8 +43,8 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     causal_attention(q, k, v).sum().backward()
     print([call.name for call in record.calls if "flash_attention" in call.name], q.grad.shape)
 """
-    found = run(program, flash_attention)
-    assert found == run(program)
+    found = run(FAKE_GPU + program, packages=flash_attention)
+    assert found == run(FAKE_GPU + program)
     assert "flash_attention_backward" in found
 
 
@@ -72,7 +58,7 @@ with fake_gpu(TARGETS["sm_90"]) as record, torch.no_grad():
     (call,) = record.calls
     print(call.name, call.read_write_bytes == 2 * q.nbytes, record.peak_bytes - record.live_bytes)
 """
-    assert "flash_attn::_flash_attn_forward True" in run(program, flash_attention)
+    assert "flash_attn::_flash_attn_forward True" in run(FAKE_GPU + program, packages=flash_attention)
 
 
 WAITS = {  # what is recorded, or, where a value is read that nobody answers for, named by the error
@@ -116,7 +102,7 @@ with fake_gpu(TARGETS["sm_90"]) as record:
             found[expression] = [repr(error)]
 print(json.dumps(found))
 """
-    return json.loads(run(program))
+    return json.loads(run(FAKE_GPU + program))
 
 
 @pytest.mark.parametrize("expression", WAITS)
@@ -145,7 +131,7 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     readout_statistics(states, head, targets, norm_weight=weight)
     print(len({key[0] for key in record.kernels}), torch.cuda.current_device(), states[0].grad.device)
 """
-    assert run(program) == "10 0 cuda:1\n"
+    assert run(FAKE_GPU + program) == "10 0 cuda:1\n"
 
 
 def test_a_graph_replays_what_it_captured_and_may_not_wait():
@@ -157,11 +143,11 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     record.clear()
     graph.replay()
     graph.replay()
-    print(record.launches())
+    print(len(record.calls))
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             x.copy_(torch.ones(4))
     except RuntimeError as error:
         print(str(error).partition(":")[0])
 """
-    assert run(program) == "4\noperation not permitted when stream is capturing\n"
+    assert run(FAKE_GPU + program) == "4\noperation not permitted when stream is capturing\n"

@@ -131,8 +131,8 @@ def test_radial(audit, dtype):
 @pytest.mark.parametrize("layout", ["two tensors", "halves of one", "longer halves"])
 def test_swiglu(audit, layout, dtype):
     """Two elements read and one written; backward three read and two written; nothing else, whatever the layout."""
-    d_ff = 2500 if layout == "longer halves" else 100
-    gate, up = torch.randn(ROWS, 2 * d_ff).to(dtype).chunk(2, dim=-1)
+    n_rows, d_ff = (3, 2500) if layout == "longer halves" else (ROWS, 100)
+    gate, up = torch.randn(n_rows, 2 * d_ff).to(dtype).chunk(2, dim=-1)
     if layout == "two tensors":
         gate, up = gate.contiguous(), up.contiguous()
     y = swiglu(gate.requires_grad_(), up.requires_grad_())

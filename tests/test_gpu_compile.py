@@ -1,26 +1,19 @@
 """Every kernel compiles for four GPUs without spills, within shared memory, with wide accesses.
 
-No GPU is needed.  One interpreter a target, without TRITON_INTERPRET, runs bench/offline/compile_survey.py.  By
-default a sample of the configurations; with GPU_CHECK=all in the environment all of them (half an hour for two targets
-on two cores).
+bench/offline/compile_survey.py compiles them without a GPU.  By default a sample of the configurations; with
+GPU_CHECK=all in the environment all of them (half an hour for two targets on two cores).
 """
 
 import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from uninterpreted import run
 
 from bench.offline.compile_survey import MULTIPROCESSORS, amd_field, counted_on
 from bench.offline.fake_gpu import TARGETS
 
-ROOT = Path(__file__).parents[1]
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ODD_TOKENS = "of 2047 tokens"  # in the name of a case
 KERNELS = {
     "norm_forward_kernel",
@@ -111,23 +104,15 @@ def narrow_limit(kernel: dict, target: str) -> int:
     return 1
 
 
-def survey(target: str, everything: bool) -> list[dict]:
-    command = [sys.executable, "-m", "bench.offline.compile_survey", target, *([] if everything else ["--sampled"])]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{target}: {done.stderr[-4000:]}"
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def surveys() -> dict[str, list[dict]]:
-    everything = os.environ.get("GPU_CHECK") == "all"
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        reports = pool.map(lambda target: survey(target, everything), SHARED_BYTES)
-        return dict(zip(SHARED_BYTES, reports, strict=True))
+    program = "import json, sys; from bench.offline.compile_survey import surveys\n"
+    return json.loads(
+        run(program + "print(json.dumps(surveys(sampled=sys.argv[1] != 'all')))", os.environ.get("GPU_CHECK"))
+    )
 
 
-@pytest.fixture(params=SHARED_BYTES)
+@pytest.fixture(params=TARGETS)
 def target(request) -> str:
     return request.param
 
@@ -153,7 +138,7 @@ def test_no_stack_and_no_spills(compiled):
 
 
 def test_shared_memory_within_limit(compiled, target):
-    assert not offenders(compiled, lambda kernel: kernel["shared_bytes"] <= SHARED_BYTES[target])
+    assert not offenders(compiled, lambda kernel: kernel["shared_bytes"] <= TARGETS[target].shared_bytes)
 
 
 def test_as_many_programs_are_resident_as_the_launcher_counts_on(compiled):
@@ -240,12 +225,10 @@ def test_the_limits_of_narrow_accesses_follow_the_tensors_that_are_given():
 
 # A kernel that spills on purpose: thousands of sums that live until the end.
 SPILLS = """
-import sys
-import torch, triton, triton.language as tl
+import triton, triton.language as tl
 from triton.compiler import ASTSource
 from bench.offline.fake_gpu import TARGETS
-from bench.offline.compile_survey import amd_field, resources
-from bench.offline.record import Compiled
+from bench.offline.compile_survey import measured
 
 @triton.jit
 def greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
@@ -259,25 +242,17 @@ def greedy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     for block in tl.static_range(24):
         tl.store(out_ptr + block * BLOCK + at, held[block] * total)
 
-target = TARGETS[sys.argv[1]]
 source = ASTSource(greedy_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 8192})
-compiled = triton.compile(source, target=target.triton, options={"num_warps": 4})
-found = resources(Compiled(compiled, {}, ()), target, kernel="greedy_kernel", case="")
-print(found.stack_bytes > 0, found.spilled_registers > 0)
+for target in (TARGETS["sm_90"], TARGETS["gfx942"]):
+    compiled = triton.compile(source, target=target.triton, options={"num_warps": 4})
+    (found,) = measured([compiled], target)
+    print(target.name, found["stack_bytes"] > 0, found["spilled_registers"] > 0)
 """
 
 
-@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
-def test_a_kernel_that_spills_is_noticed(name):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel from its file
-        file = Path(folder) / "spills.py"
-        file.write_text(SPILLS)
-        done = subprocess.run(
-            [sys.executable, str(file), name], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert done.stdout.strip() == "True True", done.stdout + done.stderr[-4000:]
+def test_a_kernel_that_spills_is_noticed(tmp_path):
+    (tmp_path / "spills.py").write_text(SPILLS)  # Triton reads a kernel from its file
+    assert run("import spills", packages=tmp_path) == "H100 True True\nMI300X True True\n"
 
 
 def test_metadata_that_is_missing_is_an_error():

@@ -1,12 +1,13 @@
 """Decoding steps on fake CUDA tensors: nothing in them makes the host wait, so that a CUDA graph can hold them.
 
-In an interpreter of its own without TRITON_INTERPRET. The values that the host reads between steps are answered.
+The values that the host reads between steps are answered.
 """
 
 import json
 
 import pytest
-from test_fake_gpu import run
+from test_fake_gpu import FAKE_GPU
+from uninterpreted import run
 
 PROGRAM = """
 import itertools, json
@@ -46,7 +47,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    return json.loads(run(PROGRAM).splitlines()[-1])
+    return json.loads(run(FAKE_GPU + PROGRAM).splitlines()[-1])
 
 
 @pytest.mark.parametrize(

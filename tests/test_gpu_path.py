@@ -1,48 +1,29 @@
 """Every line of the CUDA path runs before a user's GPU sees it: training steps and a whole run on fake CUDA tensors.
 
-bench/offline/whole_program.py, in an interpreter of its own without TRITON_INTERPRET, takes training steps of the
-paper's 129M model: dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from
-text to report, and looped.diagnose to its page.  Here its record is checked.
+bench/offline/whole_program.py takes training steps of the paper's 129M model, with layers enough for every line:
+dispatch, launchers (each launch compiled), autograd, clipping, AdamW; and carries train/run.py from text to report, and
+looped.diagnose to its page.  Here its record is checked.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from uninterpreted import run
 
+from bench.offline.whole_program import STEPS
 from looped.config import PRESETS
 
-ROOT = Path(__file__).parents[1]
-CONFIG = PRESETS["paper-129m"]
+CONFIG = replace(PRESETS["paper-129m"], n_layers=2)
 N_TOKENS = 32 * CONFIG.max_seq_len
 CHUNK_ROWS = 4096
 SMALL_LAUNCHES = 9  # of a readout: weights and their check, sums, scaling by the upstream gradient
-STEPS = (
-    "fused",
-    "plain",
-    "terminal",
-    "measured",
-    "measured terminal",
-    "gated",
-    "float32",
-    "checkpointed",
-    "raw",
-    "final-only",
-    "layernorm",
-    "rotary",
-)
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict]:
-    command = [sys.executable, "-m", "bench.offline.whole_program", "--preset", "paper-129m", "--batch", "32"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    program = "import json, sys; from bench.offline.whole_program import whole_report\n"
+    return json.loads(run(program + "print(json.dumps(whole_report(int(sys.argv[1]))))", CONFIG.n_layers))
 
 
 @pytest.mark.parametrize("name", [*STEPS, "readout 129m", "readout large"])
@@ -95,14 +76,14 @@ def test_terminal_supervision_reads_one_loop(report):
 def test_the_main_job_runs_from_text_to_report_is_continued_and_diagnosed(report):
     run = report["run"]
     assert run["exit_codes"] == [0, 0, 0]
-    assert run["steps"] == [1, 4, 8, 9]
+    assert run["steps"] == [1, 5, 6]
     assert {"checkpoint/model.safetensors", "report.png", "summary.json", "diagnosis/index.html"} <= set(run["files"])
 
 
 def test_the_main_job_reads_out_in_chunks_in_steps_and_evaluations(report):
     """A step and an evaluation have 2048 tokens each; the replays of graphs count."""
-    n_steps, n_evaluations = 9, 2
-    rows = (n_steps + n_evaluations) * PRESETS["demo"].n_loops * 16 * 128
+    n_steps, n_evaluations, n_loops = 6, 2, 2
+    rows = (n_steps + n_evaluations) * n_loops * 16 * 128
     assert report["run"]["triton_launches"]["cross_entropy_kernel"] == rows // CHUNK_ROWS
 
 
@@ -119,7 +100,7 @@ def test_the_main_job_waits_in_logging_saving_capturing_and_evaluation_alone(rep
 def test_memory(report):
     """Parameters and two moments stay; fused steps hold less; a checkpointed loop less still."""
     fused, plain = report["fused"], report["plain"]
-    n_parameters = 128_822_016
+    n_parameters = 34_434_816
     assert 12 * n_parameters <= fused["state_bytes"] < 12.01 * n_parameters
     assert fused["peak_bytes"] < 0.85 * plain["peak_bytes"]
     assert report["checkpointed"]["peak_bytes"] < report["raw"]["peak_bytes"]

@@ -1,23 +1,20 @@
 """What Triton makes of every kernel for a GPU that is not there: registers, stack, shared memory, accesses.
 
-    python -m bench.offline.compile_survey sm_90 [--sampled] > report.json
-
-calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with the
-options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses there.
-It writes one JSON object a kernel.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and
-disassembler.
+A survey calls the public functions of `kernels` on fake CUDA tensors (bench/offline/fake_gpu.py) at the shapes and with
+the options of bench/offline/cases.py.  So every kernel is compiled in every configuration that a launcher chooses
+there.  No GPU is needed: Triton's package has its compiler, NVIDIA's assembler and disassembler.
 """
 
-import argparse
-import json
 import math
 import re
+import struct
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,9 @@ import triton
 
 from bench.offline.cases import cases
 from bench.offline.fake_gpu import TARGETS, Target, fake_gpu
-from bench.offline.record import Compiled
+
+NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"  # its assembler and disassembler
+INSTRUCTION_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,40 @@ def _sass_width(modifiers: str) -> int:
     return 4
 
 
-def _nvidia(kernel: Any) -> dict[str, Any]:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+def _code_of(cubin: bytes) -> bytes:
+    """The instructions of a kernel's ELF file: its section .text."""
+    (sections,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    found = [struct.unpack_from("<IIQQQQ", cubin, sections + size * number) for number in range(count)]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, *_, offset, length in found
+        if cubin.startswith(b".text.", found[names][4] + name)
+    )
+    return code
+
+
+def _disassembled(codes: list[bytes], target: Target) -> list[str]:
+    """The instructions of every kernel as text.
+
+    All are disassembled at once: the disassembler takes a quarter of a second to begin, and almost nothing a kernel.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "--print-code"))
-        )
+        command = [NVIDIA / "nvdisasm", "--binary", f"SM{target.triton.arch}", file.name]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    instructions = [line for line in lines if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
+    ends = [end // INSTRUCTION_BYTES for end in accumulate(map(len, codes))]
+    assert len(instructions) == ends[-1], f"{len(instructions)} instructions in {sum(map(len, codes))} bytes"
+    return ["\n".join(instructions[start:end]) for start, end in pairwise([0, *ends])]
+
+
+def _nvidia(cubin: bytes, sass: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [NVIDIA / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": used["REG"],
@@ -137,8 +161,7 @@ def amd_field(text: str, name: str) -> int:
     return int(found.group(1))
 
 
-def _amd(kernel: Any) -> dict[str, Any]:
-    text = kernel.asm["amdgcn"]
+def _amd(text: str) -> dict[str, Any]:
     accesses = re.findall(
         r"\b(?:global|buffer|flat)_(load|store)_(?:[us](?=byte|short))?(byte|short|dword(?:x\d)?)", text
     )
@@ -146,9 +169,7 @@ def _amd(kernel: Any) -> dict[str, Any]:
     return {
         "registers": amd_field(text, "vgpr_count"),
         "stack_bytes": amd_field(text, "private_segment_fixed_size"),
-        "spilled_registers": amd_field(
-            text, "vgpr_spill_count"
-        ),  # scalar registers spill into vector registers, not to memory
+        "spilled_registers": amd_field(text, "vgpr_spill_count"),  # scalar registers spill into these, not to memory
         "accesses": _widths([(kind, sizes[size]) for kind, size in accesses]),
     }
 
@@ -162,18 +183,12 @@ def counted_on(grids: Iterable[tuple[int, ...]], multiprocessors: int) -> int:
     return max((size // multiprocessors for size in sizes if size % multiprocessors == 0), default=0)
 
 
-def resources(compiled: Compiled, target: Target, **known: Any) -> Resources:
-    """The report of a compiled kernel; known: `kernel` (its name) and `case`."""
-    name = next(name for name, known_target in TARGETS.items() if known_target is target)
-    kernel = compiled.kernel
-    measured = (_amd if target.is_amd else _nvidia)(kernel)
-    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-    return Resources(
-        **known, **measured, constants=compiled.constants, dtypes=compiled.dtypes, shared_bytes=shared, warps=warps,
-        resident=MULTIPROCESSORS[name].resident(measured["registers"], shared, warps),
-        programs=max(map(math.prod, compiled.grids), default=0),
-        counted_on=counted_on(compiled.grids, target.multiprocessors),
-    )  # fmt: skip
+def measured(kernels: list[Any], target: Target) -> list[dict[str, Any]]:
+    """Registers, stack, spills and accesses of Triton's compiled kernels."""
+    if target.is_amd:
+        return [_amd(kernel.asm["amdgcn"]) for kernel in kernels]
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    return list(map(_nvidia, cubins, _disassembled(list(map(_code_of, cubins)), target)))
 
 
 # The survey ---------------------------------------------------------------------------------------------------------
@@ -186,18 +201,22 @@ def survey(target_name: str, sampled: bool = False) -> list[Resources]:
         for case, call in cases(sampled):
             call()
             first_case |= {key: case for key in record.kernels if key not in first_case}
-    kernels = record.kernels.items()
-    return [resources(compiled, target, kernel=key[0], case=first_case[key]) for key, compiled in kernels]
+    found = measured([compiled.kernel for compiled in record.kernels.values()], target)
+    report = []
+    for (key, compiled), own in zip(record.kernels.items(), found, strict=True):
+        shared, warps = compiled.kernel.metadata.shared, compiled.kernel.metadata.num_warps
+        report.append(Resources(
+            **own, kernel=key[0], case=first_case[key], constants=compiled.constants, dtypes=compiled.dtypes,
+            shared_bytes=shared, warps=warps,
+            resident=MULTIPROCESSORS[target_name].resident(own["registers"], shared, warps),
+            programs=max(map(math.prod, compiled.grids)),
+            counted_on=counted_on(compiled.grids, target.multiprocessors),
+        ))  # fmt: skip
+    return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--sampled", action="store_true", help="fewer shapes, dtypes and options")
-    arguments = parser.parse_args()
-    report = [asdict(kernel) for kernel in survey(arguments.target, arguments.sampled)]
-    json.dump(report, sys.stdout, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+def surveys(sampled: bool) -> dict[str, list[dict[str, Any]]]:
+    """The survey of every target, two at a time, each in a process of its own: launchers keep what they chose."""
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        reports = pool.starmap(survey, [(name, sampled) for name in TARGETS], chunksize=1)
+    return {name: [asdict(kernel) for kernel in report] for name, report in zip(TARGETS, reports, strict=True)}

@@ -35,13 +35,13 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench.offline.fake_cuda import Autocast, Event, apply, copied, graph_patches, lock_pages, numbered
-from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, traffic
+from bench.offline.record import Call, Compiled, Record, bytes_of, caller, flops, launch_bytes, tensors_of, traffic
 from looped.kernels.registration import BODIES
 
 
@@ -181,8 +181,7 @@ class Recorder(TorchDispatchMode):
             out = None  # PyTorch has no fake implementation; it works in place
         else:
             out = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        returned = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        given, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
         for tensor in returned:
             self.watch(tensor)
         copies = "copy" in str(func)  # other ops take a number on the host along as an argument
@@ -194,14 +193,13 @@ class Recorder(TorchDispatchMode):
         known = {id(t.untyped_storage()) for t in given}
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
-            inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
-            self.record.calls.append(Call(str(func), traffic(func, inputs, returned), flops(func, args, out)))
+            read = tensors_of(*args, *(value for name, value in kwargs.items() if name != "out"))
+            self.record.calls.append(Call(str(func), traffic(func, read, returned), flops(func, args, out)))
         return out
 
     def is_of_host(self, args: tuple, kwargs: dict) -> bool:
         """Whether an op has no operand on the GPU; one without operands makes a tensor where it is told."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if tensors:
+        if tensors := tensors_of(*args, *kwargs.values()):
             return all(not isinstance(t, FakeTensor) and t.device.type == "cpu" for t in tensors)
         return torch.device(kwargs.get("device") or "cpu").type == "cpu"
 
@@ -221,7 +219,7 @@ class Recorder(TorchDispatchMode):
     def trust_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """What the op's fake implementation says, recorded as one call that reads and writes its tensors once."""
         out = func(*args, **kwargs)
-        given, returned = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        given, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
         for tensor in returned:
             self.watch(tensor)
         self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0))
@@ -229,10 +227,10 @@ class Recorder(TorchDispatchMode):
 
     def run_op(self, func: Any, body: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The op's real body, whose results must look as its fake implementation says."""
-        expected = tree_leaves(func(*args, **kwargs))
+        expected = tensors_of(func(*args, **kwargs))
         with self:
             out = body(*args, **kwargs)
-        for actual, fake in zip(tree_leaves(out), expected, strict=True):
+        for actual, fake in zip(tensors_of(out), expected, strict=True):
             told = [(t.shape, t.dtype, t.device) for t in (actual, fake)]
             assert told[0] == told[1], f"{func}: returns {told[0]}, its fake implementation {told[1]}"
         return out

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
@@ -49,9 +48,6 @@ class Record:
     live_bytes: int = 0
     peak_bytes: int = 0
 
-    def launches(self, prefix: str = "") -> int:
-        return sum(call.name.startswith(prefix) for call in self.calls)
-
     def clear(self) -> None:
         """Forget calls, copies and the peak, but neither live memory nor compiled kernels."""
         self.calls.clear()
@@ -73,6 +69,17 @@ def caller() -> str:
     return "elsewhere"
 
 
+def tensors_of(*values: Any) -> list[Tensor]:
+    """The tensors among an op's operands or results, those in lists too."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_of(*value)
+    return found
+
+
 def bytes_of(tensors: list[Tensor]) -> int:
     """Bytes of distinct tensors; an expanded dimension counts once."""
     distinct = {}
@@ -88,9 +95,9 @@ GATHERS = {"embedding", "gather", "index", "index_select", "nll_loss_forward"}  
 SCATTERS = {"index_add_", "scatter_add_"}  # read and write of the first what the last holds
 
 
-def traffic(func: Any, args: Any, returned: list[Tensor]) -> int:
-    """Bytes that an ATen op reads and writes, given the arguments that it does not only write."""
-    name, read = func._overloadpacket.__name__, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+def traffic(func: Any, read: list[Tensor], returned: list[Tensor]) -> int:
+    """Bytes that an ATen op reads and writes, given the operands that it does not only write."""
+    name = func._overloadpacket.__name__
     if name.startswith("new_") or name.endswith("_like"):  # filled: the argument says only where
         read = []
     elif name in GATHERS:

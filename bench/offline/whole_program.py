@@ -1,19 +1,15 @@
 """Training on a GPU that is not there: every line of the CUDA path runs, and what it would launch is counted.
 
-    python -m bench.offline.whole_program [--preset paper-129m] [--batch 32] [--target sm_90] > report.json
-
 The model, its loss, the backward pass, gradient clipping and AdamW run on fake CUDA tensors (fake_gpu.py); each Triton
 launch is compiled and not run.  The second step is reported: the first one creates the optimiser's state.
-Then train/run.py itself, a short run of the demo: checkpoint, evaluation, report, continuation; and its diagnosis.
+Then train/run.py itself, a short run of a small demo: checkpoint, evaluation, report, continuation; and its diagnosis.
 """
 
-import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -34,34 +30,6 @@ from train.metrics import read_metrics
 from train.step import training_step
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """One training step.  launches: kernels on the device; host_waits: why the host would wait for it, and where.
-
-    residual_norms: launches of norm_forward_kernel that add the residual stream too.
-    """
-
-    case: str
-    target: str
-    tokens: int
-    launches: int
-    triton_launches: dict[str, int]
-    residual_norms: int
-    flops: int
-    expected_flops: int
-    read_write_bytes: int
-    peak_bytes: int
-    state_bytes: int
-    host_waits: list[str]
-    gradients: int
-    parameters: int
-
-
-def _triton(record: Record) -> dict[str, int]:
-    """Launches of every Triton kernel, by its name; other calls have no grid."""
-    return dict(Counter(call.name for call in record.calls if call.grid))
-
-
 class StepRecord(NamedTuple):
     """The second training step of a fresh model, and the numbers to hold it against."""
 
@@ -70,7 +38,6 @@ class StepRecord(NamedTuple):
     state_bytes: int
     gradients: int
     parameters: int
-    tokens: int
 
 
 def step_record(
@@ -105,59 +72,44 @@ def step_record(
         gradients = sum(parameter.grad is not None for parameter in model.parameters())
         readouts = 1 if supervision == "terminal" else None
         flops = inputs.numel() * model.flops_per_token(n_readouts=readouts, seq_len=config.max_seq_len)
-        return StepRecord(record, flops, state_bytes, gradients, len(list(model.parameters())), inputs.numel())
+        return StepRecord(record, flops, state_bytes, gradients, len(list(model.parameters())))
 
 
-def step_report(preset: str, target_name: str, **options: Any) -> StepReport:
-    """The counts of `step_record`."""
-    step = step_record(preset, target_name, **options)
-    return StepReport(
-        case=f"{preset} {options}",
-        target=target_name,
-        tokens=step.tokens,
-        launches=step.record.launches(),
-        triton_launches=_triton(step.record),
-        residual_norms=sum(call.arguments.get("residual_ptr") is not None for call in step.record.calls),
-        flops=sum(call.flops for call in step.record.calls),
-        expected_flops=step.expected_flops,
-        read_write_bytes=sum(call.read_write_bytes for call in step.record.calls),
-        peak_bytes=step.record.peak_bytes,
-        state_bytes=step.state_bytes,
-        host_waits=step.record.host_copies,
-        gradients=step.gradients,
-        parameters=step.parameters,
-    )
+def _triton(record: Record) -> dict[str, int]:
+    """Launches of every Triton kernel, by its name; other calls have no grid."""
+    return dict(Counter(call.name for call in record.calls if call.grid))
 
 
-def readout_record(
-    d: int, n_columns: int, target_name: str, *, tokens: int = 8192, n_loops: int = 4
-) -> tuple[Record, int]:
-    """looped_cross_entropy alone, forward and backward, bfloat16, per-loop with the penalty; its temporary bytes."""
-    with fake_gpu(TARGETS[target_name]) as record:
+def _counts(record: Record) -> dict[str, Any]:
+    """launches: kernels on the device; host_waits: why the host would wait for it, and where."""
+    return {
+        "launches": len(record.calls),
+        "triton_launches": _triton(record),
+        "flops": sum(call.flops for call in record.calls),
+        "host_waits": record.host_copies,
+    }
+
+
+def step_report(preset: str, **options: Any) -> dict[str, Any]:
+    """The counts of `step_record`; residual_norms: launches of norm_forward_kernel that add the residual stream too."""
+    step = step_record(preset, "sm_90", **options)
+    numbers = step._asdict()
+    record = numbers.pop("record")
+    residual_norms = sum(call.arguments.get("residual_ptr") is not None for call in record.calls)
+    return _counts(record) | numbers | {"residual_norms": residual_norms, "peak_bytes": record.peak_bytes}
+
+
+def readout_report(d: int, n_columns: int, *, tokens: int = 8192, n_loops: int = 4) -> dict[str, Any]:
+    """The counts of looped_cross_entropy alone, forward and backward, bfloat16, per-loop with the penalty."""
+    with fake_gpu(TARGETS["sm_90"]) as record:
         half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
         states = [torch.empty(tokens, d, **half) for _ in range(n_loops)]
         head, weight = torch.empty(n_columns, d, **half), torch.empty(d, device="cuda", requires_grad=True)
         targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
         record.clear()
-        before = record.live_bytes
         looped_cross_entropy(states, head, targets, norm_weight=weight, penalty=0.01).loss.backward()
-        return record, record.peak_bytes - before
-
-
-def readout_report(d: int, n_columns: int, target_name: str) -> dict[str, Any]:
-    """The counts of `readout_record`."""
-    record, temporary = readout_record(d, n_columns, target_name)
-    return {
-        "case": f"readout d={d} V={n_columns}",
-        "launches": record.launches(),
-        "matrix_products": sum(call.flops > 0 for call in record.calls),
-        "triton_launches": _triton(record),
-        "flops": sum(call.flops for call in record.calls),
-        "expected_flops": 6 * 4 * 8192 * d * n_columns,
-        "read_write_bytes": sum(call.read_write_bytes for call in record.calls),
-        "temporary_bytes": temporary,
-        "host_waits": record.host_copies,
-    }
+    products = sum(call.flops > 0 for call in record.calls)
+    return _counts(record) | {"matrix_products": products, "expected_flops": 6 * n_loops * tokens * d * n_columns}
 
 
 # What the host does with tensors of a GPU that is not there: it writes zeros and reads ones.
@@ -174,59 +126,49 @@ def _cpu(x: Tensor) -> Tensor:
     return torch.ones(x.shape, dtype=x.dtype, device="cpu") if x.is_cuda else x
 
 
-def run_report(target_name: str) -> dict[str, Any]:
-    """train/run.py: a run of the demo from text to report, and its continuation; then its diagnosis."""
+RUN = "--device cuda --vocab-size 300 --n-layers 1 --n-loops 2 --steps 5 --log-every 5 --eval-tokens 2048"
+
+
+def run_report() -> dict[str, Any]:
+    """train/run.py: a run of a small demo from text to report, and its continuation; then its diagnosis."""
     answers = {torch.ops.aten._local_scalar_dense.default: lambda _: 1.0}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        record = stack.enter_context(fake_gpu(TARGETS[target_name], answers))
+        record = stack.enter_context(fake_gpu(TARGETS["sm_90"], answers))
         stack.enter_context(patch("safetensors.torch.save_file", _save_file))
         stack.enter_context(patch("torch.Tensor.cpu", _cpu))
         text, out = Path(folder, "text.txt"), Path(folder, "run")
         text.write_text(" ".join(f"word {number * number}" for number in range(4000)))
-        begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), "--vocab-size", "300"]
-        begin += ["--device", "cuda", "--steps", "8", "--log-every", "4", "--eval-tokens", "2048"]
-        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "9"])]
+        begin = ["--data", str(text), "--cache", f"{folder}/cache", "--out", str(out), *RUN.split()]
+        codes = [run.main(begin), run.main(["--resume", str(out), "--steps", "6"])]
         report = {
             "steps": [row["step"] for row in read_metrics(out / "metrics.jsonl")],
             "triton_launches": _triton(record),
             "host_waits": sorted(set(record.host_copies)),
         }
-        codes.append(diagnose([str(out), "--device", "cuda", "--tokens", "1024", "--loops", "6"]))
+        codes.append(diagnose([str(out), "--device", "cuda", "--tokens", "1024", "--loops", "3"]))
         files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
         return report | {"exit_codes": codes, "files": files}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="paper-129m")
-    parser.add_argument("--batch", type=int, default=32, help="sequences of a step")
-    parser.add_argument("--target", choices=TARGETS, default="sm_90")
-    given = parser.parse_args()
-    small = {"n_layers": 2}  # enough for every line; the first two have the preset's depth
-    steps: dict[str, dict[str, Any]] = {
-        "fused": {},
-        "plain": {"fused": False},
-        "terminal": {"supervision": "terminal", **small},
-        "measured": {"measure": True, **small},
-        "measured terminal": {"measure": True, "supervision": "terminal", **small},
-        "gated": {"measure": True, "supervision": "gated", "exit_gate": True, **small},
-        "float32": {"dtype": torch.float32, **small},
-        "checkpointed": {"checkpoint_loops": True, **small},
-        "raw": {"readout": "raw", **small},
-        "final-only": {"readout": "final-only", **small},
-        "layernorm": {"readout": "layernorm", **small},
-        "rotary": {"positions": "rotary", "inter_loop_norm": True, "tied": False, **small},
-    }
-    report = {
-        name: asdict(step_report(given.preset, given.target, batch=given.batch, **options))
-        for name, options in steps.items()
-    }
-    report["run"] = run_report(given.target)
-    report["readout 129m"] = readout_report(768, 20_000, given.target)
-    report["readout large"] = readout_report(2048, 128_256, given.target)
-    json.dump(report, sys.stdout, indent=1)
+STEPS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "plain": {"fused": False},
+    "terminal": {"supervision": "terminal"},
+    "measured": {"measure": True},
+    "measured terminal": {"measure": True, "supervision": "terminal"},
+    "gated": {"measure": True, "supervision": "gated", "exit_gate": True},
+    "float32": {"dtype": torch.float32},
+    "checkpointed": {"checkpoint_loops": True},
+    "raw": {"readout": "raw"},
+    "final-only": {"readout": "final-only"},
+    "layernorm": {"readout": "layernorm"},
+    "rotary": {"positions": "rotary", "inter_loop_norm": True, "tied": False},
+}
 
 
-if __name__ == "__main__":
-    main()
+def whole_report(n_layers: int) -> dict[str, dict[str, Any]]:
+    """Steps of the paper's 129M model with so many layers, the run, and two readouts."""
+    steps = {name: step_report("paper-129m", batch=32, n_layers=n_layers, **STEPS[name]) for name in STEPS}
+    readouts = {"readout 129m": readout_report(768, 20_000), "readout large": readout_report(2048, 128_256)}
+    return steps | readouts | {"run": run_report()}
