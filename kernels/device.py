@@ -32,6 +32,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; 2 in the interpreter, so that programs that share rows are tested there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
