@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import arguments, reseal
 
 from looped import LoopedConfig, LoopedLM
-from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, validation_batches, write_diagnosis
+from looped.diagnose import LoopedModel, diagnose, diagnose_run, from_decoder, write_diagnosis
 from looped.diagnose.__main__ import main, run_names
 from looped.diagnose.diagnosis import Diagnosis, DivergedError
 from looped.diagnose.dynamics import Norms, Updates
@@ -25,7 +25,7 @@ from looped.diagnose.page import STYLE
 from looped.diagnose.page import page as render
 from looped.diagnose.record import read_record
 from looped.diagnose.verdict import judge
-from looped.run_directory import Validation, load_run
+from looped.run_directory import load_run
 from train.gate import gated_copy
 from train.run import main as train
 
@@ -192,21 +192,6 @@ def test_loops_without_gradient_have_no_weight(runs):
         config = {"train": changed, "model": run.config["model"]}
         found = diagnose_run(dataclasses.replace(run, config=config), n_tokens=256, horizon=6)
         assert found.measured.weights == expected
-
-
-def test_windows_do_not_overlap_and_are_spread():
-    validation = Validation(torch.arange(101), torch.tensor([0, 101]), None)
-    parts = validation_batches(validation, seq_len=10, n_tokens=45)
-    inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-    assert inputs[:, 0].tolist() == [0, 20, 50, 70]
-    assert torch.equal(targets, inputs + 1)
-    everything = validation_batches(validation, seq_len=10, n_tokens=10**9)
-    assert torch.equal(torch.cat([part[0] for part in everything]).flatten(), torch.arange(100))
-    assert len(validation_batches(validation, seq_len=1, n_tokens=50)) == 1
-    for seq_len, n_tokens in ((10, 19), (51, 1000)):
-        message = rf"two windows of seq_len={seq_len}, .* Got tokens={n_tokens}, validation 101"
-        with pytest.raises(ValueError, match=message):
-            validation_batches(validation, seq_len=seq_len, n_tokens=n_tokens)
 
 
 class Page(HTMLParser):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diagnosed_models import CHANNELS, N_LOOPS, VOCABULARY, Recurrence, batches, rows_of
 from torch import nn
 
+from looped.diagnose import validation_batches
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import PERCENTILES, measure_dynamics
 from looped.diagnose.halting import measure_halting
@@ -17,6 +18,7 @@ from looped.diagnose.interventions import ALPHAS, clamp_radially, scale_response
 from looped.diagnose.model import LoopedModel, from_decoder
 from looped.diagnose.radial import measure_radial
 from looped.halting import calibrate, exit_loops
+from looped.run_directory import Validation
 
 
 @pytest.fixture
@@ -369,3 +371,18 @@ def test_a_coda_is_read_where_nothing_is_normalised():
     for loop, state in enumerate(output.states):
         loss = described.cross_entropy(state, targets, final=loop == 2).mean()
         torch.testing.assert_close(loss, output.per_loop[loop])
+
+
+def test_windows_do_not_overlap_and_are_spread():
+    validation = Validation(torch.arange(101), torch.tensor([0, 101]), None)
+    parts = validation_batches(validation, seq_len=10, n_tokens=45)
+    inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert inputs[:, 0].tolist() == [0, 20, 50, 70]
+    assert torch.equal(targets, inputs + 1)
+    everything = validation_batches(validation, seq_len=10, n_tokens=10**9)
+    assert torch.equal(torch.cat([part[0] for part in everything]).flatten(), torch.arange(100))
+    assert len(validation_batches(validation, seq_len=1, n_tokens=50)) == 1
+    for seq_len, n_tokens in ((10, 19), (51, 1000)):
+        message = rf"two windows of seq_len={seq_len}, .* Got tokens={n_tokens}, validation 101"
+        with pytest.raises(ValueError, match=message):
+            validation_batches(validation, seq_len=seq_len, n_tokens=n_tokens)

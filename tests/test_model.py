@@ -111,15 +111,6 @@ def test_the_coda_is_read_and_the_state_before_it_penalised(readout: Any, fused:
         torch.testing.assert_close(losses.double(), ce, atol=1e-5, rtol=1e-5)
 
 
-def test_the_penalty_before_a_coda_has_the_models_precision() -> None:
-    decoder = model(n_coda=1).double()
-    tokens, targets = batch()
-    states = decoder(tokens).states
-    added = decoder(tokens, targets, penalty=1.0).loss - decoder(tokens, targets).loss
-    assert added.dtype == torch.float64
-    torch.testing.assert_close(added, torch.stack(states).square().mean(), atol=0, rtol=1e-12)
-
-
 def test_terminal_supervision_runs_the_coda_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = model(n_coda=1)
     read: list[Tensor] = []

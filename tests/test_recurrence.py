@@ -336,3 +336,13 @@ def test_positions_of_a_prelude_need_no_context() -> None:
         decoder.embed(tokens(), positions=moved), decoder.embed(tokens(), positions=moved, context=context)
     )
     assert not torch.allclose(decoder.embed(tokens(), positions=moved), decoder.embed(tokens()))
+
+
+def test_the_penalty_before_a_coda_has_the_models_precision() -> None:
+    decoder = model(n_coda=1).double()
+    text = tokens()
+    targets = text.roll(-1, 1)
+    states = decoder(text).states
+    added = decoder(text, targets, penalty=1.0).loss - decoder(text, targets).loss
+    assert added.dtype == torch.float64
+    torch.testing.assert_close(added, torch.stack(states).square().mean(), atol=0, rtol=1e-12)
