@@ -31,6 +31,7 @@ from looped.kernels import (  # noqa: E402, F401
 )
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("PYTHONUNBUFFERED", None)  # programs write as they do for a user
 
 patch_language = interpreter._patch_lang
 

@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         defaults = Command(run=tyro.MISSING, prompt=tyro.MISSING)
         say(command_line(argv, defaults, "python -m looped.generate"))
     except BrokenPipeError:
-        # What is still in the stream's buffer goes there too, when Python flushes it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -111,7 +110,12 @@ def say(command: Command) -> None:
 
 
 def write(text: str) -> None:
-    print(text, end="", flush=True)
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        # What is still in the stream's buffer goes there too, when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def summary(steps: Sequence[Step], seconds: float, end: int) -> str:
