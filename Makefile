@@ -8,9 +8,9 @@ PY     := $(VENV)/bin/python
 train: $(VENV)/.installed
 	$(PY) train/run.py --fused $(ARGS)
 
-# a process a core, each with the tests of a file at a time
+# a process a core, each with the tests of a file at a time; on the CPU, for a process that has used a GPU cannot fork
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 # measures and writes bench/results/<date>-<device>.jsonl; under 15 minutes on two cores that do nothing else
 bench: $(VENV)/.installed

@@ -170,7 +170,7 @@ def test_int32_offsets(monkeypatch):
 def test_opcheck(layout):
     x, residual = (LAYOUTS[layout](torch.randn(4, 24)).requires_grad_() for _ in range(2))
     weight = torch.rand(24, requires_grad=True)
-    op = torch.ops.looped.rms_norm_penalty.default
+    op = torch.ops.looped.rms_norm_mean_square.default
     for arguments in [(x, weight, residual), (x, None, None), (x.detach(), weight, None)]:
         torch.library.opcheck(op, (*arguments, 1e-6, torch.float32))
 
@@ -178,7 +178,7 @@ def test_opcheck(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_backward(layout):
     dy, h, weight = LAYOUTS[layout](torch.randn(4, 24)), LAYOUTS[layout](torch.randn(4, 24)), torch.rand(24)
-    op = torch.ops.looped.rms_norm_penalty_backward.default
+    op = torch.ops.looped.rms_norm_mean_square_backward.default
     for x_dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(op, (dy, torch.randn(4), torch.randn(4, 24), h, weight, 1e-6, x_dtype, True))
     torch.library.opcheck(op, (None, torch.randn(4), None, h, None, 1e-6, torch.float32, False))

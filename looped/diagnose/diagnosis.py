@@ -41,10 +41,12 @@ class Diagnosis:
 
 
 class DivergedError(ValueError):
-    """The model has no finite loss. ce: its cross-entropy after n_loops loops."""
+    """The model has no finite loss."""
 
-    def __init__(self, name: str, n_loops: int, ce: float) -> None:
-        super().__init__(f"{name} has diverged: its cross-entropy at K = {n_loops} is {ce}.")
+
+def _diverged(name: str, n_loops: int, ce: float) -> DivergedError:
+    """ce: its cross-entropy after n_loops loops."""
+    return DivergedError(f"{name} has diverged: its cross-entropy at K = {n_loops} is {ce}.")
 
 
 def diagnose(
@@ -77,7 +79,7 @@ def diagnose(
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
     for n_loops, ce in reversed([*enumerate(depth.as_trained, 1), *enumerate(depth.ce[: model.n_loops], 1)]):
         if not math.isfinite(ce):
-            raise DivergedError(name, n_loops, ce)
+            raise _diverged(name, n_loops, ce)
     norms, updates = measure_dynamics(model, batches, horizon)
     measured = Measurements(
         n_loops=model.n_loops,
@@ -124,7 +126,7 @@ def check_run(run: SavedRun, *, name: str | None = None, n_tokens: int = 8192, h
     tokens, targets = (rows[:1] for rows in batches[0])
     loss = model.cross_entropy(model.states(tokens, model.n_loops)[-1], targets, final=True)
     if not loss.isfinite().all():
-        raise DivergedError(run.name if name is None else name, model.n_loops, loss.mean().item())
+        raise _diverged(run.name if name is None else name, model.n_loops, loss.mean().item())
 
 
 def diagnose_run(

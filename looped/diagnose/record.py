@@ -15,7 +15,7 @@ from looped.diagnose.findings import findings
 from looped.diagnose.verdict import THRESHOLDS, Measurements, judge
 from looped.whole_file import read_json, replacing
 
-FORMAT = 4  # of the file: raised whenever something in it is added, removed or called otherwise
+FORMAT = 5  # of the file: raised whenever something in it is added, removed, called or measured otherwise
 
 
 class OtherFormatError(ValueError):
