@@ -13,6 +13,7 @@ from typing import TextIO
 import torch
 
 from looped.checkpoint import contents, found, read_into
+from train.interrupt import SIGNALS
 from train.metrics import read_metrics
 from train.run import main
 
@@ -28,6 +29,9 @@ def forked(call: Callable[[], int | None], stdout: int | None, stderr: int | Non
     if child == 0:
         code = 70
         try:
+            signal.set_wakeup_fd(-1)
+            for signum in SIGNALS:
+                signal.signal(signum, signal.SIG_DFL)  # as a program begins, whatever this process does with them
             sys.stdout, sys.stderr = _stream(1, stdout), _stream(2, stderr)
             torch.set_num_threads(1)  # the other threads have stayed behind
             code = call() or 0
@@ -50,14 +54,34 @@ def _stream(number: int, target: int | None) -> TextIO | None:
     return open(number, "w", buffering=1 if number == 2 else -1, closefd=False)
 
 
+def ended(children: list[int], said: Callable[[], str]) -> list[int]:
+    """The exit codes of processes, once all have ended.
+
+    Raises AssertionError if that takes too long. Whatever is raised has a note of what they have ``said``, and none
+    of them goes on.
+    """
+    limit, codes = time.monotonic() + PATIENCE, list[int]()
+    try:
+        for child in children:
+            while not (found := os.waitpid(child, os.WNOHANG))[0]:
+                assert time.monotonic() < limit, f"no end after {PATIENCE} s"
+                time.sleep(0.005)
+            codes.append(os.waitstatus_to_exitcode(found[1]))
+    except BaseException as error:
+        kill(children[len(codes) :])
+        error.add_note(said())
+        raise
+    return codes
+
+
 def run_forked(call: Callable[[], int]) -> tuple[int, str]:
-    """The exit code and the standard error of ``call`` in a process of its own."""
+    """The exit code of ``call`` in a process of its own and its standard error, of no more than a pipe holds."""
     reader, writer = os.pipe()
     with open(os.devnull, "wb") as null, open(reader) as stderr:
         child = forked(call, null.fileno(), writer)
         os.close(writer)
-        said = stderr.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+        (code,) = ended([child], stderr.read)
+        return code, stderr.read()
 
 
 def fork(work: Callable[[], int | None], log: Path) -> int:
@@ -76,6 +100,7 @@ def start(argv: list[str], processes: int, log: Path, before: Callable[[int], No
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         before(rank)
         return main(argv)
 
@@ -84,23 +109,17 @@ def start(argv: list[str], processes: int, log: Path, before: Callable[[int], No
 
 def finish(children: list[int], log: Path) -> None:
     """Wait until a run ends. Raises AssertionError if it does not, or not well."""
-    limit, waiting, codes = time.monotonic() + PATIENCE, set(children), []
-    while waiting:
-        for child in list(waiting):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                waiting.remove(child)
-                codes.append(os.waitstatus_to_exitcode(status))
-        if time.monotonic() > limit:
-            kill(list(waiting))
-            raise AssertionError(f"no end after {PATIENCE} s:\n{log.read_text()}")
-        time.sleep(0.005)
+    codes = ended(children, log.read_text)
     assert not any(codes), f"exit codes {codes}:\n{log.read_text()}"
 
 
 def kill(children: list[int]) -> None:
+    """Kill processes. With one that leads a group, all of the group."""
     for child in children:
-        os.kill(child, signal.SIGKILL)
+        if os.getpgid(child) == child:
+            os.killpg(child, signal.SIGKILL)
+        else:
+            os.kill(child, signal.SIGKILL)
     for child in children:
         os.waitpid(child, 0)
 

@@ -21,12 +21,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-from forked_runs import PATIENCE, finish, kill, rows_of, start, weights_of  # noqa: E402
+from forked_runs import PATIENCE, ended, finish, kill, rows_of, start, weights_of  # noqa: E402
 from tiny_run import arguments  # noqa: E402
 
 from looped.checkpoint import find  # noqa: E402
@@ -85,8 +84,10 @@ class Campaign:
         if within_saving:
             # The first save makes twelve such calls and each of the six others fourteen, which are alike.
             children = start(argv, self.processes, log, dying_at(draw.randrange(60)))
-            os.waitpid(children[0], 0)
-            kill(children[1:])
+            try:
+                ended(children[:1], log.read_text)
+            finally:
+                kill(children[1:])
         else:
             children = start(argv, self.processes, log)
             wait_for(run / "metrics.jsonl")

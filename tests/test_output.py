@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forked_runs import forked, run_forked
+from forked_runs import ended, forked, run_forked
 from tiny_run import arguments
 
 from train import trainer
@@ -64,8 +64,7 @@ def test_a_run_outlasts_its_output(tmp_path, monkeypatch, stdout, stderr, messag
     monkeypatch.chdir(tmp_path)
     (tmp_path / "said").touch()
     argv = arguments(tmp_path, "--out", str(tmp_path / "run"), "--steps", "4")
-    _, status = os.waitpid(forked(lambda: main(argv), opened(stdout), opened(stderr)), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert ended([forked(lambda: main(argv), opened(stdout), opened(stderr))], Path("said").read_text) == [0]
     assert (tmp_path / "said").read_text() == message
     assert_finished(tmp_path / "run")
 
@@ -123,7 +122,8 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path, monkeypatch, o
     assert json.loads((run / "checkpoint" / "checkpoint.json").read_text())["step"] == last
     rest = line[found.end() :]
     assert rest.startswith(f"The checkpoint of step {last} is whole. To continue from it: ")
-    _, program, *argv = shlex.split(rest.partition("continue from it: ")[2])
+    interpreter, program, *argv = shlex.split(rest.partition("continue from it: ")[2])
+    assert Path(interpreter).absolute() == Path(sys.executable)
     assert Path(program).resolve() == PROGRAM
     assert main(argv) == 0
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 8

@@ -305,6 +305,7 @@ def mortal(argv: list[str]) -> None:
 
 def torchrun(words: list[str], argv: list[str]) -> None:
     """As the program of that name, but its processes are forks, which have PyTorch loaded."""
+    os.setpgid(0, 0)  # whoever kills it kills its processes too
     launch = config_from_args(parse_args([*words, "forks"]))[0]
     launch.start_method = "fork"
     elastic_launch(launch, mortal)(argv)

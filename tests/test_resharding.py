@@ -43,10 +43,8 @@ def go_on_with_others(directory: Path, shard: str, argv: list[str], log: Path) -
 def resharded(directory, no_picture) -> dict[str, list[list[str]]]:
     """By how weights were shared out, the files of each checkpoint; and a run that goes on in one process."""
     argv, log = arguments(directory, "--batch-size", "8", "--dropout", "0", "--eval-tokens", "64"), directory / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        finish(start([*argv, "--out", str(directory / "whole")], 1, log), log)
-        return {shard: go_on_with_others(directory, shard, argv, log) for shard in ("none", "fsdp2")}
+    finish(start([*argv, "--out", str(directory / "whole")], 1, log), log)
+    return {shard: go_on_with_others(directory, shard, argv, log) for shard in ("none", "fsdp2")}
 
 
 @pytest.fixture

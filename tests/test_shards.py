@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked_runs import forked
+from forked_runs import ended, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import text
@@ -126,8 +126,8 @@ def begin(texts: str, cache: Path, kill_at: int = 0) -> tuple[int, Path]:
 def test_a_killed_process_has_lost_the_last_file_alone(texts, tmp_path, monkeypatch):
     expected = load(texts, tmp_path / "whole")
     cache = tmp_path / "cache"
-    child, _ = begin(texts, cache, kill_at=15)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    child, errors = begin(texts, cache, kill_at=15)
+    assert ended([child], errors.read_text) == [-signal.SIGKILL]
     (staging,) = cache.iterdir()
     assert staging.name.startswith("unfinished-tokens-")
     kept = {path.name: path.stat().st_mtime_ns for path in staging.glob("train-*.tokens")}
@@ -188,8 +188,11 @@ def test_processes_that_want_the_same_at_once(texts, tmp_path, capsys):
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/*/tokenizer.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    mine = load(texts, tmp_path / "cache")
-    assert os.waitpid(child, 0)[1] == 0
+    try:
+        mine = load(texts, tmp_path / "cache")
+    finally:
+        codes = ended([child], errors.read_text)
+    assert codes == [0]
     assert errors.read_text() == ""
     assert "waiting for another process" in capsys.readouterr().err
     assert_equal(mine, load(texts, tmp_path / "whole"))

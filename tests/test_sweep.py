@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,18 +14,9 @@ from typing import get_args
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from forked_runs import forked
+from forked_runs import ended, forked
 from safetensors.torch import load_file
-from tiny_sweep import (
-    NAMES,
-    PROGRAM,
-    assert_rejected,
-    contents,
-    finished_sweep,
-    main_of_forks,
-    sweep_words,
-    tasks_of,
-)
+from tiny_sweep import NAMES, PROGRAM, assert_rejected, contents, finished_sweep, main_of_forks, sweep_words, tasks_of
 
 from looped.command_line import command_line
 from train.config import TrainConfig
@@ -303,8 +295,13 @@ def in_training(words: list[str]) -> bool:
 
 def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeypatch):
     words = sweep_words(tmp_path, "--steps", "100000", "--jobs", "2")
+
+    def swept() -> int:
+        os.setpgid(0, 0)  # whoever kills it kills its runs too
+        return main_of_forks(words)
+
     with open(tmp_path / "printed.txt", "wb") as printed:
-        process = forked(lambda: main_of_forks(words), printed.fileno(), printed.fileno())
+        process = forked(swept, printed.fileno(), printed.fileno())
     try:
         wait_until(lambda: in_training(words))
         monkeypatch.setattr(sweep, "_start", None)
@@ -313,8 +310,8 @@ def test_sweep_is_stopped_and_its_directory_is_its_own(tmp_path, capsys, monkeyp
         assert "out must not be in use" in capsys.readouterr().err
     finally:
         os.kill(process, signal.SIGTERM)
-        _, status = os.waitpid(process, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+        codes = ended([process], (tmp_path / "printed.txt").read_text)
+    assert codes == [128 + signal.SIGTERM]
     output = (tmp_path / "printed.txt").read_text()
     assert "stopping 2 running" in output
     command = shlex.split(output.splitlines()[-1])
@@ -333,8 +330,10 @@ def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
     words = sweep_words(tmp_path, "--steps", "100000", "--conditions", NAMES[0])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([*PROGRAM, *words], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: in_training(words))
-        process.kill()
+        try:
+            wait_until(lambda: in_training(words))
+        finally:
+            process.kill()
     monkeypatch.setattr(sweep, "_start", None)
     (task,) = tasks_of(words)
     try:
@@ -348,7 +347,9 @@ def test_runs_of_a_killed_sweep_keep_its_lock(tmp_path, capsys, monkeypatch):
 def _process_of(run: Path) -> int:
     """The process that was started with ``run`` as its --out."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().split(b"\0") if path.exists() else []
+        words: list[bytes] = []
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = path.read_bytes().split(b"\0")
         if words[-3:] == [b"--out", str(run).encode(), b""]:
             return int(path.parent.name)
     raise AssertionError(f"no process trains {run}")
