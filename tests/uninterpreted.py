@@ -7,10 +7,12 @@ import atexit
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -24,9 +26,28 @@ def _server() -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     pipe = subprocess.PIPE
-    server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-    atexit.register(server.communicate)
+    server = subprocess.Popen(
+        [sys.executable, __file__], cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True, process_group=0
+    )
+    atexit.register(_end, server)
     return server
+
+
+def _end(server: subprocess.Popen) -> None:
+    assert server.stdin is not None
+    with suppress(OSError):
+        server.stdin.close()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        _kill(server)
+
+
+def _kill(server: subprocess.Popen) -> None:
+    """End the child and the program that it runs."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def run(program: str, *arguments: object, packages: Path | None = None) -> str:
@@ -40,8 +61,15 @@ def run(program: str, *arguments: object, packages: Path | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         request = {"program": program, "arguments": list(map(str, arguments)), "folder": folder}
         request |= {"packages": [] if packages is None else [str(packages)]}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        code = server.stdout.readline().strip()
+        try:
+            with suppress(BrokenPipeError):
+                print(json.dumps(request), file=server.stdin, flush=True)
+            code = server.stdout.readline().strip()
+            assert code, f"the child that runs the programs has ended: exit code {server.wait(10)}"
+        except BaseException:  # the next program gets a child of its own, which owes no other answer
+            _kill(server)
+            _server.cache_clear()
+            raise
         said = {name: Path(folder, name).read_text() for name in ("output", "errors")}
     assert code == "0", f"exit code {code}\n{said['output'][-2000:]}{said['errors'][-4000:]}"
     return said["output"]
