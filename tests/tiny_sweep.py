@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -98,8 +99,11 @@ def main_of_forks(words: list[str]) -> int:
 def finished_sweep(factory: pytest.TempPathFactory) -> Path:
     """A directory with a finished sweep in it, which tests copy, and in printed.txt what the program printed."""
     directory = factory.getbasetemp() / "finished-sweep"
-    if not directory.exists():
+    finished = directory / "finished"
+    if not finished.exists():
+        shutil.rmtree(directory, ignore_errors=True)  # of one that failed
         directory.mkdir()
         with open(directory / "printed.txt", "w") as printed, redirect_stdout(printed), redirect_stderr(printed):
             assert main_of_forks(sweep_words(directory)) == 0
+        finished.touch()
     return directory
