@@ -11,7 +11,7 @@ import pytest
 from train.interrupt import SIGNALS, Interrupted, Interruptions
 
 ROOT = Path(__file__).parents[1]
-GRACE, ONE_PRESS = 0.5, 0.3  # instead of the product's seconds
+GRACE, ONE_PRESS = 0.5, 1  # instead of the product's seconds
 # Minutes of native code, which lets other threads run and handles no signal.
 PROGRAM = f"""
 import hashlib
@@ -23,21 +23,16 @@ with interrupt.Interruptions().installed() as interruptions, interruptions.defer
 """
 
 
-def press(process: subprocess.Popen, *signals: signal.Signals, pause: float = 0.5) -> None:
-    for signum in signals:
-        process.send_signal(signum)
-        time.sleep(pause)
-
-
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_native_code(second):
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
         try:
-            press(process, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            time.sleep(2 * ONE_PRESS)
             assert process.poll() is None
-            press(process, second)
+            process.send_signal(second)
             assert process.wait(GRACE + 10) == 128 + second
         finally:
             process.kill()
@@ -48,7 +43,9 @@ def test_one_press_is_one_signal():
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            press(process, signal.SIGTERM, signal.SIGTERM, pause=0.05)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(GRACE + 2)
         finally:
