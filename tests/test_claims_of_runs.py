@@ -123,8 +123,14 @@ def test_runs_of_different_settings_are_refused_before_any_work(two, tmp_path, c
 def test_several_at_a_time_give_the_same(two, tmp_path, monkeypatch):
     """Seeds that are the same run have the same diagnosis, whichever process made it; here forks."""
     fork = get_context("fork")
-    monkeypatch.setattr(judging, "get_context", {"spawn": fork}.get)
-    assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
+    monkeypatch.setattr(judging, "get_context", {"spawn": fork}.__getitem__)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the program sets where nobody has
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # a fork has no other thread
+    try:
+        assert main(claims_words(two, tmp_path / "page", "--seeds", "42", "101", "--jobs", "2")) == 0
+    finally:
+        torch.set_num_threads(threads)
     first, second = (
         read_diagnosis_of_run(two / "per-loop-rmsnorm" / f"seed-{seed}", n_tokens=64, horizon=30) for seed in (42, 101)
     )

@@ -4,6 +4,7 @@ from numerics import assert_no_worse_than
 
 from looped.kernels import looped_cross_entropy, readout, readout_statistics
 from looped.kernels.cross_entropy_cpu import top2
+from looped.kernels.products import CPU_WIDE_CHUNK_ROWS
 from looped.kernels.statistics import ReadoutStatistics, readout_statistics_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -122,7 +123,7 @@ def test_no_logits_larger_than_a_chunk():
         patch.setattr(torch, "mm", lambda a, b, **k: products.append((len(a), b.shape[1])) or mm(a, b, **k))
         readout_statistics(states, head)
     assert sum(rows * columns for rows, columns in products) == 3 * 2048 * 5000
-    assert max(rows for rows, _ in products) <= 2048
+    assert max(rows for rows, _ in products) <= CPU_WIDE_CHUNK_ROWS
 
 
 def test_compiles_without_graph_breaks():
