@@ -10,6 +10,7 @@ import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,12 @@ def write_text(path: Path, size: int) -> None:
             file.write("".join(" ".join(line) + ".\n" for line in drawn.reshape(-1, 10)))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=200)
-    size = parser.parse_args().megabytes * 10**6
+    size = parser.parse_args(argv).megabytes * 10**6
+    if size < 10**6:
+        parser.error(f"megabytes must be >= 1. Got {size // 10**6}.")
     with tempfile.TemporaryDirectory() as directory:
         text = Path(directory, "made.txt")
         write_text(text, size)
