@@ -209,7 +209,7 @@ def load_ouro(name: str | Path) -> LoopedLM:
     """The decoder of a checkpoint in Ouro's layout, in evaluation mode, in the checkpoint's dtype.
 
     name: a directory, or a repository of the Hugging Face hub. Raises ValueError, in one line, for a hub that cannot be
-    reached, files that are missing or damaged, and what `config_from_ouro` and `weights_from_ouro` refuse.
+    reached, or whose client is missing, files that are missing or damaged, and what `config_from_ouro` and `weights_from_ouro` refuse.
     """
     directory = Path(name) if Path(name).is_dir() else _download(str(name))
     config = config_from_ouro(_read_json(directory / CONFIG))
@@ -237,9 +237,13 @@ def write_ouro(model: LoopedLM, directory: Path, *, eos_token_id: int | None = N
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ValueError(
+            f"name must be a directory where huggingface_hub is missing: pip install 'looped-lm[hf]'. Got {repository}."
+        ) from error
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:

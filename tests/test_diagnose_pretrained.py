@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import tiny_run
@@ -303,6 +304,37 @@ def test_command_rejects_data(saved, tokens, tmp_path, capsys):
 )
 def test_command_rejects_options(saved, words, tmp_path, capsys, more, message):
     assert message in refused(capsys, arguments(saved["hrm_text"], words, tmp_path / "page", *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data", "x.txt"), "data must be given with --model alone. Got x.txt for a RUN."),
+        (("--seq-len", "0"), "seq_len must be given with --model alone. Got 0"),
+        (("--trust-remote-code",), "trust_remote_code must be given with --model alone. Got True"),
+        (("--scale-loops", "8"), "scale_loops must be given with --model alone. Got 8"),
+    ],
+)
+def test_command_rejects_options_of_a_model_for_a_run(tmp_path, capsys, more, message):
+    assert message in refused(capsys, [str(tmp_path / "run"), *more])
+
+
+def test_command_rejects_a_model_that_lacks_weights(saved, words, tmp_path, capsys):
+    """transformers would draw them, and the verdict be one on noise."""
+    directory = tmp_path / "bare"
+    shutil.copytree(saved["albert"], directory)
+    transformers.AlbertModel.from_pretrained(saved["albert"]).save_pretrained(directory)
+    line = refused(capsys, arguments(directory, words, tmp_path / "page"))
+    assert "model must hold all weights of AlbertForMaskedLM. Got" in line
+    assert line.endswith("without predictions.LayerNorm.bias.\n")
+
+
+@pytest.mark.parametrize("package", ["transformers", "huggingface_hub"])
+def test_command_says_what_to_install(saved, words, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = refused(capsys, arguments(saved["hrm_text"], words, tmp_path / "page"))
+    assert line.startswith("error: a model by name needs transformers: pip install 'looped-lm[hf]' (")
+    assert package in line
 
 
 def test_command_rejects_half_a_request(tmp_path, capsys):

@@ -183,9 +183,23 @@ def test_an_error_while_writing_leaves_nothing(run, tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_directory_is_filled(run, tmp_path):
+def test_a_directory_that_cannot_be_replaced_is_refused(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    message = "error: DIR must not be a mount point or the current directory. Got {}."
+    assert refused(capsys, run, "--to", "safetensors", ".") == message.format(".")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    assert refused(capsys, run, "--to", "safetensors", tmp_path / "volume") == message.format(tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "volume"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_empty_directory_is_filled(run, tmp_path, linked):
     (tmp_path / "out").mkdir()
-    assert main([str(run), "--to", "transformers", str(tmp_path / "out")]) == 0
+    if linked:
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert main([str(run), "--to", "transformers", str(tmp_path / ("link" if linked else "out"))]) == 0
     assert LoopedForCausalLM.from_pretrained(tmp_path / "out").config.run["name"] == "tiny"
 
 

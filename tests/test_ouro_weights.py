@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import pytest
 import safetensors.torch
@@ -223,6 +224,12 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         ) as caught:
             load_ouro(name)
         assert "\n" not in str(caught.value)
+
+
+def test_without_the_client_of_the_hub_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'looped-lm\[hf\]'. Got ByteDance/Ouro-1.4B."):
+        load_ouro("ByteDance/Ouro-1.4B")
 
 
 def test_the_preset_takes_ouros_weights_without_their_gate():

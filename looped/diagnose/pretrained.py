@@ -91,7 +91,12 @@ def load_pretrained(
     if masked:
         batches = mask_tokens(batches, getattr(tokenizer, "mask_token_id", None))
     loader = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
-    model = _load(name, loader, trust_remote_code, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    model, found = _load(name, loader, trust_remote_code, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:  # transformers draws them
+        raise ValueError(
+            f"model must hold all weights of {type(model).__name__}. Got {name} without {min(found['missing_keys'])}."
+        )
+    model = model.to(device).eval().requires_grad_(False)
     notes = {"model": name, "data": Path(data).name}
     if content["model_type"] == "hrm_text":
         notes["state"] = "both states before their norms, side by side"
@@ -205,7 +210,7 @@ def _transformers() -> Any:
         import huggingface_hub  # slow to import, and needed here alone
         import transformers
     except ImportError as error:
-        raise ValueError("transformers must be installed for a model by name (extra hf). It is not.") from error
+        raise ValueError(f"a model by name needs transformers: pip install 'looped-lm[hf]' ({error}).") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one line, and not one for every try
