@@ -96,11 +96,11 @@ def config_from_ouro(ouro: Mapping[str, Any]) -> LoopedConfig:
             dropout=0.0,
             exit_gate=True,
             tied=bool(ouro.get("tie_word_embeddings")),
-            rope_theta=float(rotary["rope_theta"]),
-            norm_eps=float(ouro["rms_norm_eps"]),
-            embedding_std=float(ouro.get("initializer_range", 0.02)),
+            rope_theta=rotary["rope_theta"],
+            norm_eps=ouro["rms_norm_eps"],
+            embedding_std=ouro.get("initializer_range", 0.02),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"Ouro's configuration cannot be used ({error!r:.160}).") from error
 
 
