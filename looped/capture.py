@@ -54,7 +54,7 @@ def capture(
     least = 1 if states else 2
     if norm is None and states is None:
         if head is not None or coda:
-            raise ValueError(f"norm or states must be named with head and coda. Got head={head!r}, coda={coda!r} alone.")
+            raise ValueError(f"norm or states must be named with head and coda. Got head={head!r}, coda={coda!r}.")
         adapter = find_adapter(model, ", or its modules named: norm, head, states")
         norm, head, states, coda, least = adapter.norm, adapter.head, adapter.states, adapter.coda, 1
     captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=least)

@@ -209,7 +209,8 @@ def load_ouro(name: str | Path) -> LoopedLM:
     """The decoder of a checkpoint in Ouro's layout, in evaluation mode, in the checkpoint's dtype.
 
     name: a directory, or a repository of the Hugging Face hub. Raises ValueError, in one line, for a hub that cannot be
-    reached, or whose client is missing, files that are missing or damaged, and what `config_from_ouro` and `weights_from_ouro` refuse.
+    reached or whose client is missing, files that are missing or damaged, and what `config_from_ouro` and
+    `weights_from_ouro` refuse.
     """
     directory = Path(name) if Path(name).is_dir() else _download(str(name))
     config = config_from_ouro(_read_json(directory / CONFIG))

@@ -139,7 +139,10 @@ def test_the_preset_is_ouros_published_shape():
         ({"total_ut_steps": 0}, "n_loops must be at least 1. Got n_loops=0."),
         ({"hidden_size": "wide"}, "Ouro's configuration cannot be used"),
         ({"num_attention_heads": 0}, "Ouro's configuration cannot be used"),
-        ({"rms_norm_eps": "small"}, "Ouro's configuration cannot be used .*norm_eps must be a number. Got norm_eps='sm"),
+        (
+            {"rms_norm_eps": "small"},
+            "Ouro's configuration cannot be used .*norm_eps must be a number. Got norm_eps='sm",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(change, message):

@@ -21,7 +21,6 @@ from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_tabl
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
 
-
 # Options of --model, and what they are where they are not given.
 OF_A_MODEL = {"data": None, "seq_len": None, "trust_remote_code": False, "scale_loops": 0}
 

@@ -20,7 +20,7 @@ from looped.adapters import ADAPTERS
 from looped.diagnose.adapted import from_model
 from looped.diagnose.diagnosis import Diagnosis, as_trained, diagnose, validation_batches
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, in_float64
+from looped.diagnose.model import Batch, LoopedModel
 from looped.model import LoopedLM
 from looped.run_directory import Validation
 
@@ -39,24 +39,22 @@ class Pretrained:
     notes: dict[str, str]
 
     def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
-        """The diagnosis. rounds: as `diagnose` takes it, for a LoopedLM alone. Raises as it and `describe` do."""
+        """The diagnosis. rounds: as `diagnose` takes it. Raises as it and `describe` do."""
         described = describe(self.model, self.batches)
-        double, rounds = in_float64(described), 0 if described.decoder is None else rounds
-        found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
+        found = diagnose(described, self.batches, name=self.name, horizon=horizon, rounds=rounds)
         return dataclasses.replace(found, origin=found.origin | self.notes)
 
 
-def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool = True) -> LoopedModel:
-    """A model that `load_pretrained` has loaded, as a LoopedModel. readout_norm: as `from_model` takes it.
+def describe(model: nn.Module, batches: Sequence[Batch]) -> LoopedModel:
+    """A model that `load_pretrained` has loaded, as a LoopedModel.
 
     An export of this project has the weights of its own supervision. A gate's are means over the batches.
     """
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, LoopedLM):
-        return from_model(model, readout_norm=readout_norm)
+        return from_model(model)
     config: Any = model.config
-    described = as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
-    return described if readout_norm else dataclasses.replace(described, norm=None)
+    return as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
 
 
 def load_pretrained(
@@ -145,13 +143,8 @@ def scale_checks(model: nn.Module, batches: Sequence[Batch], n_loops: int = 8) -
     Sharma & Vu (arXiv 2606.24898) check this of Ouro. Loops beyond the trained ones are run as those are. Raises
     ValueError for n_loops < 1.
     """
-    sweeps = [
-        sweep_alpha(
-            dataclasses.replace(describe(model, batches, readout_norm=norm), n_loops=n_loops, weights=None), batches
-        )
-        for norm in (True, False)
-    ]
-    normed, raw = sweeps
+    described = dataclasses.replace(describe(model, batches), n_loops=n_loops, weights=None)
+    normed, raw = (sweep_alpha(read, batches) for read in (described, dataclasses.replace(described, norm=None)))
     as_it_is = ALPHAS.index(1.0)
     return [
         ScaleCheck(loop, ce[as_it_is], with_norm, without_norm)

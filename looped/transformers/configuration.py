@@ -31,8 +31,8 @@ class LoopedPretrainedConfig(PreTrainedConfig):
     gate_beta, gate_prior: of gated supervision, as `looped.supervision.Gated` describes them.
     run: what is known of the run that the weights are from; the model card shows it. {} if nothing is.
 
-    Raises ValueError for a depth below 1, TypeError or ValueError as LoopedConfig and Gated do, and TypeError where a field
-    without default is missing.
+    Raises ValueError for a depth that is no int of at least 1, TypeError or ValueError as LoopedConfig and Gated do,
+    and TypeError where a field without default is missing.
     """
 
     model_type = "looped_lm"

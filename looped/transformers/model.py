@@ -118,8 +118,9 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         it, and the penalty counts by this micro-batch's share, so that the micro-batches' losses add up to the loss of
         the whole.
 
-        Raises ValueError for tokens or a mask of other shapes, rows longer than learned positions, labels of rows that follow cached ones in a model
-        with a coda, which would have to know how every loop read those, and as LoopedLM does.
+        Raises ValueError for tokens or a mask of other shapes, for rows longer than learned positions, for labels of
+        rows that follow cached ones in a model with a coda, which would have to know how every loop read those, and as
+        LoopedLM does.
         """
         decoder = self.decoder
         if labels is not None and decoder.config.n_coda and cache is not None and cache.get_seq_length() > 0:
