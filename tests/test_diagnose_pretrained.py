@@ -11,7 +11,7 @@ import tiny_run
 import torch
 from foreign_models import VOCABULARY, small
 from huggingface_hub.utils import logging as hub_logging
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bench.competitors.recurrent_models import albert, hrm_text
 from looped.diagnose import from_model
@@ -274,6 +274,10 @@ def test_command_says_that_the_hub_is_out_of_reach(tokens, tmp_path, capsys):
         ({"model_type": "llama"}, "model must be one of albert, .* of model_type 'llama'"),
         ({"model_type": "ouro"}, "a model whose code comes with it needs --trust-remote-code"),
         ({}, "of model_type None"),
+        ([1], "of model_type None"),
+        ({"model_type": ["albert"]}, r"of model_type \['albert'\]"),
+        ({"model_type": "hrm_text", "max_position_embeddings": "x"}, "max_position_embeddings of .* integer.* Got 'x'"),
+        ({"model_type": "hrm_text", "vocab_size": 0}, "vocab_size of .* must be an integer of at least 1. Got 0"),
     ],
 )
 def test_command_rejects_models(tokens, tmp_path, capsys, config, message):
@@ -325,8 +329,14 @@ def test_command_rejects_a_model_that_lacks_weights(saved, words, tmp_path, caps
     shutil.copytree(saved["albert"], directory)
     transformers.AlbertModel.from_pretrained(saved["albert"]).save_pretrained(directory)
     line = refused(capsys, arguments(directory, words, tmp_path / "page"))
-    assert "model must hold all weights of AlbertForMaskedLM. Got" in line
+    assert "model must hold all weights of AlbertForMaskedLM, in its shapes. Got" in line
     assert line.endswith("without predictions.LayerNorm.bias.\n")
+    shutil.copytree(saved["hrm_text"], tmp_path / "narrow")
+    weights = load_file(tmp_path / "narrow" / "model.safetensors")
+    weights["model.z_L_init"] = weights["model.z_L_init"][:-1].clone()
+    save_file(weights, tmp_path / "narrow" / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, arguments(tmp_path / "narrow", words, tmp_path / "page"))
+    assert line.endswith("narrow without model.z_L_init.\n")
 
 
 @pytest.mark.parametrize("package", ["transformers", "huggingface_hub"])

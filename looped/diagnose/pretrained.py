@@ -80,7 +80,7 @@ def load_pretrained(
     as_text = any(file.suffix != ".safetensors" for file in files)
     tokenizer = _load(name, "AutoTokenizer", trust_remote_code) if as_text or masked else None
     tokens = _read_tokens(files, tokenizer)
-    vocabulary = content.get("padded_vocab_size", content.get("vocab_size"))
+    vocabulary = _number(content, "padded_vocab_size", "vocab_size")
     if vocabulary is not None and (len(tokens) == 0 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0):
         found = "none" if len(tokens) == 0 else f"{int(tokens.min())} to {int(tokens.max())}"
         raise ValueError(f"data must hold tokens below the model's vocabulary of {vocabulary}. Got {found}.")
@@ -89,11 +89,12 @@ def load_pretrained(
     if masked:
         batches = mask_tokens(batches, getattr(tokenizer, "mask_token_id", None))
     loader = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
-    model, found = _load(name, loader, trust_remote_code, dtype=torch.float32, output_loading_info=True)
-    if found["missing_keys"]:  # transformers draws them
-        raise ValueError(
-            f"model must hold all weights of {type(model).__name__}. Got {name} without {min(found['missing_keys'])}."
-        )
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(name, loader, trust_remote_code, dtype=torch.float32, **options)
+    drawn = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]  # by transformers, at random
+    if drawn:
+        kind = type(model).__name__
+        raise ValueError(f"model must hold all weights of {kind}, in its shapes. Got {name} without {min(drawn)}.")
     model = model.to(device).eval().requires_grad_(False)
     notes = {"model": name, "data": Path(data).name}
     if content["model_type"] == "hrm_text":
@@ -217,12 +218,12 @@ def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
         content, _ = transformers.PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name, error)) from error
-    kind = content.get("model_type")
+    kind = content.get("model_type") if isinstance(content, dict) else None
     if kind == OURS:
         from looped.transformers import register
 
         register()
-    elif kind not in ADAPTERS:
+    elif not isinstance(kind, str) or kind not in ADAPTERS:
         raise ValueError(
             f"model must be one of {', '.join(sorted([*ADAPTERS, OURS]))}. Got {name} of model_type {kind!r}."
         )
@@ -236,8 +237,16 @@ def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
 def _longest(content: dict[str, Any]) -> int | None:
     """The most tokens that the model of a config.json takes; None for any number."""
     if content["model_type"] == OURS:
-        return content.get("max_seq_len") if content.get("positions") == "learned" else None
-    return content.get("max_position_embeddings", content.get("block_size"))
+        return _number(content, "max_seq_len") if content.get("positions") == "learned" else None
+    return _number(content, "max_position_embeddings", "block_size")
+
+
+def _number(content: dict[str, Any], *names: str) -> int | None:
+    """The first of these fields that a config.json has. Raises ValueError unless it is an integer of at least 1."""
+    name = next((name for name in names if content.get(name) is not None), None)
+    if name is not None and (type(content[name]) is not int or content[name] < 1):
+        raise ValueError(f"{name} of the model's config.json must be an integer of at least 1. Got {content[name]!r}.")
+    return None if name is None else content[name]
 
 
 def _load(name: str, loader: str, trust_remote_code: bool, **options: Any) -> Any:
