@@ -265,7 +265,10 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     """Of one safetensors file, or of the several that an index names."""
     files = [WEIGHTS]
     if not (directory / WEIGHTS).exists():
-        files = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+        names = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"weight_map of {directory / INDEX} must give the file of each weight. Got {names!r:.60}.")
+        files = sorted(set(names.values()))
     weights: dict[str, Tensor] = {}
     for file in files:
         try:

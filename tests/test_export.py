@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_the_card_has_the_runs_summary(run, exported):
         assert f"| {row['n_loops']} | {row['ce']:.5g} | {row['ppl']:.5g} | {row['bits_per_byte']:.5g} |" in card
     for name, value in (("norm penalty", 0.02), ("optimisation steps", 8), ("commit of the code", summary["commit"])):
         assert f"- {name}: {value}\n" in card
+
+
+@pytest.mark.parametrize("evaluation", [5, "text", [5], {"ce": 1}, [{"ce": "x"}], [{"ce": 1.0}, {"ppl": 2.0}]])
+def test_an_evaluation_that_is_no_table_is_one_line(run, tmp_path, capsys, evaluation):
+    shutil.copytree(run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text()) | {"evaluation": evaluation}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    line = refused(capsys, tmp_path / "run", "--to", "transformers", tmp_path / "out")
+    assert line.startswith("error: evaluation of a run must")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_has_not_ended_has_a_card(run, tmp_path):

@@ -231,6 +231,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("weight_map", [None, 5, ["model.safetensors"], {"lm_head.weight": 5}])
+def test_an_index_that_names_no_files_is_refused(tmp_path, weight_map):
+    directory = save(tmp_path / "ouro", OuroForCausalLM())
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"weight_map of .* must give the file of each weight. Got"):
+        load_ouro(directory)
+
+
 def test_without_the_client_of_the_hub_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'looped-lm\[hf\]'. Got ByteDance/Ouro-1.4B."):
