@@ -139,6 +139,8 @@ def _tokenizer(run: SavedRun) -> Any:
     """The run's tokenizer as transformers'. As in training, none is added, and a token's name in a text is text."""
     from transformers import PreTrainedTokenizerFast
 
+    if run.validation.targets is not None:
+        raise ValueError(f"RUN must be of text for a layout with a tokenizer: export a task's weights. Got {run.name}.")
     model = read_tokenizer_file(run.directory / TOKENIZER)
     end = model.id_to_token(int(run.validation.tokens[-1]))  # every document ends with it
     special = {name: token for name, token in SPECIAL.items() if model.token_to_id(token) is not None}

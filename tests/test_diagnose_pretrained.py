@@ -18,6 +18,7 @@ from looped.diagnose import from_model
 from looped.diagnose.__main__ import main
 from looped.diagnose.diagnosis import diagnose_run
 from looped.diagnose.interventions import ALPHAS
+from looped.diagnose.model import token_losses
 from looped.diagnose.pretrained import load_pretrained, mask_tokens, scale_checks, scale_table
 from looped.export import main as export
 from looped.run_directory import load_run
@@ -179,7 +180,7 @@ def test_scale_checks():
     states = described.states(batch[0], 5)
     for check, state in zip(checks, states, strict=True):
         assert check.ce == pytest.approx(described.cross_entropy(state, batch[1], final=True).mean().item())
-        raw = [described.head_loss(alpha * state, batch[1]).mean().item() for alpha in ALPHAS]
+        raw = [token_losses(described.head(alpha * state), batch[1]).mean().item() for alpha in ALPHAS]
         assert check.without_norm == pytest.approx(max(raw) - min(raw))
         assert check.with_norm < 0.01 < check.without_norm
     assert len(scale_table(checks).split("\n")) == 6

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import arguments
 from transformers import AutoTokenizer
 
-from looped.export import main, provenance
+from looped.export import main, provenance, to_ouro, to_transformers
 from looped.ouro_weights import load_ouro
 from looped.run_directory import load_run
 from looped.supervision import Gated
@@ -183,6 +184,14 @@ def test_a_directory_that_has_something_is_left_alone(run, tmp_path, capsys):
     assert line == f"error: DIR must not exist, or be an empty directory. Got {tmp_path}."
     assert "Got" in refused(capsys, run, "--to", "transformers", tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_task_has_no_tokenizer(run, tmp_path):
+    saved = load_run(run)
+    task = replace(saved, validation=replace(saved.validation, targets=saved.validation.tokens))
+    for to in (to_transformers, to_ouro):
+        with pytest.raises(ValueError, match=r"RUN must be of text for a layout with a tokenizer.* Got tiny"):
+            to(task, tmp_path)
 
 
 def test_an_error_while_writing_leaves_nothing(run, tmp_path, capsys, monkeypatch):

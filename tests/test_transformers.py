@@ -186,6 +186,14 @@ def test_added_tokens_start_as_the_embedding_does(tmp_path):
         assert resized.decoder.embedding.weight[tiny_decoder.V :].std().item() == pytest.approx(0.02, rel=0.02)
 
 
+def test_the_attention_that_it_has_may_be_asked_for(tmp_path):
+    _, model = wrapped()
+    model.save_pretrained(tmp_path)
+    tokens = tiny_decoder.tokens()
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_dtypes_are_kept(tmp_path):
     _, model = wrapped()
     model.to(torch.bfloat16).save_pretrained(tmp_path)

@@ -40,6 +40,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # the decoder calls it itself
     accepts_loss_kwargs = True  # the trainer passes num_items_in_batch, and does not divide by the micro-batches
     _no_split_modules = ["Block"]  # noqa: RUF012
 
