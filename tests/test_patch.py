@@ -153,11 +153,14 @@ def test_patch_is_undone_under_a_wrapper():
 
 
 @pytest.mark.parametrize("unwrapped", [False, True])
-def test_patch_under_accelerate(unwrapped):
+def test_patch_under_accelerate(unwrapped, monkeypatch):
     """It wraps the function of a model's forward, and makes a method of the result, or of what it finds inside."""
+    accelerate = pytest.importorskip("accelerate")
+    for kind in (accelerate.state.PartialState, accelerate.state.AcceleratorState, accelerate.state.GradientState):
+        monkeypatch.setattr(kind, "_shared_state", {})  # which is the process's, trainers of other tests included
     model = small("hrm_text", torch.float32)
     patched = looped.patch(model)
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(model)
     if unwrapped:
         model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
