@@ -30,6 +30,18 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """As `write_json`, for people who read the differences: an item of a list stands on a line of its own."""
+    parts = []
+    for key, value in finite(record).items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    with replacing(path) as scratch:
+        scratch.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl. Lines that are none, such as a last one that a kill cut short, are left out."""
     return [row for _, row in _lines(path) if row is not None]
