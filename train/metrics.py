@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,6 @@ class MetricsLog:
                 file.truncate(size)
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._unwritten = b""
-
-
-class NoLog:
-    """The log of a process that writes none: the first of several does."""
-
-    kept: Sequence[dict[str, Any]] = ()
-
-    def append(self, row: dict[str, Any]) -> None: ...
-
-    def flush(self) -> None: ...
 
 
 def _line(row: dict[str, Any]) -> bytes:

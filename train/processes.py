@@ -95,8 +95,12 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("LOCAL_RANK", "0"))
 
 
-def from_first(function: Callable[[], Result]) -> Result:
-    """What ``function`` gives in the first process, which alone calls it. What it raises there is raised in all."""
+def from_first(function: Callable[[], Result], *, promptly: bool = False) -> Result:
+    """What ``function`` gives in the first process, which alone calls it. What it raises there is raised in all.
+
+    promptly: the others wait in the working group, so at most `collective_timeout` seconds; and a checkpoint may be
+    written in the background meanwhile, for which processes meet in the default group.
+    """
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None]
@@ -105,7 +109,8 @@ def from_first(function: Callable[[], Result]) -> Result:
             outcome = [(function(), None)]
         except (Exception, SystemExit) as error:
             outcome = [(None, _plain(error))]
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    meeting = group() if promptly else None
+    dist.broadcast_object_list(outcome, src=0, group=meeting, device=torch.device("cpu"))
     result, failure = outcome[0]
     if failure is not None:
         raise agreed(failure)

@@ -17,7 +17,7 @@ from train.checkpoint import Progress, Saving
 from train.config import supervision_of
 from train.depth import evaluated_depths
 from train.interrupt import Interruptions
-from train.metrics import MetricsLog, NoLog, foreign_lines, read_metrics, write_json
+from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
 from train.prepare import Run, set_learning_rate
 from train.progress import (
     Clock,
@@ -98,7 +98,7 @@ def _is_saved(step: int, run: Run) -> bool:
 
 def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
     """Take the steps that remain, until a signal is pending, and save what was reached."""
-    log = _open_log(run) if processes.is_first() else NoLog()
+    log = processes.from_first(lambda: _open_log(run))  # the others have a copy, and never write it
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
@@ -112,7 +112,7 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             if measure or stop:
                 row = _row(run, result, rate, clock, bad_steps.total)
                 with saves.attempt():
-                    log.append(row)
+                    processes.from_first(partial(log.append, row), promptly=True)
                 show(bar, row, clock.left(run))
                 if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
                     bar.write(warning)
@@ -122,7 +122,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             if _is_saved(run.step, run):
                 with clock.paused():
                     with saves.attempt():
-                        log.flush()  # rows of before a checkpoint are not written again after it
+                        # Rows of before a checkpoint are not written again after it.
+                        processes.from_first(log.flush, promptly=True)
                     saves.take(partial(save, run))
         saves.take_last(partial(save, run))
         processes.from_first(log.flush)
