@@ -287,7 +287,7 @@ def _take(run: Run) -> None:
 def _begin_again(run: Run) -> None:
     processes.note_launch(run.out)
     _write_config(run)
-    for name in ("summary.json", "report.png"):
+    for name in ("summary.json", "report.png", "diverged.json"):
         (run.out / name).unlink(missing_ok=True)  # of the steps done so far
 
 

@@ -1,7 +1,7 @@
 """The training loop: take the steps that remain, log, save, evaluate and report; stop at any step."""
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,11 @@ def train(run: Run, interruptions: Interruptions) -> int:
     first = run.step
     print_start(run)
     with interruptions.deferred(), Saves(run.config.on_save_error) as saves:
-        _optimise(run, interruptions, saves)
+        try:
+            _optimise(run, interruptions, saves)
+        except NotFiniteError as error:
+            _note_divergence(run, error)
+            raise
     if interruptions.pending is not None and run.step < run.steps:
         processes.forget_launch(run.out)
         print(f"\nstopped at step {run.step} of {run.steps}. To continue:\n  {resume_command(run.out)}")
@@ -63,6 +67,13 @@ def train(run: Run, interruptions: Interruptions) -> int:
     if saves.failed:
         print(f"not saved {saves.failed} times on the way; at the end everything was")
     return 0
+
+
+def _note_divergence(run: Run, error: NotFiniteError) -> None:
+    """Leave word that the run ended by itself, and was not killed. It ends with ``error`` if that cannot be written."""
+    with suppress(OSError):
+        record = {"step": run.step, "reason": str(error)}
+        processes.from_first(lambda: write_json(run.out / "diverged.json", record), promptly=True)
 
 
 def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float, seconds: float) -> None:
