@@ -16,7 +16,7 @@ from forked_runs import ended, finish, start
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
-from train import processes, trainer
+from train import checkpoint, processes, trainer
 from train.checkpoint import step_of
 from train.metrics import MetricsLog, read_metrics
 from train.run import main
@@ -156,9 +156,11 @@ def test_a_row_that_could_not_be_written_is_there_before_the_next_checkpoint(tmp
 
 
 def failing_once(method: str, step: int) -> Callable[[int], None]:
-    """What a rank does first: have the log's method fail in the first one, when ``step`` rows are written."""
+    """What a rank does first: have the log's method fail in the first one, when ``step`` rows are written. No other
+    reads the checkpoint for what it would say."""
 
     def before(rank: int) -> None:
+        checkpoint.step_of = checkpoint.step_of if rank == 0 else None
         write, calls = getattr(MetricsLog, method), iter(range(100))
 
         def failing(log, *arguments, **options):

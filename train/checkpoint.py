@@ -217,7 +217,7 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = 
     torn, or its parameters are not the model's, naming the first that differs.
     """
     directory = found(run)
-    progress = check_whole(directory, KINDS)
+    progress = processes.from_first(lambda: check_whole(directory, KINDS))  # reads and hashes every byte
     weights = read_weights(directory, model)
     if optimizer is not None:
         stored_moments, stored_generators = contents(directory, "optimizer"), contents(directory, "rng")

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = processes.from_first(lambda: configured(arguments))
             run = prepare(config)
         except (ValueError, OSError, ImportError) as error:
-            return _fail(error, str(error), 2)
+            return _fail(error, partial(str, error), 2)
         except RuntimeError as error:
-            return _fail(error, _lost(error), 1)
+            return _fail(error, partial(_lost, error), 1)
         except Interrupted as interrupted:
-            return _fail(interrupted, str(interrupted), 128 + interrupted.signum)
+            return _fail(interrupted, partial(str, interrupted), 128 + interrupted.signum)
         try:
             return train(run, interruptions)
         except (OSError, CheckpointError, RuntimeError) as error:
             with interruptions.deferred():  # torchrun stops all processes when one has ended
-                return _fail(error, _why_stopped(error, run), 1)
+                return _fail(error, partial(_why_stopped, error, run), 1)
         except Interrupted as interrupted:
             print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum
@@ -144,9 +145,10 @@ def _lost(error: RuntimeError) -> str:
     return reason
 
 
-def _fail(error: BaseException, message: str, code: int) -> int:
+def _fail(error: BaseException, message: Callable[[], str], code: int) -> int:
+    """``message``: called where it is said, for it may read the whole checkpoint."""
     if processes.is_to_be_said(error):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {' '.join(message().split())}", file=sys.stderr)
     return code
 
 
