@@ -69,6 +69,7 @@ class Patched:
             raise ValueError(f"head must have the forward of its class, not compiled. Got a {got} with another.")
         self.unnormed_readout = LoopedReadout(self.head, None)  # type: ignore[arg-type]  # Captured has checked it
         self.own_forward: Callable[..., Any] = model.forward
+        self.uncompiled_call = torch.compiler.disable(self._call)
         functools.update_wrapper(self, self.own_forward)
         if "labels" not in inspect.signature(self.own_forward).parameters:
             raise ValueError(f"model must take labels. Got {type(model).__name__}, which does not.")
@@ -92,9 +93,11 @@ class Patched:
 
     # A call -----------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own forward; with labels its loss is the fused one and its logits None."""
+        return self.uncompiled_call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         given = inspect.signature(self.own_forward).bind_partial(*args, **kwargs)
         labels = given.arguments.pop("labels", None)

@@ -3,7 +3,7 @@
 import time
 from contextlib import closing, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from looped.sharding import own_part, whole
 from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.bad_steps import NOWHERE, BadSteps, locate
-from train.checkpoint import Progress, Saving
+from train.checkpoint import Progress
 from train.config import supervision_of
 from train.depth import evaluated_depths
 from train.interrupt import Interruptions
@@ -33,6 +33,9 @@ from train.saves import Saves
 from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 from train.tasks.accuracy import with_accuracy
+
+if TYPE_CHECKING:
+    from train.checkpoint_writer import Saving
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
 
@@ -77,6 +80,8 @@ def _note_divergence(run: Run, error: NotFiniteError) -> None:
 
 
 def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float, seconds: float) -> None:
+    from train import picture  # matplotlib, which takes half a second, where it draws
+
     rows = read_metrics(run.out / "metrics.jsonl")
     summary = {
         "preset": run.config.preset,
@@ -92,7 +97,7 @@ def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float
         "seconds": seconds,
         "train_seconds": train_seconds,
     }
-    report.draw(run.out / "report.png", rows, results, f"{model_line(run)}\n{data_line(run)}")
+    picture.draw(run.out / "report.png", rows, results, f"{model_line(run)}\n{data_line(run)}")
     processes.forget_launch(run.out)
     write_json(run.out / "summary.json", summary)  # last: it says that the run is complete
     print_end(run, rows, results, took)
@@ -188,7 +193,7 @@ def _options(run: Run, n_loops: int) -> dict[str, Any]:
     }
 
 
-def save(run: Run) -> Saving:
+def save(run: Run) -> "Saving":
     """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
     finite = torch.stack([own_part(weight.detach()).isfinite().all() for weight in run.model.parameters()]).all()
     if processes.any_of(not finite):
