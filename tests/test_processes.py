@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked_runs import finish, fork
+from forked_runs import finish, fork, free_port
 from ranks import run_ranks
 from tiny_decoder import V, model
 from tiny_run import MODEL, arguments
@@ -318,8 +318,7 @@ def mortal_options(directory: Path) -> list[str]:
 def test_killed_processes_go_on_from_the_last_checkpoint(runs: Path, tmp_path: Path) -> None:
     """With dropout, whose numbers are each process's own: the losses are those of a run that nobody killed."""
     killed, log = tmp_path / "killed", tmp_path / "log"
-    port = ["--master-port", str(29500 + os.getpid() % 20000)]
-    words = ["--nproc-per-node", "2", *port, "--max-restarts", "1"]
+    words = ["--nproc-per-node", "2", "--master-port", free_port(), "--max-restarts", "1"]
     argv = [*mortal_options(runs), "--out", str(killed)]
     finish([fork(lambda: torchrun(words, argv), log)], log)
     said = log.read_text().splitlines()
