@@ -82,6 +82,10 @@ def test_the_first_process_alone_reads_every_byte(four, tmp_path):
     assert ended(start([*argv, "--steps", "8"], 2, log), log.read_text) == [2, 2]
     (line,) = [line for line in log.read_text().splitlines() if "torn" in line]
     assert line == f"error: checkpoint {four}/checkpoint is torn: {path.name} is not what was written."
+    shutil.rmtree(four / "checkpoint")
+    assert ended(start([*argv, "--steps", "8"], 2, log), log.read_text) == [2, 2]
+    (line,) = [line for line in log.read_text().splitlines() if "no checkpoint" in line]
+    assert line == f"error: {four} holds no checkpoint."
 
 
 def test_one_process_reads_what_four_wrote(four):

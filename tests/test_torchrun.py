@@ -116,6 +116,13 @@ def test_processes_that_cannot_meet_say_so(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_the_environment_names_silences_no_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert not processes.is_later()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.is_later()
+
+
 def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     assert launcher(preset_config("demo"), torch.device("cuda")) is eagerly

@@ -75,27 +75,26 @@ def step_of(run: Path) -> int | None:
         return None
 
 
-def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
-    """Restore weights, and with ``optimizer`` also its state and the random generators, from the run in ``run``.
+def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore weights, the optimizer's state and the random generators from the run in directory ``run``.
 
-    Nothing is changed unless everything fits. Raises CheckpointError, in one line, if there is no checkpoint, it is
-    torn, or its parameters are not the model's, naming the first that differs.
+    Every process calls it. Nothing is changed unless everything fits. Raises CheckpointError, in one line, if there is
+    no checkpoint, it is torn, or its parameters are not the model's, naming the first that differs.
     """
+    progress = processes.from_first(lambda: check_whole(found(run), KINDS))  # reads and hashes every byte
     directory = found(run)
-    progress = processes.from_first(lambda: check_whole(directory, KINDS))  # reads and hashes every byte
     weights = read_weights(directory, model)
-    if optimizer is not None:
-        stored_moments, stored_generators = contents(directory, "optimizer"), contents(directory, "rng")
-        _check_moments(model, stored_moments)
-        _check_generators(_rng_tensors(model), stored_generators)
-        moments = _empty_moments(model, optimizer, stored_moments)
-        generators = {name: value for name, value in _rng_tensors(model).items() if name in stored_generators}
-        read_into(directory, "optimizer", moments)
-        read_into(directory, "rng", generators)
-        for name, value in moments.items():
-            parameter, _, state = name.rpartition(".")
-            optimizer.state[model.get_parameter(parameter)][state] = value
-        _restore_rng(model, generators)
+    stored_moments, stored_generators = contents(directory, "optimizer"), contents(directory, "rng")
+    _check_moments(model, stored_moments)
+    _check_generators(_rng_tensors(model), stored_generators)
+    moments = _empty_moments(model, stored_moments)
+    generators = {name: value for name, value in _rng_tensors(model).items() if name in stored_generators}
+    read_into(directory, "optimizer", moments)
+    read_into(directory, "rng", generators)
+    for name, value in moments.items():
+        parameter, _, state = name.rpartition(".")
+        optimizer.state[model.get_parameter(parameter)][state] = value
+    _restore_rng(model, generators)
     model.load_state_dict(weights)
     return progress
 
@@ -135,16 +134,15 @@ def _check_generators(present: dict[str, Tensor], stored: dict[str, Tensor]) -> 
             )
 
 
-def _empty_moments(model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where each tensor of the optimizer's state is to be read to."""
-    fused = optimizer.param_groups[0].get("fused")
+def _empty_moments(model: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where each tensor of the optimizer's state is to be read to: with its parameter, and sharded as it is."""
     moments = {}
     for name, value in stored.items():
         parameter = model.get_parameter(name.rpartition(".")[0])
-        if value.dim():  # with the parameter, and sharded as it is
+        if value.dim():
             moments[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-        else:  # a step count is on the CPU, unless the optimiser is fused on a GPU
-            moments[name] = torch.empty_like(value, device=parameter.device if fused else "cpu")
+        else:  # a step count, which a fused optimizer has there too
+            moments[name] = torch.empty_like(value, device=parameter.device)
     return moments
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped.checkpoint import WEIGHTS, check_whole, files_of, found, seal
+from looped.checkpoint import KINDS, WEIGHTS, check_whole, files_of, found, seal
 from looped.command_line import Parser
 from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabilities, mean_exit_loop
 from looped.model import LoopedLM
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"data must be of the kind that {options.run} was trained on. Got data={config.data!r}.")
     model = gated_copy(saved.model, fused=config.fused).to(device_of(config))
     source = load_source(config)
-    if source.fingerprint != check_whole(found(options.run), ["model"]).fingerprint:
+    if source.fingerprint != check_whole(found(options.run), KINDS).fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {options.run} was trained on.")
     batch_size = options.batch_size or config.batch_size
     before = measure(model, source, config)
@@ -193,7 +193,7 @@ def _write(out: Path, saved: SavedRun, model: LoopedLM, record: dict[str, Any]) 
             if (saved.directory / name).exists():
                 shutil.copyfile(saved.directory / name, whole / name)
         shutil.copytree(found(saved.directory), whole / "checkpoint")
-        progress = check_whole(whole / "checkpoint", ["model"])
+        progress = check_whole(whole / "checkpoint", KINDS)
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         for name in files_of(whole / "checkpoint", "model"):
             (whole / "checkpoint" / name).unlink()

@@ -23,6 +23,7 @@ from looped.vocabulary import share_vocabulary, whole_vocabulary
 from train import checkpoint, processes
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.depth import Depth, parse_depth
+from train.out_of_memory import SMALLER
 from train.source import Source, Text
 from train.tasks.task import TASKS, TaskSource, make_task
 from train.text.batches import Windows
@@ -140,7 +141,7 @@ def check_memory(shape: LoopedConfig, device: torch.device) -> None:
     if needed > present:
         raise ValueError(
             f"the model must fit in memory, of which there are {present / 2**30:.1f} GiB. Got {n_parameters:,} "
-            f"parameters, which take {needed / 2**30:,.1f} GiB. Lower --d-model, --d-ff, --n-layers or --vocab-size."
+            f"parameters, which take {needed / 2**30:,.1f} GiB. {SMALLER}"
         )
 
 

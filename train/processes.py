@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -82,7 +82,8 @@ def world_size() -> int:
 
 def is_later() -> bool:
     """Whether torchrun says that this process is not the first; before they have met."""
-    return os.environ.get("RANK", "0") != "0"
+    alone = not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") == "1"  # whatever RANK says
+    return not alone and os.environ.get("RANK", "0") != "0"
 
 
 def is_first() -> bool:
@@ -90,9 +91,9 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+def local_rank() -> int:
     """The number of this process on its machine, which is also that of its GPU."""
-    return int(environment.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def from_first(function: Callable[[], Result], *, promptly: bool = False) -> Result:

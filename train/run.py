@@ -35,7 +35,7 @@ from train.config import (
     validate,
 )
 from train.interrupt import Interrupted, Interruptions
-from train.out_of_memory import out_of_memory
+from train.out_of_memory import out_of_memory, out_of_memory_before_training
 from train.output import lasting_output
 from train.prepare import Run, prepare
 from train.progress import how_to_continue
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, ImportError) as error:
             return _fail(error, partial(str, error), 2)
         except RuntimeError as error:
-            return _fail(error, partial(_lost, error), 1)
+            return _fail(error, partial(_why_not_begun, error), 1)
         except Interrupted as interrupted:
             return _fail(interrupted, partial(str, interrupted), 128 + interrupted.signum)
         try:
@@ -123,6 +123,11 @@ def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
     if asked.cuda_graph and not config.cuda_graph:
         raise ValueError(f"cuda_graph needs a CUDA device. Got --cuda-graph on device={device_of(config)}.")
     return config
+
+
+def _why_not_begun(error: RuntimeError) -> str:
+    """What kept the training from beginning. Raises an error that is none of those that `main` says."""
+    return out_of_memory_before_training(error) if is_out_of_memory(error) else _lost(error)
 
 
 def _why_stopped(error: Exception, run: Run) -> str:
