@@ -31,6 +31,7 @@ from looped.supervision import IGNORE_INDEX
 from train.config import TrainConfig, check_out_directory, device_of, read_config
 from train.interrupt import Interrupted, Interruptions
 from train.metrics import write_json
+from train.output import lasting_output
 from train.prepare import load_source
 from train.source import Source
 from train.step import autocast, to_device
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
-    with Interruptions().installed():
+    with lasting_output(), Interruptions().installed():
         try:
             return _run(options)
         except (ValueError, OSError) as error:
