@@ -103,11 +103,15 @@ def check_signal(rank: int, directory: Path) -> None:
 
 
 def check_bad_option(rank: int, directory: Path) -> None:
-    with as_rank(rank) as (_, errors):
-        assert main([*options(directory, "fused", 2), "--batch-size", "5", "--out", str(directory / "bad")]) == 2
-    rule = "error: batch_size must be divisible by processes x grad_accumulation. Got 2 processes, batch_size=5"
-    assert errors.getvalue().startswith(rule) if rank == 0 else not errors.getvalue()
-    assert not (directory / "bad").exists()
+    rules = {
+        "--batch-size 5": "batch_size must be divisible by processes x grad_accumulation. Got 2 processes",
+        "--d-ff 16777216 --d-model 16777216": "the model must fit in memory",
+    }
+    for words, rule in rules.items():
+        with as_rank(rank) as (_, errors):
+            assert main([*options(directory, "fused", 2), *words.split(), "--out", str(directory / "bad")]) == 2
+        assert errors.getvalue().startswith(f"error: {rule}") if rank == 0 else not errors.getvalue()
+        assert not (directory / "bad").exists()
 
 
 def check_silence(rank: int, directory: Path) -> None:

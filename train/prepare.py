@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Run:
     source = processes.first_then_others(lambda: load_source(config))
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
-    check_memory(shape, device)
+    processes.first_then_others(lambda: check_memory(shape, device))
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
