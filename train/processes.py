@@ -177,11 +177,6 @@ def total(tensor: Tensor) -> Tensor:
     return result
 
 
-def mean(tensor: Tensor) -> Tensor:
-    """The mean over the processes."""
-    return tensor if world_size() == 1 else total(tensor) / world_size()
-
-
 def own_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """This process's share of the indices, in batches. Every process has as many batches; its last may be empty.
 
