@@ -215,6 +215,11 @@ def damaged(checkpoint: Path, name: str, change) -> None:
             lambda tensors: tensors | {"7.bias.exp_avg_sq": torch.zeros(3)},
             "the optimizer has 7.bias.exp_avg_sq, and the model no 7.bias",
         ),
+        (
+            "optimizer.safetensors",
+            lambda tensors: {name: tensors[name] for name in tensors if name != "2.weight.step"},
+            "must hold exp_avg, exp_avg_sq, step of AdamW for 2.weight. Got exp_avg without step",
+        ),
         ("rng.safetensors", lambda tensors: {}, "CPU's random generator. It has none"),
         ("rng.safetensors", lambda tensors: {"cpu": torch.zeros(5, dtype=torch.uint8)}, r"cpu is \[5\] torch.uint8"),
         ("rng.safetensors", lambda tensors: {"cpu": tensors["cpu"].float()}, "torch.float32 in the checkpoint"),

@@ -77,6 +77,14 @@ def test_one_process_is_all_of_them() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
+    class Local(OSError): ...
+
+    assert str(processes._plain(Local(28, "No space left"))) == "Local: [Errno 28] No space left"
+    known = OSError(28, "No space left")
+    assert processes._plain(known) is known
+
+
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [1, 2, 9, 64])
 def test_shares_are_the_whole_in_as_many_batches_each(
