@@ -37,7 +37,7 @@ from .out_of_memory import halve, within_memory
 from .products import form_gradients, form_logits, head_accumulator
 from .readout_call import ReadoutCall
 from .registration import register
-from .row_norm import norm_backward, norm_forward, partial_sums
+from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 from .row_weights import LossScales, loss_sums, row_weights, scaled
 from .sharded_readout import read_out_shard, weigh_all
 
@@ -115,7 +115,7 @@ def _normed_rows(
         square = None if mean_square is None else mean_square[loop]
         weight, bias = (None, None) if norm == "none" else (norm_weight, norm_bias)
         if rows is not None or square is not None:
-            norm_forward(h, weight, bias, eps=call.eps, norm=norm, y=rows, mean_square=square)
+            norm_forward(NormForward(h, weight=weight, bias=bias, y=rows, mean_square=square), call.eps, norm)
 
 
 def _read_out(
@@ -145,11 +145,12 @@ def _measure_states(
         results.statistics[3, index] = mean_square[loop]
         if loop in call.differentiated and call.needs_dy:
             rows, norm = slice(index * n_tokens, (index + 1) * n_tokens), call.norm(loop)
-            norm_backward(
-                results.dy[rows], loops[loop], None if norm == "none" else norm_weight, eps=call.eps, norm=norm,
+            tensors = NormBackward(
+                results.dy[rows], loops[loop], None if norm == "none" else norm_weight,
                 row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
-                radial=(results.statistics[4, index], results.statistics[5, index]),
+                radial_dot=results.statistics[4, index], radial_fraction=results.statistics[5, index],
             )  # fmt: skip
+            norm_backward(tensors, call.eps, norm)
 
 
 def _in_chunks(
@@ -239,12 +240,13 @@ def _backward(
         dweight, dbias_ = partials if read and norm != "none" else (None, None)
         if dh is None and dweight is None and dbias_ is None:
             continue
-        norm_backward(
-            dy[rows] if read else None, h, None if norm == "none" else weight, eps=call.eps, norm=norm,
+        tensors = NormBackward(
+            dy[rows] if read else None, h, None if norm == "none" else weight,
             row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
             dmean_square=scales.dmean_square.expand(n_tokens) if call.penalised else None,
-            dh=dh, dweight=dweight, dbias=dbias_, add=used,
+            dh=dh, dweight=dweight, dbias=dbias_,
         )  # fmt: skip
+        norm_backward(tensors, call.eps, norm, add=used)
         used = used or (n_tokens > 0 and (dweight is not None or dbias_ is not None))
     of_norm = (
         dy.new_empty(0) if partial is None or like is None
