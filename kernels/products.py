@@ -1,13 +1,12 @@
 """The matrix products of a readout: the vendor's library on a GPU; on a CPU the layouts in which it is fastest."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .device import accumulator, product_dtype
-from .readout_call import ReadoutCall
+from .readout_call import ReadoutCall, ReadoutResults
 
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
@@ -88,8 +87,9 @@ def accumulate_bias(total: Tensor, g: Tensor, row_weight: Tensor | None, first: 
 
 
 def form_gradients(
-    g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: Any, call: ReadoutCall, first: bool
-) -> None:
+    g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: ReadoutResults, call: ReadoutCall,
+    first: bool,
+) -> None:  # fmt: skip
     """Of a chunk's g = dCE/dlogits [R, V] and y [R, d]: dbias and dhead, which are added up, and dy, written over y.
 
     Only those that `call` needs.  row_weight [R] or None: of dbias and dhead; dy is weighed later.

@@ -28,7 +28,7 @@ from .device import autocast_dtype, product_dtype
 from .looped_cross_entropy import logits_reference
 from .products import default_chunk_rows
 from .readout import read_out
-from .readout_call import ReadoutCall
+from .readout_call import ReadoutCall, ReadoutTensors
 from .vocabulary_shard import VocabularyShard, rows_here
 
 
@@ -125,10 +125,9 @@ def readout_statistics(
     known = (
         targets.reshape(-1).long() if targets is not None else torch.full((n_tokens,), ignore_index, device=h.device)
     )
+    tensors = ReadoutTensors(head, known, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
     with torch.no_grad():
-        results = read_out(
-            rows, call, head=head, targets=known, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias
-        )  # fmt: skip
+        results = read_out(rows, tensors, call)
     full = (n_loops, *shape)
     lse, entropy, margin = (column.view(full) for column in results.statistics[:3])
     loss = None if targets is None else results.ce.view(full)
