@@ -101,7 +101,7 @@ def looped_cross_entropy_reference(
 ) -> LoopedCrossEntropy:
     """`looped_cross_entropy` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
     n_loops, wide, device = len(states), accumulator(states[0].dtype), head.device
-    options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide))
+    options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide), bias)
     weights = [1 / n_loops] * n_loops if weights is None else weights
     n = _target_count(targets, ignore_index, n_targets)
 
@@ -111,7 +111,7 @@ def looped_cross_entropy_reference(
             state, head, readout=readout, final=loop == n_loops - 1, norm_weight=norm_weight, norm_bias=norm_bias,
             eps=eps,
         )  # fmt: skip
-        ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), bias, options)
+        ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), options)
         return ce.view(targets.shape), z.view(logits.shape)
 
     def share(ce: Tensor, loop: int) -> Tensor:

@@ -111,18 +111,18 @@ def _normed_rows(
 
 
 def _read_out(
-    y: Tensor, tensors: ReadoutTensors, options: LossOptions, rows: RowResults, row_weight: Tensor | None,
+    y: Tensor, head: Tensor, targets: Tensor, options: LossOptions, rows: RowResults, row_weight: Tensor | None,
     results: ReadoutResults, call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of y [R, d], and, where needed, dhead, dbias and dy, written over y; a chunk of rows at a time."""
-    head, n_rows, n_columns = tensors.head, len(y), len(tensors.head)
+    n_rows, n_columns = len(y), len(head)
     row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
     logits = head.new_empty((min(call.chunk_rows, n_rows), row_length))[:, :n_columns]
     for first in range(0, n_rows, call.chunk_rows):
         chunk = y[first : first + call.chunk_rows]
         weight = None if row_weight is None else row_weight[first : first + call.chunk_rows]
         g = form_logits(chunk, head, logits[: len(chunk)])
-        cross_entropy_(g, tensors.targets, row_weight, tensors.bias, options, rows, first, gradient=call.needs_dlogits)
+        cross_entropy_(g, targets, row_weight, options, rows, first, gradient=call.needs_dlogits)
         form_gradients(g, chunk, head, weight, results, call, first == 0)
 
 
@@ -175,12 +175,12 @@ def _in_chunks(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutCall)
         rows = RowResults(results.ce.view(-1))
         if call.statistics:
             rows = RowResults(rows.loss, results.statistics.view(6, n_rows), results.top1.view(-1))
-        options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, tensors.z_loss)
-        tensors = tensors._replace(head=head.to(dtype).contiguous())
+        options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, tensors.z_loss, tensors.bias)
+        head = head.to(dtype).contiguous()
         if of_all is None:
-            _read_out(y, tensors, options, rows, scales.row_weight, results, call)
+            _read_out(y, head, tensors.targets, options, rows, scales.row_weight, results, call)
         else:
-            read_out_shard(y, tensors, of_all, options, rows, results, call)
+            read_out_shard(y, head, of_all, options, rows, results, call)
     if call.statistics and mean_square is not None:
         _measure_states(loops, mean_square, tensors.norm_weight, scales, results, call)
     loss_sums(results.ce, scales, None if penalty is None else mean_square, results.total, results.per_loop)

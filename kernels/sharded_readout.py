@@ -64,12 +64,12 @@ def weigh_all(tensors: ReadoutTensors, results: ReadoutResults, call: ReadoutCal
 
 
 def read_out_shard(
-    y: Tensor, tensors: ReadoutTensors, of_all: RowsOfAll, options: LossOptions, rows: RowResults,
-    results: ReadoutResults, call: ReadoutCall,
+    y: Tensor, head: Tensor, of_all: RowsOfAll, options: LossOptions, rows: RowResults, results: ReadoutResults,
+    call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of this rank's y [R, d], and, where needed, dhead and dbias of its rows and dy, written over y."""
     assert call.shard is not None
-    head, shard, (n_rows, d), n_columns = tensors.head, call.shard, y.shape, len(tensors.head)
+    shard, (n_rows, d), n_columns = call.shard, y.shape, len(head)
     size = min(max(1, call.chunk_rows // shard.n_blocks), n_rows)  # of a rank's rows in a chunk
     row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
     logits = head.new_empty((shard.n_blocks * size, row_length))[:, :n_columns]
@@ -81,27 +81,25 @@ def read_out_shard(
         all_rows = rank_rows if room is None else shard.gathered(rank_rows, room)
         weight = None if of_all.row_weight is None else of_all.row_weight[:, chunk].flatten()
         g = form_logits(all_rows, head, logits[: len(all_rows)])
-        _losses(g, of_all.targets[:, chunk].flatten(), weight, tensors.bias, options, rows, chunk, call)
+        _losses(g, of_all.targets[:, chunk].flatten(), weight, options, rows, chunk, call)
         form_gradients(g, all_rows, head, weight, results, call, first == 0)
         if call.needs_dy:
             shard.sum_of_blocks(all_rows.view(shard.n_blocks, *rank_rows.shape), rank_rows)
 
 
 def _losses(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    rows: RowResults, chunk: slice, call: ReadoutCall,
+    logits: Tensor, targets: Tensor, weight: Tensor | None, options: LossOptions, rows: RowResults, chunk: slice,
+    call: ReadoutCall,
 ) -> None:  # fmt: skip
     """The results of a chunk's rows, of which this rank's are kept in `rows`; the logits become their gradient."""
     assert call.shard is not None
     shard, n_rows, wide = call.shard, len(logits), rows.loss.dtype
     parts = logits.new_empty((n_parts(statistics=rows.statistics is not None), n_rows), dtype=wide)
-    form_parts(logits, targets, bias, options, shard, parts)
+    form_parts(logits, targets, options, shard, parts)
     of_chunk = RowResults(rows.loss.new_empty(n_rows))
     if rows.statistics is not None and rows.top1 is not None:
         of_chunk = RowResults(of_chunk.loss, rows.statistics.new_empty((3, n_rows)), rows.top1.new_empty(n_rows))
-    finish_rows(
-        logits, targets, weight, bias, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits
-    )
+    finish_rows(logits, targets, weight, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits)
     size = chunk.stop - chunk.start
     of_rank = slice(shard.block * size, (shard.block + 1) * size)
     rows.loss[chunk] = of_chunk.loss[of_rank]

@@ -166,8 +166,8 @@ def cross_entropy_launch(
     if statistics:
         results = RowResults(results.loss, torch.empty(6, n_rows), torch.empty(n_rows, dtype=torch.int64))
     bias = torch.randn(n_columns) if biased else None
-    options = LossOptions(softcap=softcap)
-    cross_entropy_(logits, targets, torch.ones(n_rows), bias, options, results, 0, gradient=gradient)
+    options = LossOptions(softcap=softcap, bias=bias)
+    cross_entropy_(logits, targets, torch.ones(n_rows), options, results, 0, gradient=gradient)
     (launch,) = audit.launches
     check_safe(launch)
     return launch
