@@ -118,9 +118,9 @@ class VocabularyShard(NamedTuple):
         all_gather(out.view(-1), tensor.contiguous().view(-1), group=self._group)
         return out
 
-    def blocks(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    def blocks(self, tensor: Tensor) -> Tensor:
         """[n_blocks, ...] of a tensor [...] that depends on the tokens."""
-        return tensor.unsqueeze(0) if self.same_states else self.gathered(tensor, out)
+        return tensor.unsqueeze(0) if self.same_states else self.gathered(tensor)
 
     def sum_of_blocks(self, parts: Tensor, out: Tensor) -> None:
         """out [...]: the sum over the ranks of this rank's block of `parts` [n_blocks, ...]."""

@@ -6,7 +6,6 @@ last (frontier_perplexity.py). Speed is that of prefill at several batch sizes (
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from looped.command_line import command_line
 from looped.model import LoopedLM
-from looped.provenance import instructions, processor
+from looped.provenance import instructions, machine_slug, processor
 from looped.run_directory import SavedRun, check_writable, load_run
 from train.interrupt import Interruptions
 from train.metrics import finite
@@ -74,9 +73,7 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     torch.set_flush_denormal(True)
     record = finite(measure(options.runs or TRAINED, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    machine = f"{record['device']} {record['instructions']} {record['threads']} threads".lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine)).strip("-")
-    path = options.out / f"{record['date']}-{slug}-frontier.json"
+    path = options.out / f"{record['date']}-{machine_slug(record)}-frontier.json"
     write_record(path, record)
     draw_frontier(path.with_suffix(".png"), record)
     path.with_suffix(".md").write_text(markdown(record, path.stem), encoding="utf-8")
