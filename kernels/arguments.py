@@ -46,7 +46,7 @@ def _is_floating(x: object) -> bool:
 
 
 def _kind(x: object) -> str:
-    """Dtype and layout of what may be no tensor."""
+    """For an error: a tensor's dtype and layout, or the type of what is no tensor."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     return f"{x.dtype}" if x.layout == torch.strided else f"{x.dtype}, {x.layout}"

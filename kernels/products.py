@@ -90,9 +90,10 @@ def form_gradients(
     g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: ReadoutResults, call: ReadoutCall,
     first: bool,
 ) -> None:  # fmt: skip
-    """Of a chunk's g = dCE/dlogits [R, V] and y [R, d]: dbias and dhead, which are added up, and dy, written over y.
+    """The gradients that `call` needs, from a chunk's g = dCE/dlogits [R, V] and y [R, d].
 
-    Only those that `call` needs.  row_weight [R] or None: of dbias and dhead; dy is weighed later.
+    dbias and dhead are added to those of `results`, each row weighed by row_weight [R] (None: 1).  dy is written over
+    y, and weighed later.
     """
     if "bias" in call.needs:
         accumulate_bias(results.dbias, g, row_weight, first)

@@ -79,8 +79,8 @@ def _empty_results(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutC
     head, n_loops, (n_tokens, d) = tensors.head, len(call.active), states[0].shape[-2:]
     wide = accumulator(states[0].dtype)
 
-    def empty(*shape: int, dtype: torch.dtype = wide, asked: bool = True) -> Tensor:
-        return head.new_empty(shape if asked else (0,), dtype=dtype)
+    def empty(*shape: int, dtype: torch.dtype = wide, wanted: bool = True) -> Tensor:
+        return head.new_empty(shape if wanted else (0,), dtype=dtype)
 
     need_head = "head" in call.needs
     return ReadoutResults(
@@ -88,12 +88,12 @@ def _empty_results(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutC
         per_loop=empty(n_loops),
         ce=empty(n_loops, n_tokens),
         factors=empty(3),
-        row_weight=empty(n_loops * n_tokens, asked=tensors.weights is not None),
+        row_weight=empty(n_loops * n_tokens, wanted=tensors.weights is not None),
         dhead=head_accumulator(head, call.compute_dtype) if need_head else empty(0),
-        dbias=empty(len(head), asked="bias" in call.needs),
-        statistics=empty(6, n_loops, n_tokens, asked=call.statistics),
-        top1=empty(n_loops, n_tokens, dtype=torch.int64, asked=call.statistics),
-        dy=empty(n_loops * n_tokens, d, dtype=product_dtype(head, call.compute_dtype), asked=call.needs_dy),
+        dbias=empty(len(head), wanted="bias" in call.needs),
+        statistics=empty(6, n_loops, n_tokens, wanted=call.statistics),
+        top1=empty(n_loops, n_tokens, dtype=torch.int64, wanted=call.statistics),
+        dy=empty(n_loops * n_tokens, d, dtype=product_dtype(head, call.compute_dtype), wanted=call.needs_dy),
     )
 
 
@@ -277,9 +277,10 @@ def _call_again(ctx, call: ReadoutCall) -> ReadoutCall:
 
 
 class _Readout(torch.autograd.Function):
-    """`total` carries gradients that were formed in the forward pass, and that of the weights.
+    """`total` is differentiated where the forward pass has formed its gradients, or where there are weights.
 
-    Without either `ce` is differentiated.
+    Elsewhere the rows' losses `ce` are.  Their upstream gradient is not known in the forward pass, so the backward pass
+    runs that again, with the upstream gradient as the weights.
     """
 
     @staticmethod

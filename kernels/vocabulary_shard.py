@@ -74,12 +74,12 @@ class VocabularyShard(NamedTuple):
 
     @property
     def n_blocks(self) -> int:
-        """Of how many ranks the rows of states are different ones."""
+        """How many ranks have tokens of their own; 1 where all ranks have the same tokens."""
         return 1 if self.same_states else self.n_ranks
 
     @property
     def block(self) -> int:
-        """Which of these are this rank's."""
+        """Which of these blocks of tokens is this rank's."""
         return 0 if self.same_states else self.rank
 
     def local(self, name: str, tensor: Rows) -> Rows:

@@ -59,8 +59,8 @@ class FrontierConfig:
 def run(words: Sequence[str], interruptions: Interruptions) -> int:
     """Measure what ``words`` ask for, after training it if it is not there. Returns the exit code: that of the sweep if
     training did not succeed. Raises ValueError or OSError if the input is bad."""
-    own, extra = split_words(words)
-    options = command_line(own, FrontierConfig(), "python -m train.paper frontier")
+    frontier_words, extra = split_words(words)
+    options = command_line(frontier_words, FrontierConfig(), "python -m train.paper frontier")
     check_options(options, positive=("tokens", "batches", "rounds"), distinct=("conditions", "seeds", "batches"))
     check_writable(options.out)  # before hours of training
     if options.runs is not None and extra:
@@ -100,13 +100,13 @@ def measure(directory: Path, options: FrontierConfig) -> dict[str, Any]:
         str(batch): throughput(models, window_batch(first, batch), dtype, options.rounds)
         for batch in tqdm(options.batches, desc="timing", unit="batch size", disable=None, leave=False)
     }
-    documents, made = next(iter(measured[first_result.condition].values())), environment(DEVICE)
+    documents, origin = next(iter(measured[first_result.condition].values())), environment(DEVICE)
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
         "instructions": DEVICE.type if DEVICE.type == "cuda" else instructions(),
         "threads": torch.get_num_threads(),
-        "versions": made["versions"],
-        "commit": made["commit"],
+        "versions": origin["versions"],
+        "commit": origin["commit"],
         "date": datetime.now(UTC).date().isoformat(),
         "settings": {
             "preset": trained["preset"],
