@@ -2,7 +2,7 @@ import pytest
 import torch
 from numerics import LAYOUTS, assert_no_worse_than
 
-from looped.kernels import rms_norm_penalty
+from looped.kernels import rms_norm_penalty, row_norm
 from looped.kernels.rms_norm import rms_norm_penalty_reference
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 
@@ -42,9 +42,16 @@ def test_rms_norm_penalty(backend, device, dtype, shape, with_weight, with_resid
 
 
 @pytest.mark.parametrize("norm", ["none", "rmsnorm", "layernorm"])
-@pytest.mark.parametrize("shape", [(1, 16), (9, 48), (3, 600)])
-def test_norm_forms_and_their_gradients(backend, device, norm, shape):
-    """The three norms of the readout, with bias, scale, penalty gradient and radial sums, against autograd."""
+@pytest.mark.parametrize(
+    ("shape", "row_by_row"), [((1, 16), False), ((9, 48), False), ((9, 48), True), ((3, 600), False)]
+)
+def test_norm_forms_and_their_gradients(backend, device, norm, shape, row_by_row, monkeypatch):
+    """The three norms of the readout, with bias, scale, penalty gradient and radial sums, against autograd.
+
+    row_by_row: a CPU's blocks are as small as they can be.
+    """
+    if row_by_row:
+        monkeypatch.setattr(row_norm, "CPU_ROW_TENSORS", 1 << 40)
     torch.manual_seed(0)
     n, d = shape
     h = torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
