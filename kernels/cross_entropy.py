@@ -44,13 +44,17 @@ class RowResults(NamedTuple):
     top1: Tensor | None = None
 
 
-def loss_reference(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
+def finished(logits: Tensor, options: LossOptions) -> Tensor:
+    """z [R, V] of the logits, in a tensor of its own unless that would change nothing."""
     z = logits.to(accumulator(logits.dtype))
     if options.bias is not None:
         z = z + options.bias
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+def loss_reference(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
+    z = finished(logits, options)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
     loss = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
     if options.z_loss is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .device import accumulator, product_dtype
+from .device import accumulator, product_dtype, uses_triton
 from .readout_call import ReadoutCall, ReadoutResults
 
 CUDA_CHUNK_ROWS = 4096
@@ -32,6 +32,13 @@ def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
 def _blocks(n_columns: int, size: int) -> Iterator[slice]:
     for first in range(0, n_columns, size):
         yield slice(first, min(first + size, n_columns))
+
+
+def logits_space(head: Tensor, n_rows: int) -> Tensor:
+    """Space for logits [n_rows, V]; on a GPU a row is as long in memory as accesses of 16 bytes need it."""
+    n_columns = len(head)
+    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns
+    return head.new_empty((n_rows, row_length))[:, :n_columns]
 
 
 def form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults, cross_entropy_
-from .device import accumulator, product_dtype, uses_triton
+from .device import accumulator, product_dtype
 from .out_of_memory import halve, within_memory
-from .products import form_gradients, form_logits, head_accumulator
+from .products import form_gradients, form_logits, head_accumulator, logits_space
 from .readout_call import PARAMETERS, ReadoutCall, ReadoutResults, ReadoutTensors
 from .registration import register
 from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
@@ -115,10 +115,8 @@ def _read_out(
     results: ReadoutResults, call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of y [R, d], and, where needed, dhead, dbias and dy, written over y; a chunk of rows at a time."""
-    n_rows, n_columns = len(y), len(head)
-    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
-    logits = head.new_empty((min(call.chunk_rows, n_rows), row_length))[:, :n_columns]
-    for first in range(0, n_rows, call.chunk_rows):
+    logits = logits_space(head, min(call.chunk_rows, len(y)))
+    for first in range(0, len(y), call.chunk_rows):
         chunk = y[first : first + call.chunk_rows]
         weight = None if row_weight is None else row_weight[first : first + call.chunk_rows]
         g = form_logits(chunk, head, logits[: len(chunk)])

@@ -26,7 +26,7 @@ Vocabulary-parallel cross-entropy: Megatron-LM, arXiv 1909.08053.  Online softma
 import torch
 from torch import Tensor
 
-from .cross_entropy import LossOptions, RowResults
+from .cross_entropy import LossOptions, RowResults, finished
 from .cross_entropy_cpu import top2
 from .device import accumulator, cpu_blocks, implementation, uses_triton
 from .vocabulary_shard import VocabularyShard
@@ -49,7 +49,7 @@ def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: Voc
         return
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        _parts_of_block(_finished(logits[rows], options), targets[rows], options, parts[:, rows])
+        _parts_of_block(finished(logits[rows], options), targets[rows], options, parts[:, rows])
 
 
 def finish_rows(
@@ -74,21 +74,13 @@ def finish_rows(
     scale = 1 / total if options.z_loss is None else (1 + 2 * options.z_loss * lse) / total
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        z = _finished(logits[rows], options)
+        z = finished(logits[rows], options)
         of_rows = maximum[rows], scale[rows], targets[rows], counts[rows]
         logits[rows] = _gradient_of_block(z, *of_rows, options, shard.n_words)
 
 
 def _row_bytes(logits: Tensor) -> int:
     return logits.shape[1] * accumulator(logits.dtype).itemsize
-
-
-def _finished(logits: Tensor, options: LossOptions) -> Tensor:
-    """z [R, V_p] of the logits, in a tensor of its own unless that would change nothing."""
-    z = logits.to(accumulator(logits.dtype))
-    if options.bias is not None:
-        z = z + options.bias
-    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
 
 def _hits(targets: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:

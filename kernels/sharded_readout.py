@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults
-from .device import uses_triton
-from .products import form_gradients, form_logits
+from .products import form_gradients, form_logits, logits_space
 from .readout_call import ReadoutCall, ReadoutResults, ReadoutTensors
 from .row_weights import LossScales, row_weights
 from .sharded_cross_entropy import finish_rows, form_parts, n_parts
@@ -69,10 +68,9 @@ def read_out_shard(
 ) -> None:  # fmt: skip
     """Row results of this rank's y [R, d], and, where needed, dhead and dbias of its rows and dy, written over y."""
     assert call.shard is not None
-    shard, (n_rows, d), n_columns = call.shard, y.shape, len(head)
+    shard, (n_rows, d) = call.shard, y.shape
     size = min(max(1, call.chunk_rows // shard.n_blocks), n_rows)  # of a rank's rows in a chunk
-    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
-    logits = head.new_empty((shard.n_blocks * size, row_length))[:, :n_columns]
+    logits = logits_space(head, shard.n_blocks * size)
     space = None if shard.same_states else y.new_empty((shard.n_blocks * size, d))
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
