@@ -1,5 +1,6 @@
 """Several processes that run one function as the ranks of a gloo group on this machine."""
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ N_RANKS = 2
 
 
 def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ranks: int = N_RANKS) -> None:
-    """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails, its traceback is printed."""
+    """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails or crashes, its stack is printed."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = f"{folder}/meeting-{n_ranks}"
     given = function, meeting, arguments, n_ranks
@@ -26,6 +27,7 @@ def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tup
     # Nothing is taken down. PyTorch does that in a race with the group's own threads, which it now and then loses:
     # the process aborts, or waits for ever.
     try:
+        faulthandler.enable(2)  # pytest's own writes elsewhere in a worker
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
         function(rank, *arguments)

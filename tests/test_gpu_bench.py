@@ -8,6 +8,7 @@ take, PyTorch's own chunked op, the steps of terminal supervision, and others' s
 
 import json
 import sys
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -207,9 +208,12 @@ def test_slowly():
 """)
     names = ["test_well[a b]", "test_well[c - d]", "test_badly", "test_slowly"]
     tests = [f"{tmp_path}/test_three.py::{name}" for name in names]
-    found = tested(tests, 8)
-    assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, 1)
-    assert "test_badly" in found["failed"][0]
+    start = time.monotonic()
+    ended = tested(tests[:3], 200)
+    stopped = tested(tests, 2 * (time.monotonic() - start) + 1)
+    for found, not_run in ((ended, 0), (stopped, 1)):
+        assert (found["passed"], len(found["failed"]), found["not_run"]) == (2, 1, not_run)
+        assert "test_badly" in found["failed"][0]
 
 
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
