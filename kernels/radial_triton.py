@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch, radial_fraction
-from .row_norm_triton import forward_warps, norm_tile
+from .row_norm_triton import norm_tile, tile_warps
 
 
 @triton.jit
@@ -62,5 +62,5 @@ def radial_backward(h: Tensor, grad: Tensor, upstream: Sequence[Tensor], dh: Ten
 
 def _launch(kernel: Any, h: Tensor, tensors: Sequence[Tensor]) -> None:
     rows, columns = norm_tile(h.shape[1])
-    warps = forward_warps(h.shape[1])
+    warps = tile_warps(h.shape[1])
     launch(kernel, (cdiv(h.shape[0], rows),), tensors, *h.shape, rows, columns, num_warps=warps)

@@ -152,8 +152,8 @@ def norm_tile(n_columns: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_warps(n_columns: int) -> int:
-    """Warps of a forward program, for rows of `n_columns`."""
+def tile_warps(n_columns: int) -> int:
+    """Warps of a program that takes one tile alone, of rows of `n_columns`."""
     rows, columns = norm_tile(n_columns)
     return min(16, max(4, rows * columns // 512))
 
@@ -180,7 +180,7 @@ def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
     rows, columns = norm_tile(n_columns)
     launch(
         norm_forward_kernel, (cdiv(n_rows, rows),), tensors, n_rows, n_columns, eps, NORMS[norm], rows, columns,
-        num_warps=forward_warps(n_columns),
+        num_warps=tile_warps(n_columns),
     )  # fmt: skip
 
 
