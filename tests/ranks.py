@@ -5,8 +5,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,18 +19,37 @@ N_RANKS = 2
 
 
 def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ranks: int = N_RANKS) -> None:
-    """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails or crashes, its stack is printed."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    meeting = f"{folder}/meeting-{n_ranks}"
-    given = function, meeting, arguments, n_ranks
-    torch.multiprocessing.start_processes(_rank, given, nprocs=n_ranks, daemon=True, start_method="fork")
+    """Runs `function(rank, *arguments)` in `n_ranks` processes. If one of them fails or crashes, its stack is printed.
+
+    They are forks of a process that has imported PyTorch and done nothing: one with threads is not safe to fork.
+    """
+    _start_server()
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    given = function, f"{folder}/meeting-{n_ranks}", arguments, n_ranks, environment
+    torch.multiprocessing.start_processes(_rank, given, nprocs=n_ranks, daemon=True, start_method="forkserver")
 
 
-def _rank(rank: int, function: Callable[..., None], meeting: str, arguments: tuple[Any, ...], n_ranks: int) -> None:
+@cache
+def _start_server() -> None:
+    here = Path(__file__).parent
+    forkserver.set_forkserver_preload(["conftest", "train.run", "torch.distributed.fsdp"])
+    with patch.dict(os.environ, PYTHONPATH=f"{here}:{here.parent}"):  # by which it finds them
+        forkserver.ensure_running()
+
+
+def _rank(
+    rank: int,
+    function: Callable[..., None],
+    meeting: str,
+    arguments: tuple[Any, ...],
+    n_ranks: int,
+    environment: dict[str, str],
+) -> None:
     # Nothing is taken down. PyTorch does that in a race with the group's own threads, which it now and then loses:
     # the process aborts, or waits for ever.
     try:
         faulthandler.enable(2)  # pytest's own writes elsewhere in a worker
+        os.environ.update(environment)
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
         function(rank, *arguments)
