@@ -216,10 +216,10 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
         partial_sums(loops[0]) if name in call.needs and parameter is not None else None
         for name, parameter in parameters.items()
     ]
-    used = False  # whether anything was added to the partial sums
+    needs_dy, used = call.needs_dy, False  # used: whether anything was added to the partial sums
     for loop, h in enumerate(loops):
         dh = dstates[call.differentiated.index(loop)] if loop in call.differentiated else None
-        read = loop in call.active and call.needs_dy
+        read = loop in call.active and needs_dy
         first = call.active.index(loop) * n_tokens if read else 0
         rows, norm = slice(first, first + n_tokens), call.norm(loop)
         dweight, dbias_ = partials if read and norm != "none" else (None, None)
