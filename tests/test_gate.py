@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from forked_runs import weights_of
 from tiny_run import arguments
 
 from looped.run_directory import load_run
@@ -24,10 +24,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finished")
     assert train(arguments(directory, "--out", str(directory / "run"))) == 0
     return directory / "run"
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "checkpoint" / "model.safetensors")
 
 
 def content(directory: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from hostile import contents
 from tiny_run import arguments, text
 
 from looped.config import PRESETS
@@ -122,10 +123,6 @@ def test_compiled(tmp_path, monkeypatch):
         assert main(arguments(tmp_path, *chosen, "--out", str(tmp_path / name))) == 0
         losses.append([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(directory.rglob("*"))}
 
 
 def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> None:

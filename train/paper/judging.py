@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from looped.command_line import command_line
+from looped.command_line import command_line, device_named
 from looped.diagnose import Diagnosis, diagnose_run, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.diagnose.record import read_diagnosis_of_run, record_of_run
@@ -86,8 +86,7 @@ def parse(words: Sequence[str]) -> ClaimsConfig:
     """Raises ValueError for an option that is out of its range, or a directory that cannot be written."""
     config = command_line(list(words), ClaimsConfig(), " ".join(COMMAND))
     check_options(config, distinct=("seeds",), positive=("jobs",))
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
+    device_named(config.device)  # raises
     check_writable(config.out)
     return config
 
@@ -135,8 +134,7 @@ def _diagnoses(runs: Sequence[Run], config: ClaimsConfig) -> dict[Run, Diagnosis
             waiting.append(run)
         except DivergedError as error:
             print(f"left out: {error}", flush=True)
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    diagnose = partial(_diagnose, n_tokens=config.tokens, device=device)
+    diagnose = partial(_diagnose, n_tokens=config.tokens, device=device_named(config.device))
     if config.jobs == 1 or len(waiting) < 2:
         return diagnoses | {run: diagnose(run) for run in waiting}
     threads = max(1, torch.get_num_threads() // config.jobs)
