@@ -46,7 +46,7 @@ def _is_floating(x: object) -> bool:
 
 
 def _kind(x: object) -> str:
-    """Dtype and layout of what may be no tensor."""
+    """For an error: a tensor's dtype and layout, or the type of what is no tensor."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     return f"{x.dtype}" if x.layout == torch.strided else f"{x.dtype}, {x.layout}"
@@ -151,19 +151,17 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
         raise ValueError(f"targets must be on the states' device {h.device}. Got {targets.device}.")
 
 
-def check_range(targets: Tensor, n_columns: int, ignore_index: int, in_range: Tensor | None = None) -> None:
+def check_range(targets: Tensor, n_columns: int, ignore_index: int, in_range: Tensor | None) -> None:
     """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it.
 
-    in_range: [] bool, whether all are, where a kernel has found that out already.
+    in_range: [] bool, whether all are, as a kernel has found; a GPU's always has.
     """
     rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
     if targets.is_cuda and in_range is not None:
         torch._assert_async(in_range, rule)
         return
     bad = ((targets < 0) | (targets >= n_columns)) & (targets != ignore_index)
-    if targets.is_cuda:
-        torch._assert_async(~bad.any(), rule)
-    elif bad.any():
+    if bad.any():
         raise ValueError(f"{rule} Got {targets[bad][0].item()}.")
 
 

@@ -27,12 +27,13 @@ from .device import accumulator, implementation, uses_triton
 
 
 class LossOptions(NamedTuple):
-    """What defines the loss of a row; see the module's equations.  z_loss: a tensor [], or None for 0."""
+    """What defines the loss of a row; see the module's equations.  z_loss [] and bias [V]: tensors, or None for 0."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     softcap: float | None = None
     z_loss: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class RowResults(NamedTuple):
@@ -43,13 +44,17 @@ class RowResults(NamedTuple):
     top1: Tensor | None = None
 
 
-def loss_reference(logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
+def finished(logits: Tensor, options: LossOptions) -> Tensor:
+    """z [R, V] of the logits, in a tensor of its own unless that would change nothing."""
     z = logits.to(accumulator(logits.dtype))
-    if bias is not None:
-        z = z + bias
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
+    if options.bias is not None:
+        z = z + options.bias
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+def loss_reference(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
+    z = finished(logits, options)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
     loss = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
     if options.z_loss is not None:
@@ -69,16 +74,9 @@ def statistics_reference(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def cross_entropy_(
-    logits: Tensor,
-    targets: Tensor,
-    row_weight: Tensor | None,
-    bias: Tensor | None,
-    options: LossOptions,
-    results: RowResults,
-    first_row: int,
-    *,
-    gradient: bool,
-) -> None:
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, options: LossOptions, results: RowResults,
+    first_row: int, *, gradient: bool,
+) -> None:  # fmt: skip
     """Write the results of rows `first_row, first_row + 1, ...` whose logits [R, V] are given.
 
     targets [n_tokens]: row r has the target `targets[r % n_tokens]`.  row_weight [rows] and the results are indexed by
@@ -90,4 +88,4 @@ def cross_entropy_(
     A target outside [0, V) that is not `ignore_index` is never read: its loss is nan (Triton); callers check on a CPU.
     """
     module = implementation("cross_entropy_triton" if uses_triton(logits) else "cross_entropy_cpu")
-    module.cross_entropy(logits, targets, row_weight, bias, options, results, first_row, gradient)
+    module.cross_entropy(logits, targets, row_weight, options, results, first_row, gradient)

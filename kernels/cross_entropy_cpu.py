@@ -119,8 +119,8 @@ def _bfloat16_rows(
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    results: RowResults, first_row: int, gradient: bool,
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, options: LossOptions, results: RowResults,
+    first_row: int, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
     token = torch.arange(first_row, first_row + n_rows).remainder_(targets.shape[0])
@@ -128,7 +128,7 @@ def cross_entropy(
     counts = targets != options.ignore_index
     if row_weight is not None:
         counts &= row_weight[first_row : first_row + n_rows] != 0
-    plain = bias is None and results.statistics is None and not options.label_smoothing
+    plain = options.bias is None and results.statistics is None and not options.label_smoothing
     plain = plain and options.softcap is None and options.z_loss is None
     if gradient and plain and logits.dtype == torch.bfloat16:
         rows = slice(first_row, first_row + n_rows)
@@ -137,8 +137,8 @@ def cross_entropy(
     wide = accumulator(logits.dtype)
     for block in cpu_blocks(n_rows, n_columns * wide.itemsize):
         z = logits[block].to(wide)  # the logits themselves where they are of that dtype
-        if bias is not None:
-            z.add_(bias)
+        if options.bias is not None:
+            z.add_(options.bias)
         rows = slice(first_row + block.start, first_row + block.stop)
         _block(z, targets[block], counts[block], options, results, rows, gradient)
         if z.dtype != logits.dtype and gradient:

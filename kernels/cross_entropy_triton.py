@@ -207,11 +207,11 @@ def block_vocab(n_columns: int, finished: bool, statistics: bool, padded: bool) 
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    results: RowResults, first_row: int, gradient: bool,
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, options: LossOptions, results: RowResults,
+    first_row: int, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    statistics = results.statistics
+    statistics, bias = results.statistics, options.bias
     finished, padded = bias is not None or options.softcap is not None, logits.stride(0) > n_columns
     block = block_vocab(n_columns, finished, statistics is not None, padded)
     # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program

@@ -24,8 +24,8 @@ from .cross_entropy import LossOptions, loss_reference, statistics_reference
 from .device import accumulator, autocast_dtype, product_dtype
 from .products import default_chunk_rows
 from .radial import radial_gradient_reference
-from .readout import ReadoutResults, read_out
-from .readout_call import ReadoutCall
+from .readout import read_out
+from .readout_call import PARAMETERS, ReadoutCall, ReadoutResults, ReadoutTensors
 from .row_weights import loop_weights
 from .vocabulary_shard import VocabularyShard, rows_here
 
@@ -101,7 +101,7 @@ def looped_cross_entropy_reference(
 ) -> LoopedCrossEntropy:
     """`looped_cross_entropy` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
     n_loops, wide, device = len(states), accumulator(states[0].dtype), head.device
-    options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide))
+    options = LossOptions(ignore_index, label_smoothing, softcap, _scalar(z_loss, head, wide), bias)
     weights = [1 / n_loops] * n_loops if weights is None else weights
     n = _target_count(targets, ignore_index, n_targets)
 
@@ -111,7 +111,7 @@ def looped_cross_entropy_reference(
             state, head, readout=readout, final=loop == n_loops - 1, norm_weight=norm_weight, norm_bias=norm_bias,
             eps=eps,
         )  # fmt: skip
-        ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), bias, options)
+        ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), options)
         return ce.view(targets.shape), z.view(logits.shape)
 
     def share(ce: Tensor, loop: int) -> Tensor:
@@ -319,26 +319,27 @@ def looped_cross_entropy(
     loops = tuple(range(n_loops))  # numbers even where a compiled graph has a symbol for K
     active = tuple(k for k in loops if not (by_hand and weights[k] == 0))  # type: ignore[index]
     row_weight, weight = loop_weights(weights, active, n_loops, h, wide)
-    penalty_, n_targets_ = _scalar(penalty, h, wide), None if n_targets is None else _scalar(n_targets, h, wide, True)
+    penalty_ = _scalar(penalty, h, wide)
     formed = reduction != "none" and torch.is_grad_enabled()
     wanted = [formed and state.requires_grad for state in rows] * (1 if h.dim() == 2 else n_loops)
-    parameters = {"head": head, "norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias}
+    tensors = ReadoutTensors(
+        head, targets.reshape(-1).long(), None if reduction == "none" else row_weight, norm_weight, norm_bias, bias,
+        penalty=penalty_, z_loss=_scalar(z_loss, h, wide),
+        n_targets=None if n_targets is None else _scalar(n_targets, h, wide, True),
+    )  # fmt: skip
+    parameters = ((name, getattr(tensors, name)) for name in PARAMETERS)
     call = ReadoutCall(
         readout=readout, eps=eps, n_loops=len(loops), active=active,
         differentiated=tuple(
             k for k in loops if wanted[k] and (h.dim() == 3 or penalty_ is not None or k in active)
         ),
-        needs=tuple(name for name, p in parameters.items() if formed and p is not None and p.requires_grad),
+        needs=tuple(name for name, p in parameters if formed and p is not None and p.requires_grad),
         penalised=penalty_ is not None, weight=weight, mean=reduction == "mean", ignore_index=ignore_index,
         label_smoothing=label_smoothing, softcap=softcap, statistics=statistics,
         chunk_rows=chunk_rows or default_chunk_rows(head.device, product_dtype(head, compute_dtype)),
         dtype=str(compute_dtype).removeprefix("torch."), shard=shard,
     )  # fmt: skip
-    results = read_out(
-        rows, call, **parameters, targets=targets.reshape(-1).long(),
-        weights=None if reduction == "none" else row_weight, penalty=penalty_, z_loss=_scalar(z_loss, h, wide),
-        n_targets=n_targets_,
-    )  # fmt: skip
+    results = read_out(rows, tensors, call)
     per_loop = _spread(results.per_loop.unsqueeze(1), active, n_loops, torch.Size(()), torch.nan).view(n_loops)
     loss = results.total
     if reduction == "none":

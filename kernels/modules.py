@@ -64,9 +64,9 @@ class LoopedReadout(nn.Module):
 
     The readout borrows the model's own modules: it neither copies nor registers them. So the parameters keep their
     names and stand once in the state dict, and a checkpoint from before the readout still loads. They move, cast,
-    shard and train with the model. The model must therefore hold the modules elsewhere. A readout whose module is gone
-    says so, be it that nobody else held it or that the model has replaced it: else a head that no optimizer knows would
-    silently never train. A deep copy and a pickle of the model have a readout of their own modules.
+    shard and train with the model. The model must therefore hold the modules elsewhere. A call raises where a module is
+    gone, because nobody else held it or because the model has replaced it. Otherwise a head that no optimizer knows
+    would silently never train. A deep copy and a pickle of the model have a readout of their own modules.
 
     The weights are read at every call; the forward hooks of the two modules do not run.
 

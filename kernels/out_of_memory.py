@@ -21,14 +21,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def within_memory(call: ReadoutCall, device: torch.device) -> ReadoutCall:
-    """The call with no larger chunks than its device has had memory for; that of a group, whose ranks all have the same
-    chunks, as it is."""
+    """The call, its chunks no larger than its device has had memory for.
+
+    A group's call stays as it is: all its ranks have the same chunks.
+    """
     rows = _halved.get(device) if call.shard is None else None
     return call if rows is None or rows >= call.chunk_rows else call._replace(chunk_rows=rows)
 
 
 def halve(error: RuntimeError, call: ReadoutCall, device: torch.device, n_rows: int) -> None:
-    """Have the device's chunks be half of the call's.  Raises the error where that was done, or must not be.
+    """Have the device's chunks be half of the call's.  Raises the error where that was done before, or is not allowed.
 
     n_rows: of all chunks together.
     """

@@ -1,13 +1,12 @@
 """The matrix products of a readout: the vendor's library on a GPU; on a CPU the layouts in which it is fastest."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import accumulator, product_dtype
-from .readout_call import ReadoutCall
+from .device import accumulator, product_dtype, uses_triton
+from .readout_call import ReadoutCall, ReadoutResults
 
 CUDA_CHUNK_ROWS = 4096
 CPU_CHUNK_ROWS = {torch.bfloat16: 1376, torch.float16: 1376}  # oneDNN's g W is at half its rate below about 1340 rows
@@ -33,6 +32,13 @@ def head_accumulator(head: Tensor, compute_dtype: torch.dtype) -> Tensor:
 def _blocks(n_columns: int, size: int) -> Iterator[slice]:
     for first in range(0, n_columns, size):
         yield slice(first, min(first + size, n_columns))
+
+
+def logits_space(head: Tensor, n_rows: int) -> Tensor:
+    """Space for logits [n_rows, V]; on a GPU a row is as long in memory as accesses of 16 bytes need it."""
+    n_columns = len(head)
+    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns
+    return head.new_empty((n_rows, row_length))[:, :n_columns]
 
 
 def form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
@@ -88,11 +94,13 @@ def accumulate_bias(total: Tensor, g: Tensor, row_weight: Tensor | None, first: 
 
 
 def form_gradients(
-    g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: Any, call: ReadoutCall, first: bool
-) -> None:
-    """Of a chunk's g = dCE/dlogits [R, V] and y [R, d]: dbias and dhead, which are added up, and dy, written over y.
+    g: Tensor, y: Tensor, head: Tensor, row_weight: Tensor | None, results: ReadoutResults, call: ReadoutCall,
+    first: bool,
+) -> None:  # fmt: skip
+    """The gradients that `call` needs, from a chunk's g = dCE/dlogits [R, V] and y [R, d].
 
-    Only those that `call` needs.  row_weight [R] or None: of dbias and dhead; dy is weighed later.
+    dbias and dhead are added to those of `results`, each row weighed by row_weight [R] (None: 1).  dy is written over
+    y, and weighed later.
     """
     if "bias" in call.needs:
         accumulate_bias(results.dbias, g, row_weight, first)

@@ -1,11 +1,14 @@
 """The Triton kernels of kernels/radial.py, which has their equations and is their only caller."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch, radial_fraction
-from .row_norm_triton import norm_tile
+from .row_norm_triton import norm_tile, tile_warps
 
 
 @triton.jit
@@ -49,15 +52,15 @@ def radial_backward_kernel(
     tl.store(dgrad_ptr + at, (ddot * h + 2.0 * dgrad_square * grad).to(dgrad_ptr.dtype.element_ty), mask=inside)
 
 
-def radial_forward(h: Tensor, grad: Tensor, sums: list[Tensor]) -> None:
-    rows, columns = norm_tile(h.shape[1])
-    warps = min(16, max(4, rows * columns // 512))
-    grid = (cdiv(h.shape[0], rows),)
-    launch(radial_forward_kernel, grid, (h, grad, *sums), *h.shape, rows, columns, num_warps=warps)
+def radial_forward(h: Tensor, grad: Tensor, sums: Sequence[Tensor]) -> None:
+    _launch(radial_forward_kernel, h, (h, grad, *sums))
 
 
-def radial_backward(h: Tensor, grad: Tensor, upstream: list[Tensor], dh: Tensor, dgrad: Tensor) -> None:
+def radial_backward(h: Tensor, grad: Tensor, upstream: Sequence[Tensor], dh: Tensor, dgrad: Tensor) -> None:
+    _launch(radial_backward_kernel, h, (h, grad, *upstream, dh, dgrad))
+
+
+def _launch(kernel: Any, h: Tensor, tensors: Sequence[Tensor]) -> None:
     rows, columns = norm_tile(h.shape[1])
-    warps = min(16, max(4, rows * columns // 512))
-    grid = (cdiv(h.shape[0], rows),)
-    launch(radial_backward_kernel, grid, (h, grad, *upstream, dh, dgrad), *h.shape, rows, columns, num_warps=warps)
+    warps = tile_warps(h.shape[1])
+    launch(kernel, (cdiv(h.shape[0], rows),), tensors, *h.shape, rows, columns, num_warps=warps)

@@ -32,40 +32,37 @@ from torch import Tensor
 
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults, cross_entropy_
-from .device import accumulator, product_dtype, uses_triton
+from .device import accumulator, product_dtype
 from .out_of_memory import halve, within_memory
-from .products import form_gradients, form_logits, head_accumulator
-from .readout_call import ReadoutCall
+from .products import form_gradients, form_logits, head_accumulator, logits_space
+from .readout_call import PARAMETERS, ReadoutCall, ReadoutResults, ReadoutTensors
 from .registration import register
-from .row_norm import norm_backward, norm_forward, partial_sums
+from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 from .row_weights import LossScales, loss_sums, row_weights, scaled
 from .sharded_readout import read_out_shard, weigh_all
 
-# The op's tensors after the states, and which of them may have a gradient.
-TENSORS = ("head", "targets", "weights", "norm_weight", "norm_bias", "bias", "penalty", "z_loss", "n_targets")
-PARAMETERS = ("head", "norm_weight", "norm_bias", "bias")
 
+class FormedGradients(NamedTuple):
+    """What the backward op takes after the states, in the order of its schema.
 
-class ReadoutResults(NamedTuple):
-    """The results of the op, for A loops that are read and N tokens; what is not asked for is an empty vector.
-
-    total: []; per_loop: [A]; ce: [A, N], the rows' losses.
-    factors: [3], row_weight: [A * N]: the fields of LossScales.
-    dhead: [V, d], dbias: [V]: sums over the rows that wait for the unit and the upstream gradient.
-    statistics: [6, A, N]: lse, entropy, margin, mean square, radial dot, radial fraction; top1: [A, N].
-    dy: [A * N, d], the gradient of the normed rows, which waits for the row's coefficient and the upstream gradient.
+    dy, dhead, dbias, factors, row_weight: of ReadoutResults.  upstream: the gradient of the total [], or None for 1.
+    head_dtype, bias_dtype: in which dtypes the gradients of head and bias are given.
     """
 
-    total: Tensor
-    per_loop: Tensor
-    ce: Tensor
-    factors: Tensor
-    row_weight: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    dy: Tensor
     dhead: Tensor
     dbias: Tensor
-    statistics: Tensor
-    top1: Tensor
-    dy: Tensor
+    factors: Tensor
+    row_weight: Tensor
+    upstream: Tensor | None
+    head_dtype: torch.dtype
+    bias_dtype: torch.dtype
+
+    @property
+    def norm_parameters(self) -> dict[str, Tensor | None]:
+        return {"norm_weight": self.norm_weight, "norm_bias": self.norm_bias}
 
 
 def loops_of(states: list[Tensor]) -> list[Tensor]:
@@ -77,13 +74,13 @@ def loops_of(states: list[Tensor]) -> list[Tensor]:
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
-def _empty_results(states: list[Tensor], head: Tensor, weighted: bool, call: ReadoutCall) -> ReadoutResults:
+def _empty_results(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutCall) -> ReadoutResults:
     """Space for the results, which have the same layout with values and without."""
-    n_loops, (n_tokens, d) = len(call.active), states[0].shape[-2:]
+    head, n_loops, (n_tokens, d) = tensors.head, len(call.active), states[0].shape[-2:]
     wide = accumulator(states[0].dtype)
 
-    def empty(*shape: int, dtype: torch.dtype = wide, asked: bool = True) -> Tensor:
-        return head.new_empty(shape if asked else (0,), dtype=dtype)
+    def empty(*shape: int, dtype: torch.dtype = wide, wanted: bool = True) -> Tensor:
+        return head.new_empty(shape if wanted else (0,), dtype=dtype)
 
     need_head = "head" in call.needs
     return ReadoutResults(
@@ -91,46 +88,39 @@ def _empty_results(states: list[Tensor], head: Tensor, weighted: bool, call: Rea
         per_loop=empty(n_loops),
         ce=empty(n_loops, n_tokens),
         factors=empty(3),
-        row_weight=empty(n_loops * n_tokens, asked=weighted),
+        row_weight=empty(n_loops * n_tokens, wanted=tensors.weights is not None),
         dhead=head_accumulator(head, call.compute_dtype) if need_head else empty(0),
-        dbias=empty(len(head), asked="bias" in call.needs),
-        statistics=empty(6, n_loops, n_tokens, asked=call.statistics),
-        top1=empty(n_loops, n_tokens, dtype=torch.int64, asked=call.statistics),
-        dy=empty(n_loops * n_tokens, d, dtype=product_dtype(head, call.compute_dtype), asked=call.needs_dy),
+        dbias=empty(len(head), wanted="bias" in call.needs),
+        statistics=empty(6, n_loops, n_tokens, wanted=call.statistics),
+        top1=empty(n_loops, n_tokens, dtype=torch.int64, wanted=call.statistics),
+        dy=empty(n_loops * n_tokens, d, dtype=product_dtype(head, call.compute_dtype), wanted=call.needs_dy),
     )
 
 
 def _normed_rows(
-    loops: list[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    y: Tensor,
-    mean_square: Tensor | None,
-    call: ReadoutCall,
+    loops: list[Tensor], tensors: ReadoutTensors, y: Tensor, mean_square: Tensor | None, call: ReadoutCall
 ) -> None:
     """y [A N, d], the normed rows of the active loops' states, and the mean_square [K, N] of all loops where given."""
     of_loop = dict(zip(call.active, y.view(len(call.active), *loops[0].shape), strict=True))
     for loop, h in enumerate(loops):
         rows, norm = of_loop.get(loop), call.norm(loop)
         square = None if mean_square is None else mean_square[loop]
-        weight, bias = (None, None) if norm == "none" else (norm_weight, norm_bias)
+        weight, bias = (None, None) if norm == "none" else (tensors.norm_weight, tensors.norm_bias)
         if rows is not None or square is not None:
-            norm_forward(h, weight, bias, eps=call.eps, norm=norm, y=rows, mean_square=square)
+            norm_forward(NormForward(h, weight=weight, bias=bias, y=rows, mean_square=square), call.eps, norm)
 
 
 def _read_out(
-    y: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, rows: RowResults,
-    row_weight: Tensor | None, results: ReadoutResults, call: ReadoutCall,
+    y: Tensor, head: Tensor, targets: Tensor, options: LossOptions, rows: RowResults, row_weight: Tensor | None,
+    results: ReadoutResults, call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of y [R, d], and, where needed, dhead, dbias and dy, written over y; a chunk of rows at a time."""
-    n_rows, n_columns = len(y), len(head)
-    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
-    logits = head.new_empty((min(call.chunk_rows, n_rows), row_length))[:, :n_columns]
-    for first in range(0, n_rows, call.chunk_rows):
+    logits = logits_space(head, min(call.chunk_rows, len(y)))
+    for first in range(0, len(y), call.chunk_rows):
         chunk = y[first : first + call.chunk_rows]
         weight = None if row_weight is None else row_weight[first : first + call.chunk_rows]
         g = form_logits(chunk, head, logits[: len(chunk)])
-        cross_entropy_(g, targets, row_weight, bias, options, rows, first, gradient=call.needs_dlogits)
+        cross_entropy_(g, targets, row_weight, options, rows, first, gradient=call.needs_dlogits)
         form_gradients(g, chunk, head, weight, results, call, first == 0)
 
 
@@ -145,38 +135,37 @@ def _measure_states(
         results.statistics[3, index] = mean_square[loop]
         if loop in call.differentiated and call.needs_dy:
             rows, norm = slice(index * n_tokens, (index + 1) * n_tokens), call.norm(loop)
-            norm_backward(
-                results.dy[rows], loops[loop], None if norm == "none" else norm_weight, eps=call.eps, norm=norm,
+            tensors = NormBackward(
+                results.dy[rows], loops[loop], None if norm == "none" else norm_weight,
                 row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
-                radial=(results.statistics[4, index], results.statistics[5, index]),
+                radial_dot=results.statistics[4, index], radial_fraction=results.statistics[5, index],
             )  # fmt: skip
+            norm_backward(tensors, call.eps, norm)
 
 
-def _in_chunks(
-    states: list[Tensor], head: Tensor, targets: Tensor, weights: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, bias: Tensor | None, penalty: Tensor | None, z_loss: Tensor | None,
-    n_targets: Tensor | None, call: ReadoutCall,
-) -> ReadoutResults:  # fmt: skip
-    loops, targets = loops_of(states), targets.contiguous()
-    norm_weight, norm_bias, bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias, bias))
-    results = _empty_results(states, head, weights is not None, call)
-    n_rows, (n_tokens, d) = results.ce.numel(), loops[0].shape
+def _in_chunks(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutCall) -> ReadoutResults:
+    loops = loops_of(states)
+    head = tensors.head
+    tensors = ReadoutTensors._make(t if t is None or t is head else t.contiguous() for t in tensors)
+    results = _empty_results(states, tensors, call)
+    penalty, n_rows, (n_tokens, d) = tensors.penalty, results.ce.numel(), loops[0].shape
     of_all = None
     if call.shard is None:
         scales = row_weights(
-            targets, weights, LossScales(results.row_weight if weights is not None else None, results.factors),
-            n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty,
-            n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
+            tensors.targets, tensors.weights,
+            LossScales(results.row_weight if tensors.weights is not None else None, results.factors),
+            n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight,
+            penalty=penalty, n_targets=tensors.n_targets, n_penalised=call.n_loops * n_tokens,
         )  # fmt: skip
-        check_range(targets, len(head), call.ignore_index, scales.in_range)
+        check_range(tensors.targets, len(head), call.ignore_index, scales.in_range)
     else:
-        scales, of_all = weigh_all(targets, weights, penalty, n_targets, results, call)
+        scales, of_all = weigh_all(tensors, results, call)
 
     measured = call.statistics or penalty is not None
     mean_square = results.factors.new_empty((call.n_loops, n_tokens)) if measured else None
     dtype = product_dtype(head, call.compute_dtype)
     y = results.dy if call.needs_dy else head.new_empty((n_rows, d), dtype=dtype)
-    _normed_rows(loops, norm_weight, norm_bias, y, mean_square, call)
+    _normed_rows(loops, tensors, y, mean_square, call)
     if n_rows == 0:
         results.dhead.zero_()
         results.dbias.zero_()
@@ -184,89 +173,89 @@ def _in_chunks(
         rows = RowResults(results.ce.view(-1))
         if call.statistics:
             rows = RowResults(rows.loss, results.statistics.view(6, n_rows), results.top1.view(-1))
-        options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, z_loss)
+        options = LossOptions(call.ignore_index, call.label_smoothing, call.softcap, tensors.z_loss, tensors.bias)
         head = head.to(dtype).contiguous()
         if of_all is None:
-            _read_out(y, head, targets, bias, options, rows, scales.row_weight, results, call)
+            _read_out(y, head, tensors.targets, options, rows, scales.row_weight, results, call)
         else:
-            read_out_shard(y, head, of_all, bias, options, rows, results, call)
+            read_out_shard(y, head, of_all, options, rows, results, call)
     if call.statistics and mean_square is not None:
-        _measure_states(loops, mean_square, norm_weight, scales, results, call)
+        _measure_states(loops, mean_square, tensors.norm_weight, scales, results, call)
     loss_sums(results.ce, scales, None if penalty is None else mean_square, results.total, results.per_loop)
     return results
 
 
-def _forward(*arguments: Any) -> ReadoutResults:
-    (states, head, *_), call = arguments[:-1], arguments[-1]
-    given = (*arguments[:-1], within_memory(call, head.device))
+def _forward(states: list[Tensor], *others: Any) -> ReadoutResults:
+    tensors, call = ReadoutTensors(*others[:-1]), others[-1]
+    device = tensors.head.device
     try:
-        return _in_chunks(*given)
+        return _in_chunks(states, tensors, within_memory(call, device))
     except RuntimeError as error:
-        halve(error, call, head.device, n_rows=len(call.active) * states[0].shape[-2])
+        halve(error, call, device, n_rows=len(call.active) * states[0].shape[-2])
     # Not in the handler, where the error would keep what the first attempt has allocated.
-    given = (*arguments[:-1], within_memory(call, head.device))
-    return _in_chunks(*given)
+    return _in_chunks(states, tensors, within_memory(call, device))
 
 
-def _forward_fake(states, head, targets, weights, norm_weight, norm_bias, bias, penalty, z_loss, n_targets, call):
-    return tuple(_empty_results(states, head, weights is not None, call))
+def _forward_fake(states, *others):
+    return tuple(_empty_results(states, ReadoutTensors(*others[:-1]), others[-1]))
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
 
-def _backward(
-    states: list[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None, dy: Tensor, dhead: Tensor,
-    dbias: Tensor, factors: Tensor, row_weight: Tensor, upstream: Tensor | None, head_dtype: torch.dtype,
-    bias_dtype: torch.dtype, call: ReadoutCall,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
     """The gradients of the states [S, N, d] that have one, and of PARAMETERS."""
-    loops = loops_of(states)
+    formed, call = FormedGradients(*others[:-1]), others[-1]
+    loops, dy, factors, parameters = loops_of(states), formed.dy, formed.factors, formed.norm_parameters
     n_tokens, d = loops[0].shape
-    scales = LossScales(row_weight if row_weight.numel() else None, factors if upstream is None else factors * upstream)
+    row_weight = formed.row_weight if formed.row_weight.numel() else None
+    scales = LossScales(row_weight, factors if formed.upstream is None else factors * formed.upstream)
     dstates = loops[0].new_empty((len(call.differentiated), n_tokens, d))
-    weight = None if norm_weight is None else norm_weight.contiguous()
+    weight = None if formed.norm_weight is None else formed.norm_weight.contiguous()
     partials = [
         partial_sums(loops[0]) if name in call.needs and parameter is not None else None
-        for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
+        for name, parameter in parameters.items()
     ]
-    used = False  # whether anything was added to the partial sums
+    needs_dy, used = call.needs_dy, False  # used: whether anything was added to the partial sums
     for loop, h in enumerate(loops):
         dh = dstates[call.differentiated.index(loop)] if loop in call.differentiated else None
-        read = loop in call.active and call.needs_dy
+        read = loop in call.active and needs_dy
         first = call.active.index(loop) * n_tokens if read else 0
         rows, norm = slice(first, first + n_tokens), call.norm(loop)
         dweight, dbias_ = partials if read and norm != "none" else (None, None)
         if dh is None and dweight is None and dbias_ is None:
             continue
-        norm_backward(
-            dy[rows] if read else None, h, None if norm == "none" else weight, eps=call.eps, norm=norm,
-            row_weight=None if scales.row_weight is None else scales.row_weight[rows], scale=scales.unit,
+        tensors = NormBackward(
+            dy[rows] if read else None, h, None if norm == "none" else weight,
+            row_weight=None if row_weight is None else row_weight[rows], scale=scales.unit,
             dmean_square=scales.dmean_square.expand(n_tokens) if call.penalised else None,
-            dh=dh, dweight=dweight, dbias=dbias_, add=used,
+            dh=dh, dweight=dweight, dbias=dbias_,
         )  # fmt: skip
+        norm_backward(tensors, call.eps, norm, add=used)
         used = used or (n_tokens > 0 and (dweight is not None or dbias_ is not None))
     of_norm = (
         dy.new_empty(0) if partial is None or like is None
         else partial.sum(0).to(like.dtype) if used
         else torch.zeros_like(like)
-        for partial, like in zip(partials, (norm_weight, norm_bias), strict=True)
+        for partial, like in zip(partials, parameters.values(), strict=True)
     )  # fmt: skip
     unit = scales.unit if call.shard is None else scales.unit * call.shard.share
-    of_head = scaled(dhead, unit, head_dtype) if "head" in call.needs else dy.new_empty(0)
-    of_bias = scaled(dbias, unit, bias_dtype) if "bias" in call.needs else dy.new_empty(0)
+    of_head = scaled(formed.dhead, unit, formed.head_dtype) if "head" in call.needs else dy.new_empty(0)
+    of_bias = scaled(formed.dbias, unit, formed.bias_dtype) if "bias" in call.needs else dy.new_empty(0)
     return dstates, of_head, *of_norm, of_bias
 
 
-def _backward_fake(
-    states, norm_weight, norm_bias, dy, dhead, dbias, factors, row_weight, upstream, head_dtype, bias_dtype, call
-):
-    of_norm = (
-        like.new_empty(like.shape) if like is not None and name in call.needs else dy.new_empty(0)
-        for name, like in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
-    )
-    of_head = dhead.new_empty(dhead.shape, dtype=head_dtype) if "head" in call.needs else dy.new_empty(0)
-    of_bias = dbias.new_empty(dbias.shape, dtype=bias_dtype) if "bias" in call.needs else dy.new_empty(0)
+def _backward_fake(states, *others):
+    formed, call = FormedGradients(*others[:-1]), others[-1]
+
+    def empty(name: str, like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        if like is None or name not in call.needs:
+            return formed.dy.new_empty(0)
+        return like.new_empty(like.shape, dtype=dtype)
+
+    of_head = empty("head", formed.dhead, formed.head_dtype)
+    of_norm = (empty(name, parameter) for name, parameter in formed.norm_parameters.items())
+    of_bias = empty("bias", formed.dbias, formed.bias_dtype)
     return states[0].new_empty((len(call.differentiated), *states[0].shape[-2:])), of_head, *of_norm, of_bias
 
 
@@ -280,53 +269,53 @@ def _call_again(ctx, call: ReadoutCall) -> ReadoutCall:
         differentiated = tuple(range(call.n_loops)) if of_states[0] else ()
     else:
         differentiated = tuple(loop for loop in call.active if of_states[loop])
-    needs = tuple(name for name, needed in zip(TENSORS, of_tensors, strict=True) if needed and name in PARAMETERS)
+    of_tensors = ReadoutTensors(*of_tensors)._asdict()
+    needs = tuple(name for name, needed in of_tensors.items() if needed and name in PARAMETERS)
     return call._replace(needs=needs, differentiated=differentiated, mean=False, weight=1.0, statistics=False)
 
 
 class _Readout(torch.autograd.Function):
-    """`total` carries gradients that were formed in the forward pass, and that of the weights.
+    """`total` is differentiated where the forward pass has formed its gradients, or where there are weights.
 
-    Without either `ce` is differentiated.
+    Elsewhere the rows' losses `ce` are.  Their upstream gradient is not known in the forward pass, so the backward pass
+    runs that again, with the upstream gradient as the weights.
     """
 
     @staticmethod
     def forward(ctx, call, n_states, *tensors):
-        states, others = tensors[:n_states], dict(zip(TENSORS, tensors[n_states:], strict=True))
-        results = ReadoutResults(*_readout.below_autograd(list(states), *others.values(), call))
+        states, others = tensors[:n_states], ReadoutTensors(*tensors[n_states:])
+        results = ReadoutResults(*_readout.below_autograd(list(states), *others, call))
         ctx.set_materialize_grads(False)
         ctx.call, ctx.n_states, ctx.is_stack = call, n_states, states[0].dim() == 3
-        ctx.dtypes = [states[0].dtype if others[name] is None else others[name].dtype for name in ("head", "bias")]
-        ctx.weights_shape = None if others["weights"] is None else others["weights"].shape
-        ctx.formed = call.needs_dlogits or bool(call.differentiated) or others["weights"] is not None
+        ctx.dtypes = others.head.dtype, states[0].dtype if others.bias is None else others.bias.dtype
+        ctx.weights_shape = None if others.weights is None else others.weights.shape
+        ctx.formed = call.needs_dlogits or bool(call.differentiated) or others.weights is not None
         differentiable = results.total if ctx.formed else results.ce
         ctx.mark_non_differentiable(*(result for result in results if result is not differentiable))
-        if ctx.formed:
-            ctx.save_for_backward(*states, others["norm_weight"], others["norm_bias"], *results[2:])
-        else:
-            ctx.save_for_backward(*states, others["norm_weight"], others["norm_bias"], *others.values())
+        ctx.save_for_backward(*states, others.norm_weight, others.norm_bias, *(results[2:] if ctx.formed else others))
         return tuple(results)
 
     @staticmethod
     def backward(ctx, dtotal, _, dce, *__):
         if dtotal is None and dce is None:
-            return (None,) * (2 + ctx.n_states + len(TENSORS))
+            return (None,) * len(ctx.needs_input_grad)
         states = list(ctx.saved_tensors[: ctx.n_states])
         norm_weight, norm_bias, *saved = ctx.saved_tensors[ctx.n_states :]
         call, gradients = ctx.call, {}
         if ctx.formed:
             results = ReadoutResults(dtotal, dtotal, *saved)
-            if ctx.weights_shape is not None and ctx.needs_input_grad[2 + ctx.n_states + TENSORS.index("weights")]:
+            if ctx.weights_shape is not None and ReadoutTensors(*ctx.needs_input_grad[2 + ctx.n_states :]).weights:
                 share = LossScales(None, results.factors).share if call.mean else 1.0
                 gradients["weights"] = (results.ce * (share * dtotal)).sum_to_size(ctx.weights_shape)
         else:
-            call, tensors = _call_again(ctx, call), dict(zip(TENSORS, saved, strict=True))
-            tensors |= {"weights": dce.to(accumulator(states[0].dtype)), "penalty": None, "n_targets": None}
-            results = ReadoutResults(*_readout(states, *tensors.values(), call))
-        dstates, *of_parameters = _readout_backward(
-            states, norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors,
-            results.row_weight, dtotal if ctx.formed else None, *ctx.dtypes, call,
+            call, weights = _call_again(ctx, call), dce.to(accumulator(states[0].dtype))
+            tensors = ReadoutTensors(*saved)._replace(weights=weights, penalty=None, n_targets=None)
+            results = ReadoutResults(*_readout(states, *tensors, call))
+        formed = FormedGradients(
+            norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors, results.row_weight,
+            dtotal if ctx.formed else None, *ctx.dtypes,
         )  # fmt: skip
+        dstates, *of_parameters = _readout_backward(states, *formed, call)
         gradients |= {name: of for name, of in zip(PARAMETERS, of_parameters, strict=True) if name in call.needs}
         of_states: list[Tensor | None] = [None] * ctx.n_states
         if ctx.is_stack:
@@ -334,7 +323,7 @@ class _Readout(torch.autograd.Function):
         else:
             for index, loop in enumerate(call.differentiated):
                 of_states[loop] = dstates[index]
-        return None, None, *of_states, *(gradients.get(name) for name in TENSORS)
+        return None, None, *of_states, *(gradients.get(name) for name in ReadoutTensors._fields)
 
 
 def _differentiated(states, *others):
@@ -361,6 +350,6 @@ _readout_backward = register(
 )
 
 
-def read_out(states: list[Tensor], call: ReadoutCall, **tensors: Tensor | None) -> ReadoutResults:
-    """The op: states as one [K, N, d] or K times [N, d]; `tensors` by the names of TENSORS, None where missing."""
-    return ReadoutResults(*_readout(states, *(tensors.get(name) for name in TENSORS), call))
+def read_out(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutCall) -> ReadoutResults:
+    """The op: states as one [K, N, d] or K times [N, d]."""
+    return ReadoutResults(*_readout(states, *tensors, call))

@@ -1,13 +1,19 @@
-"""What a call of the readout is, apart from the values of its tensors: decided once, then carried."""
+"""A call of the readout: its tensors, what it is apart from their values, and its results.
+
+All is decided once, in a public function, and then carried.
+"""
 
 import ast
 import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .row_norm import Norm
 from .vocabulary_shard import VocabularyShard
+
+PARAMETERS = ("head", "norm_weight", "norm_bias", "bias")  # of the tensors, those that may have a gradient
 
 
 class ReadoutCall(NamedTuple):
@@ -87,3 +93,40 @@ class ReadoutCall(NamedTuple):
 def _read(rest: str) -> ReadoutCall:
     *fields, shard = ast.literal_eval(rest)
     return ReadoutCall._make((*fields, None if shard is None else VocabularyShard(*shard)))
+
+
+class ReadoutTensors(NamedTuple):
+    """The op's tensors after the states, in the order of its schema: head [V, d], targets [N], weights [A, 1 or N],
+    norm_weight and norm_bias [d], bias [V], and the numbers penalty, z_loss and n_targets []."""
+
+    head: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    bias: Tensor | None = None
+    penalty: Tensor | None = None
+    z_loss: Tensor | None = None
+    n_targets: Tensor | None = None
+
+
+class ReadoutResults(NamedTuple):
+    """The results of the op, for A loops that are read and N tokens; what is not asked for is an empty vector.
+
+    total: []; per_loop: [A]; ce: [A, N], the rows' losses.
+    factors: [3], row_weight: [A * N]: the fields of LossScales.
+    dhead: [V, d], dbias: [V]: sums over the rows that wait for the unit and the upstream gradient.
+    statistics: [6, A, N]: lse, entropy, margin, mean square, radial dot, radial fraction; top1: [A, N].
+    dy: [A * N, d], the gradient of the normed rows, which waits for the row's coefficient and the upstream gradient.
+    """
+
+    total: Tensor
+    per_loop: Tensor
+    ce: Tensor
+    factors: Tensor
+    row_weight: Tensor
+    dhead: Tensor
+    dbias: Tensor
+    statistics: Tensor
+    top1: Tensor
+    dy: Tensor

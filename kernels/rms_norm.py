@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import check_eps, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
 from .registration import register
-from .row_norm import norm_backward, norm_forward, partial_sums
+from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 
 
 class RMSNormPenalty(NamedTuple):
@@ -46,9 +46,9 @@ def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: flo
     x = x.contiguous()
     weight, residual = [t if t is None else t.contiguous() for t in (weight, residual)]
     y = torch.empty_like(x, dtype=y_dtype)
-    mean_square = torch.empty(x.shape[:-1], dtype=accumulator(x.dtype), device=x.device)
+    mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     total = None if residual is None else torch.empty_like(residual)
-    norm_forward(x, weight, None, eps=eps, norm="rmsnorm", residual=residual, y=y, total=total, mean_square=mean_square)
+    norm_forward(NormForward(x, residual, weight, y=y, total=total, mean_square=mean_square), eps, "rmsnorm")
     return [y, mean_square] if total is None else [y, mean_square, total]
 
 
@@ -67,9 +67,8 @@ def _backward(
     dh = torch.empty_like(h)
     dx = None if x_dtype == h.dtype else torch.empty_like(h, dtype=x_dtype)
     dweight = partial_sums(h) if need_dweight else None
-    norm_backward(
-        dy, h, weight, eps=eps, norm="rmsnorm", dmean_square=dmean_square, dtotal=dtotal, dh=dh, dx=dx, dweight=dweight
-    )
+    tensors = NormBackward(dy, h, weight, dmean_square=dmean_square, dtotal=dtotal, dh=dh, dx=dx, dweight=dweight)
+    norm_backward(tensors, eps, "rmsnorm")
     results = [dh] if dx is None else [dh, dx]
     if dweight is not None and weight is not None:
         results.append(dweight.sum(0, dtype=weight.dtype))

@@ -20,7 +20,8 @@ Range: a row whose root mean square leaves [1e-19, 1.8e19] has a mean square of 
 RMSNorm: Zhang & Sennrich, arXiv 1910.07467.
 """
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,52 @@ from .device import accumulator, cpu_blocks, implementation, uses_triton
 
 Norm = Literal["none", "rmsnorm", "layernorm"]
 CPU_ROW_TENSORS = 4  # float32 tensors of rows that a CPU pass works on at once
+
+
+class NormForward(NamedTuple):
+    """The tensors of a forward pass, in the order in which the Triton kernel has them.
+
+    x [..., d] and what is added to it, the residual [..., d]; the norm's weight and bias [d].
+    What is written, where it is given: y, the sum total = x + residual [..., d], mean_square [...].
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    y: Tensor | None = None
+    total: Tensor | None = None
+    mean_square: Tensor | None = None
+
+
+class NormBackward(NamedTuple):
+    """The tensors of a backward pass, in the order in which the Triton kernel has them.
+
+    dy [..., d], or None for 0; row_weight [rows] and scale []: dy is multiplied by both, in float32.
+    dmean_square [...], which may be expanded from a scalar, and dtotal [..., d]: the other results' gradients.
+    What is written, where it is given:
+    dh and dx [..., d]: the gradient of h, in two dtypes.
+    dweight, dbias [programs, d] float32, made by `partial_sums`.  The caller sums them over their first dimension.
+    radial_dot, radial_fraction [rows]: <g, h> and the radial fraction of the gradient g that comes through y alone.
+    """
+
+    dy: Tensor | None
+    h: Tensor
+    weight: Tensor | None = None
+    row_weight: Tensor | None = None
+    scale: Tensor | None = None
+    dmean_square: Tensor | None = None
+    dtotal: Tensor | None = None
+    dh: Tensor | None = None
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    radial_dot: Tensor | None = None
+    radial_fraction: Tensor | None = None
+
+
+NOT_ROWS = {"weight", "bias", "scale", "dweight", "dbias"}  # those tensors that all rows share
+Pass = TypeVar("Pass", NormForward, NormBackward)
 
 
 def radial_fraction(g: Tensor, h: Tensor) -> Tensor:
@@ -41,17 +88,26 @@ def radial_fraction(g: Tensor, h: Tensor) -> Tensor:
     return torch.where(norms == 0, 0.0, (g * h).sum(-1).abs() / norms)
 
 
-def _forward_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: Norm,
-    residual: Tensor | None, y: Tensor | None, total: Tensor | None, mean_square: Tensor | None,
-) -> None:  # fmt: skip
-    h = x
-    if residual is not None and total is not None:
-        h = torch.add(residual, x, out=total)
+def _cpu_blocks(tensors: Pass, x: Tensor) -> Iterator[tuple[Pass, bool]]:
+    """The tensors of a pass over x [..., d] a block of rows at a time, and whether it is the first block."""
+    d = x.shape[-1]
+    of_rows = {
+        name: tensor.view(-1, d) if tensor.shape == x.shape else tensor.reshape(-1)
+        for name, tensor in zip(tensors._fields, tensors, strict=True)
+        if tensor is not None and name not in NOT_ROWS
+    }
+    for block in cpu_blocks(x.numel() // d, CPU_ROW_TENSORS * 4 * d):
+        yield tensors._replace(**{name: tensor[block] for name, tensor in of_rows.items()}), block.start == 0
+
+
+def _forward_cpu(tensors: NormForward, eps: float, norm: Norm) -> None:
+    h, y = tensors.x, tensors.y
+    if tensors.residual is not None and tensors.total is not None:
+        h = torch.add(tensors.residual, h, out=tensors.total)
     wide = accumulator(h.dtype)
     square = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1])
-    if mean_square is not None:
-        mean_square.copy_(square)
+    if tensors.mean_square is not None:
+        tensors.mean_square.copy_(square)
     if y is None:
         return
     if norm == "layernorm":
@@ -62,10 +118,10 @@ def _forward_cpu(
     else:
         y.copy_(h)
         return
-    if weight is not None:
-        normed *= weight
-    if bias is not None:
-        normed += bias
+    if tensors.weight is not None:
+        normed *= tensors.weight
+    if tensors.bias is not None:
+        normed += tensors.bias
     if normed is not y:
         y.copy_(normed)
 
@@ -75,17 +131,14 @@ def _sum_rows(x: Tensor, out: Tensor, add: bool) -> None:
     out.add_(total) if add else out.copy_(total)
 
 
-def _backward_cpu(
-    dy: Tensor | None, h: Tensor, weight: Tensor | None, eps: float, norm: Norm, row_weight: Tensor | None,
-    scale: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, dh: Tensor | None, dx: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None, radial: tuple[Tensor, Tensor] | None, add: bool,
-) -> None:  # fmt: skip
+def _backward_cpu(tensors: NormBackward, eps: float, norm: Norm, add: bool) -> None:
+    dy, h, weight = tensors.dy, tensors.h, tensors.weight
     wide = accumulator(h.dtype)
     d = h.shape[-1]
     if dy is not None:
-        dy = dy.to(wide, copy=norm == "none") if scale is None else dy * scale.to(wide)
-        if row_weight is not None:
-            dy = dy * row_weight.unsqueeze(-1)
+        dy = dy.to(wide, copy=norm == "none") if tensors.scale is None else dy * tensors.scale.to(wide)
+        if tensors.row_weight is not None:
+            dy = dy * tensors.row_weight.unsqueeze(-1)
     if dy is None:
         gradient = torch.zeros(h.shape, dtype=wide)
     elif norm == "none":
@@ -95,100 +148,50 @@ def _backward_cpu(
         rstd = torch.rsqrt(torch.linalg.vector_norm(xhat, dim=-1, keepdim=True, dtype=wide).square_().div_(d) + eps)
         xhat *= rstd
         product = dy * xhat
-        if dweight is not None:
-            _sum_rows(product, dweight[0], add)
+        if tensors.dweight is not None:
+            _sum_rows(product, tensors.dweight[0], add)
         gradient = dy.clone() if weight is None else dy * weight.to(wide)
         projection = product.sum(-1) if weight is None else torch.mv(product, weight.to(wide))
         if norm == "layernorm":
             gradient -= gradient.mean(-1, keepdim=True)
         gradient.addcmul_(xhat, projection.unsqueeze(-1), value=-1 / d).mul_(rstd)
-    if dy is not None and dbias is not None:
-        _sum_rows(dy, dbias[0], add)
-    if radial is not None:
-        dot, fraction = radial
-        torch.sum(gradient * h, -1, out=dot)
-        fraction.copy_(radial_fraction(gradient, h.to(wide)))
-    if dmean_square is not None:
-        gradient.addcmul_(h.to(wide), (dmean_square * (2.0 / d)).unsqueeze(-1))
-    if dtotal is not None:
-        gradient += dtotal
-    for out in (dh, dx):
+    if dy is not None and tensors.dbias is not None:
+        _sum_rows(dy, tensors.dbias[0], add)
+    if tensors.radial_dot is not None and tensors.radial_fraction is not None:
+        torch.sum(gradient * h, -1, out=tensors.radial_dot)
+        tensors.radial_fraction.copy_(radial_fraction(gradient, h.to(wide)))
+    if tensors.dmean_square is not None:
+        gradient.addcmul_(h.to(wide), (tensors.dmean_square * (2.0 / d)).unsqueeze(-1))
+    if tensors.dtotal is not None:
+        gradient += tensors.dtotal
+    for out in (tensors.dh, tensors.dx):
         if out is not None:
             out.copy_(gradient)
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    norm: Norm,
-    residual: Tensor | None = None,
-    y: Tensor | None = None,
-    total: Tensor | None = None,
-    mean_square: Tensor | None = None,
-) -> None:
-    """Write `y`, the sum `total = x + residual` and `mean_square` (those that are given) of rows x [..., d]."""
-    if x.numel() == 0:
+def norm_forward(tensors: NormForward, eps: float, norm: Norm) -> None:
+    """Write those of `y`, `total` and `mean_square` that are given."""
+    if tensors.x.numel() == 0:
         return
-    if uses_triton(x):
-        implementation("row_norm_triton").norm_forward(x, weight, bias, eps, norm, residual, y, total, mean_square)
+    if uses_triton(tensors.x):
+        implementation("row_norm_triton").norm_forward(tensors, eps, norm)
         return
-    d = x.shape[-1]
-    x = x.view(-1, d)
-    residual, y, total = (None if t is None else t.view(-1, d) for t in (residual, y, total))
-    mean_square = None if mean_square is None else mean_square.view(-1)
-    for block in cpu_blocks(x.shape[0], CPU_ROW_TENSORS * 4 * d):
-        rows = (None if tensor is None else tensor[block] for tensor in (residual, y, total, mean_square))
-        _forward_cpu(x[block], weight, bias, eps, norm, *rows)
+    for block, _ in _cpu_blocks(tensors, tensors.x):
+        _forward_cpu(block, eps, norm)
 
 
-def norm_backward(
-    dy: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    *,
-    eps: float,
-    norm: Norm,
-    row_weight: Tensor | None = None,
-    scale: Tensor | None = None,
-    dmean_square: Tensor | None = None,
-    dtotal: Tensor | None = None,
-    dh: Tensor | None = None,
-    dx: Tensor | None = None,
-    dweight: Tensor | None = None,
-    dbias: Tensor | None = None,
-    radial: tuple[Tensor, Tensor] | None = None,
-    add: bool = False,
-) -> None:
-    """The gradient of `norm_forward`: writes those of `dh`, `dx` (the same values in another dtype) that are given.
+def norm_backward(tensors: NormBackward, eps: float, norm: Norm, *, add: bool = False) -> None:
+    """The gradient of `norm_forward`: write those of the gradients and radial sums that are given.
 
-    row_weight [rows] and scale []: dy is multiplied by both, in float32.
-    dmean_square [...]: may be expanded from a scalar.
-    radial: two [rows], which receive <g, h> and the radial fraction of the gradient g that comes through y alone.
-    dweight, dbias: [programs, d] float32, made by `partial_sums`.  The caller sums them over their first dimension.
-    They are written over, or, with `add`, added to.
+    add: add to `dweight` and `dbias` what would else be written over them.
     """
-    if h.numel() == 0:
+    if tensors.h.numel() == 0:
         return
-    if uses_triton(h):
-        implementation("row_norm_triton").norm_backward(
-            dy, h, weight, eps, norm, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, radial, add
-        )
+    if uses_triton(tensors.h):
+        implementation("row_norm_triton").norm_backward(tensors, eps, norm, add)
         return
-    d = h.shape[-1]
-    h = h.view(-1, d)
-    dy, dtotal, dh, dx = (None if t is None else t.view(-1, d) for t in (dy, dtotal, dh, dx))
-    dmean_square = None if dmean_square is None else dmean_square.reshape(-1)
-    for block in cpu_blocks(h.shape[0], CPU_ROW_TENSORS * 4 * d):
-        dy_, row_weight_, dmean_square_, dtotal_, dh_, dx_ = (
-            None if tensor is None else tensor[block] for tensor in (dy, row_weight, dmean_square, dtotal, dh, dx)
-        )
-        _backward_cpu(
-            dy_, h[block], weight, eps, norm, row_weight_, scale, dmean_square_, dtotal_, dh_, dx_, dweight, dbias,
-            None if radial is None else (radial[0][block], radial[1][block]), add or block.start > 0,
-        )  # fmt: skip
+    for block, first in _cpu_blocks(tensors, tensors.h):
+        _backward_cpu(block, eps, norm, add or not first)
 
 
 def partial_sums(h: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ def partial_sums(h: Tensor) -> Tensor:
     n_programs = min(1, n_rows)
     if uses_triton(h):
         n_programs = implementation("row_norm_triton").backward_programs(n_rows, d, h.device)
-    return torch.empty((n_programs, d), dtype=accumulator(h.dtype), device=h.device)
+    return h.new_empty((n_programs, d), dtype=accumulator(h.dtype))
 
 
 def rows_of(x: Tensor) -> Tensor:

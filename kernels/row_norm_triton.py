@@ -8,10 +8,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .device import multiprocessors
 from .launch import cdiv, launch, power_of_2, radial_fraction
+from .row_norm import NormBackward, NormForward
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
 TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
@@ -151,6 +151,13 @@ def norm_tile(n_columns: int) -> tuple[int, int]:
     return max(1, min(16, TILE // block_columns)), block_columns
 
 
+@functools.cache
+def tile_warps(n_columns: int) -> int:
+    """Warps of a program that takes one tile alone, of rows of `n_columns`."""
+    rows, columns = norm_tile(n_columns)
+    return min(16, max(4, rows * columns // 512))
+
+
 def threads_of_a_warp() -> int:
     return 64 if torch.version.hip else 32
 
@@ -167,35 +174,25 @@ def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
     return min(cdiv(n_rows, tile[0]), resident * multiprocessors(device))
 
 
-def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str,
-    residual: Tensor | None, y: Tensor | None, total: Tensor | None, mean_square: Tensor | None,
-) -> None:  # fmt: skip
-    n_columns = x.shape[-1]
-    n_rows = x.numel() // n_columns
+def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
+    n_columns = tensors.x.shape[-1]
+    n_rows = tensors.x.numel() // n_columns
     rows, columns = norm_tile(n_columns)
     launch(
-        norm_forward_kernel, (cdiv(n_rows, rows),),
-        (x, residual, weight, bias, y, total, mean_square), n_rows, n_columns, eps, NORMS[norm], rows, columns,
-        num_warps=min(16, max(4, rows * columns // 512)),
+        norm_forward_kernel, (cdiv(n_rows, rows),), tensors, n_rows, n_columns, eps, NORMS[norm], rows, columns,
+        num_warps=tile_warps(n_columns),
     )  # fmt: skip
 
 
-def norm_backward(
-    dy: Tensor | None, h: Tensor, weight: Tensor | None, eps: float, norm: str, row_weight: Tensor | None,
-    scale: Tensor | None, dmean_square: Tensor | None, dtotal: Tensor | None, dh: Tensor | None, dx: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None, radial: tuple[Tensor, Tensor] | None, add: bool,
-) -> None:  # fmt: skip
+def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> None:
+    h, dmean_square = tensors.h, tensors.dmean_square
     n_columns = h.shape[-1]
     n_rows = h.numel() // n_columns
     rows, columns = tile = norm_tile(n_columns)
-    dot, fraction = (None, None) if radial is None else radial
     stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
-    partial = dweight if dbias is None else dbias
+    partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
     launch(
-        norm_backward_kernel, (n_programs,),
-        (dy, h, weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, dbias, dot, fraction),
-        n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
+        norm_backward_kernel, (n_programs,), tensors, n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
         num_warps=backward_warps(tile),
     )  # fmt: skip

@@ -51,25 +51,6 @@ class LossScales:
         return self.factors[2]
 
 
-def _row_weights_cpu(
-    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, scales: LossScales,
-    ignore_index: int, mean: bool, weight: float, n_penalised: int,
-) -> None:  # fmt: skip
-    valid = targets != ignore_index
-    n = (valid.sum() if n_targets is None else n_targets).to(scales.factors.dtype)
-    n = torch.where(n > 0, n, 1.0)
-    peak = n.new_full((), weight)
-    if weights is not None and scales.row_weight is not None:
-        weights = torch.where(valid, weights, 0.0)  # [A, N]
-        magnitude = weights.abs()
-        largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * n
-        peak = torch.where(largest > 0, largest, 1.0)
-        scales.row_weight.copy_((weights / peak).flatten())
-    scales.unit.copy_(peak / n if mean else peak)
-    scales.share.copy_(1 / n)
-    scales.dmean_square.copy_(n.new_zeros(()) if penalty is None else penalty.to(n.dtype) / max(1, n_penalised))
-
-
 def row_weights(
     targets: Tensor,
     weights: Tensor | None,
@@ -89,16 +70,28 @@ def row_weights(
     mean: the loss is divided by n.  n_targets []: n, where it is not the number of these targets.
     n_penalised: rows K * N whose mean squares the penalty is a mean of.
     """
-    if not uses_triton(targets):
-        _row_weights_cpu(targets, weights, penalty, n_targets, scales, ignore_index, mean, weight, n_penalised)
-        return scales
-    in_range = torch.empty((), dtype=torch.bool, device=targets.device)
-    implementation("row_weights_triton").row_weights(
-        targets, None if weights is None else weights.contiguous(), penalty, n_targets, scales.row_weight,
-        scales.factors, in_range, n_columns=n_columns, ignore_index=ignore_index, mean=mean, weight=weight,
-        n_penalised=n_penalised,
-    )  # fmt: skip
-    return LossScales(scales.row_weight, scales.factors, in_range)
+    if uses_triton(targets):
+        in_range = torch.empty((), dtype=torch.bool, device=targets.device)
+        implementation("row_weights_triton").row_weights(
+            targets, None if weights is None else weights.contiguous(), penalty, n_targets, scales.row_weight,
+            scales.factors, in_range, n_columns=n_columns, ignore_index=ignore_index, mean=mean, weight=weight,
+            n_penalised=n_penalised,
+        )  # fmt: skip
+        return LossScales(scales.row_weight, scales.factors, in_range)
+    valid = targets != ignore_index
+    n = (valid.sum() if n_targets is None else n_targets).to(scales.factors.dtype)
+    n = torch.where(n > 0, n, 1.0)
+    peak = n.new_full((), weight)
+    if weights is not None and scales.row_weight is not None:
+        weights = torch.where(valid, weights, 0.0)  # [A, N]
+        magnitude = weights.abs()
+        largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * n
+        peak = torch.where(largest > 0, largest, 1.0)
+        scales.row_weight.copy_((weights / peak).flatten())
+    scales.unit.copy_(peak / n if mean else peak)
+    scales.share.copy_(1 / n)
+    scales.dmean_square.copy_(n.new_zeros(()) if penalty is None else penalty.to(n.dtype) / max(1, n_penalised))
+    return scales
 
 
 def loss_sums(loss: Tensor, scales: LossScales, mean_square: Tensor | None, total: Tensor, per_loop: Tensor) -> None:

@@ -26,7 +26,7 @@ Vocabulary-parallel cross-entropy: Megatron-LM, arXiv 1909.08053.  Online softma
 import torch
 from torch import Tensor
 
-from .cross_entropy import LossOptions, RowResults
+from .cross_entropy import LossOptions, RowResults, finished
 from .cross_entropy_cpu import top2
 from .device import accumulator, cpu_blocks, implementation, uses_triton
 from .vocabulary_shard import VocabularyShard
@@ -39,24 +39,22 @@ def n_parts(*, statistics: bool) -> int:
     return 7 if statistics else 4
 
 
-def form_parts(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, shard: VocabularyShard, parts: Tensor
-) -> None:
+def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, parts: Tensor) -> None:
     """Write what this rank sends of rows of its logits [R, V_p], parts [4 or 7, R].
 
     A row is stride(0) elements long in memory, as for `cross_entropy_`.
     """
     if uses_triton(logits):
-        implementation("sharded_cross_entropy_triton").form_parts(logits, targets, bias, options, shard, parts)
+        implementation("sharded_cross_entropy_triton").form_parts(logits, targets, options, shard, parts)
         return
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        _parts_of_block(_finished(logits[rows], bias, options), targets[rows], options, parts[:, rows])
+        _parts_of_block(finished(logits[rows], options), targets[rows], options, parts[:, rows])
 
 
 def finish_rows(
-    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    shard: VocabularyShard, parts: Tensor, results: RowResults, *, gradient: bool,
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, options: LossOptions, shard: VocabularyShard,
+    parts: Tensor, results: RowResults, *, gradient: bool,
 ) -> None:  # fmt: skip
     """Write the results of rows from all ranks' parts [P, 4 or 7, R]; with a gradient, dCE/dlogits over the logits.
 
@@ -64,7 +62,7 @@ def finish_rows(
     """
     if uses_triton(logits):
         implementation("sharded_cross_entropy_triton").finish_rows(
-            logits, targets, row_weight, bias, options, shard, parts, results, gradient
+            logits, targets, row_weight, options, shard, parts, results, gradient
         )
         return
     counts = targets != options.ignore_index
@@ -76,21 +74,13 @@ def finish_rows(
     scale = 1 / total if options.z_loss is None else (1 + 2 * options.z_loss * lse) / total
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        z = _finished(logits[rows], bias, options)
+        z = finished(logits[rows], options)
         of_rows = maximum[rows], scale[rows], targets[rows], counts[rows]
         logits[rows] = _gradient_of_block(z, *of_rows, options, shard.n_words)
 
 
 def _row_bytes(logits: Tensor) -> int:
     return logits.shape[1] * accumulator(logits.dtype).itemsize
-
-
-def _finished(logits: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
-    """z [R, V_p] of the logits, in a tensor of its own unless that would change nothing."""
-    z = logits.to(accumulator(logits.dtype))
-    if bias is not None:
-        z = z + bias
-    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
 
 def _hits(targets: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:

@@ -134,26 +134,22 @@ def finish_kernel(
             tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
 
 
-def _step(
-    logits: Tensor, bias: Tensor | None, options: LossOptions, statistics: bool = False
-) -> tuple[int, dict[str, int]]:
+def _step(logits: Tensor, options: LossOptions, statistics: bool = False) -> tuple[int, dict[str, int]]:
     """Columns of a step, and how it is launched."""
-    finished, padded = bias is not None or options.softcap is not None, logits.stride(0) > logits.shape[1]
+    finished, padded = options.bias is not None or options.softcap is not None, logits.stride(0) > logits.shape[1]
     block = block_vocab(logits.shape[1], finished, statistics, padded)
     # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
     elaborate = (finished or statistics) and logits.is_cuda and not HIP
     return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
 
 
-def form_parts(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions, shard: VocabularyShard, parts: Tensor
-) -> None:
+def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, parts: Tensor) -> None:
     n_rows, n_columns = logits.shape
     statistics = len(parts) > 4
-    block, launched = _step(logits, bias, options, statistics)
+    block, launched = _step(logits, options, statistics)
     launch(
         parts_kernel, (n_rows,),
-        (logits, targets, bias, parts),
+        (logits, targets, options.bias, parts),
         n_columns, logits.stride(0), n_rows, shard.rows.start, options.label_smoothing or None, options.softcap,
         statistics, block,
         **launched,
@@ -161,14 +157,14 @@ def form_parts(
 
 
 def finish_rows(
-    logits: Tensor, targets: Tensor, row_weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    shard: VocabularyShard, parts: Tensor, results: RowResults, gradient: bool,
+    logits: Tensor, targets: Tensor, row_weight: Tensor | None, options: LossOptions, shard: VocabularyShard,
+    parts: Tensor, results: RowResults, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, launched = _step(logits, bias, options)
+    block, launched = _step(logits, options)
     launch(
         finish_kernel, (n_rows,),
-        (logits, targets, row_weight, bias, options.z_loss, parts, results.loss, results.statistics, results.top1),
+        (logits, targets, row_weight, options.bias, options.z_loss, parts, *results),
         n_columns, logits.stride(0), n_rows, parts.shape[1], shard.rows.start, shard.n_words, shard.most_rows,
         shard.n_ranks, options.ignore_index, options.label_smoothing or None, options.softcap,
         gradient, power_of_2(shard.n_ranks), block,

@@ -10,15 +10,14 @@ are the same and memory then holds the rows of all ranks for one chunk alone.  A
 alone with its tokens, and dW_p is the mean over ranks: what data-parallel training makes of a head that is whole.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .arguments import check_range
 from .cross_entropy import LossOptions, RowResults
-from .device import uses_triton
-from .products import form_gradients, form_logits
-from .readout_call import ReadoutCall
+from .products import form_gradients, form_logits, logits_space
+from .readout_call import ReadoutCall, ReadoutResults, ReadoutTensors
 from .row_weights import LossScales, row_weights
 from .sharded_cross_entropy import finish_rows, form_parts, n_parts
 
@@ -33,17 +32,15 @@ class RowsOfAll(NamedTuple):
     row_weight: Tensor | None
 
 
-def weigh_all(
-    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None, results: Any,
-    call: ReadoutCall,
-) -> tuple[LossScales, RowsOfAll]:  # fmt: skip
+def weigh_all(tensors: ReadoutTensors, results: ReadoutResults, call: ReadoutCall) -> tuple[LossScales, RowsOfAll]:
     """Fill this rank's row weights and the factors that all ranks have in common; and what all need of all rows.
 
     n, where it is not given, is the mean over the ranks of the number of their targets that are not ignored.
     """
     assert call.shard is not None
-    shard, n_loops, n_tokens = call.shard, len(call.active), len(targets)
-    all_targets = shard.blocks(targets)  # [B, N]
+    shard, n_loops, n_tokens = call.shard, len(call.active), len(tensors.targets)
+    all_targets = shard.blocks(tensors.targets)  # [B, N]
+    weights, n_targets = tensors.weights, tensors.n_targets
     if n_targets is None:
         n_targets = (all_targets != call.ignore_index).sum().to(results.factors.dtype) * shard.share
     space = None
@@ -53,8 +50,8 @@ def weigh_all(
         space = results.row_weight.new_empty(n_loops * all_targets.numel())
     scales = row_weights(
         all_targets.flatten(), weights, LossScales(space, results.factors), n_columns=shard.n_words,
-        ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=penalty, n_targets=n_targets,
-        n_penalised=call.n_loops * n_tokens,
+        ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=tensors.penalty,
+        n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
     )  # fmt: skip
     check_range(all_targets.flatten(), shard.n_words, call.ignore_index, scales.in_range)
     of_all = all_targets.repeat(1, n_loops)
@@ -66,15 +63,14 @@ def weigh_all(
 
 
 def read_out_shard(
-    y: Tensor, head: Tensor, of_all: RowsOfAll, bias: Tensor | None, options: LossOptions, rows: RowResults,
-    results: Any, call: ReadoutCall,
+    y: Tensor, head: Tensor, of_all: RowsOfAll, options: LossOptions, rows: RowResults, results: ReadoutResults,
+    call: ReadoutCall,
 ) -> None:  # fmt: skip
     """Row results of this rank's y [R, d], and, where needed, dhead and dbias of its rows and dy, written over y."""
     assert call.shard is not None
-    shard, (n_rows, d), n_columns = call.shard, y.shape, len(head)
+    shard, (n_rows, d) = call.shard, y.shape
     size = min(max(1, call.chunk_rows // shard.n_blocks), n_rows)  # of a rank's rows in a chunk
-    row_length = -(-n_columns // 16) * 16 if uses_triton(head) else n_columns  # for 16-byte accesses
-    logits = head.new_empty((shard.n_blocks * size, row_length))[:, :n_columns]
+    logits = logits_space(head, shard.n_blocks * size)
     space = None if shard.same_states else y.new_empty((shard.n_blocks * size, d))
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows))
@@ -83,27 +79,25 @@ def read_out_shard(
         all_rows = rank_rows if room is None else shard.gathered(rank_rows, room)
         weight = None if of_all.row_weight is None else of_all.row_weight[:, chunk].flatten()
         g = form_logits(all_rows, head, logits[: len(all_rows)])
-        _losses(g, of_all.targets[:, chunk].flatten(), weight, bias, options, rows, chunk, call)
+        _losses(g, of_all.targets[:, chunk].flatten(), weight, options, rows, chunk, call)
         form_gradients(g, all_rows, head, weight, results, call, first == 0)
         if call.needs_dy:
             shard.sum_of_blocks(all_rows.view(shard.n_blocks, *rank_rows.shape), rank_rows)
 
 
 def _losses(
-    logits: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, options: LossOptions,
-    rows: RowResults, chunk: slice, call: ReadoutCall,
+    logits: Tensor, targets: Tensor, weight: Tensor | None, options: LossOptions, rows: RowResults, chunk: slice,
+    call: ReadoutCall,
 ) -> None:  # fmt: skip
     """The results of a chunk's rows, of which this rank's are kept in `rows`; the logits become their gradient."""
     assert call.shard is not None
     shard, n_rows, wide = call.shard, len(logits), rows.loss.dtype
     parts = logits.new_empty((n_parts(statistics=rows.statistics is not None), n_rows), dtype=wide)
-    form_parts(logits, targets, bias, options, shard, parts)
+    form_parts(logits, targets, options, shard, parts)
     of_chunk = RowResults(rows.loss.new_empty(n_rows))
     if rows.statistics is not None and rows.top1 is not None:
         of_chunk = RowResults(of_chunk.loss, rows.statistics.new_empty((3, n_rows)), rows.top1.new_empty(n_rows))
-    finish_rows(
-        logits, targets, weight, bias, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits
-    )
+    finish_rows(logits, targets, weight, options, shard, shard.gathered(parts), of_chunk, gradient=call.needs_dlogits)
     size = chunk.stop - chunk.start
     of_rank = slice(shard.block * size, (shard.block + 1) * size)
     rows.loss[chunk] = of_chunk.loss[of_rank]

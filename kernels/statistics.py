@@ -28,7 +28,7 @@ from .device import autocast_dtype, product_dtype
 from .looped_cross_entropy import logits_reference
 from .products import default_chunk_rows
 from .readout import read_out
-from .readout_call import ReadoutCall
+from .readout_call import ReadoutCall, ReadoutTensors
 from .vocabulary_shard import VocabularyShard, rows_here
 
 
@@ -56,7 +56,7 @@ def readout_statistics_reference(
     softcap: float | None = None,
 ) -> ReadoutStatistics:
     """`readout_statistics` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
-    options = LossOptions(ignore_index=ignore_index, softcap=softcap)
+    options = LossOptions(ignore_index=ignore_index, softcap=softcap, bias=bias)
     shape = states[0].shape[:-1]
     known = torch.full(shape, ignore_index, device=head.device) if targets is None else targets
     loops = []
@@ -66,7 +66,7 @@ def readout_statistics_reference(
                 state, head, readout=readout, final=loop == len(states) - 1, norm_weight=norm_weight,
                 norm_bias=norm_bias, eps=eps,
             )  # fmt: skip
-            ce, z = loss_reference(logits.flatten(0, -2), known.flatten().long(), bias, options)
+            ce, z = loss_reference(logits.flatten(0, -2), known.flatten().long(), options)
             loops.append((ce, *statistics_reference(z)))
     loss, *others = (torch.stack(columns).view(len(loops), *shape) for columns in zip(*loops, strict=True))
     return ReadoutStatistics(None if targets is None else loss, *others)
@@ -125,10 +125,9 @@ def readout_statistics(
     known = (
         targets.reshape(-1).long() if targets is not None else torch.full((n_tokens,), ignore_index, device=h.device)
     )
+    tensors = ReadoutTensors(head, known, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
     with torch.no_grad():
-        results = read_out(
-            rows, call, head=head, targets=known, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias
-        )  # fmt: skip
+        results = read_out(rows, tensors, call)
     full = (n_loops, *shape)
     lse, entropy, margin = (column.view(full) for column in results.statistics[:3])
     loss = None if targets is None else results.ce.view(full)

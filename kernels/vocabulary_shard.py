@@ -74,12 +74,12 @@ class VocabularyShard(NamedTuple):
 
     @property
     def n_blocks(self) -> int:
-        """Of how many ranks the rows of states are different ones."""
+        """How many ranks have tokens of their own; 1 where all ranks have the same tokens."""
         return 1 if self.same_states else self.n_ranks
 
     @property
     def block(self) -> int:
-        """Which of these are this rank's."""
+        """Which of these blocks of tokens is this rank's."""
         return 0 if self.same_states else self.rank
 
     def local(self, name: str, tensor: Rows) -> Rows:
@@ -118,9 +118,9 @@ class VocabularyShard(NamedTuple):
         all_gather(out.view(-1), tensor.contiguous().view(-1), group=self._group)
         return out
 
-    def blocks(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    def blocks(self, tensor: Tensor) -> Tensor:
         """[n_blocks, ...] of a tensor [...] that depends on the tokens."""
-        return tensor.unsqueeze(0) if self.same_states else self.gathered(tensor, out)
+        return tensor.unsqueeze(0) if self.same_states else self.gathered(tensor)
 
     def sum_of_blocks(self, parts: Tensor, out: Tensor) -> None:
         """out [...]: the sum over the ranks of this rank's block of `parts` [n_blocks, ...]."""

@@ -1,7 +1,8 @@
 """Early exit for whole sequences: the loops of a token that has stopped are not computed.
 
-Loop by loop, for the tokens that are still active alone: the loop, a policy's score (looped/halting.py), and for those
-that leave, their logits. A token leaves at the first loop e < K whose score is at least tau, and at K otherwise.
+Each loop is applied to the tokens that are still active, and to no others. Then a policy gives them scores
+(looped/halting.py), and those that leave get their logits. A token leaves at the first loop e < K whose score is at
+least tau, and at K otherwise.
 
 The rule for what was not computed: at loop k a query attends, in every layer, to the keys and values that each token
 had at its loop min(k, e). They cost one buffer a layer, [B, T, H, head_dim] each, which the active tokens overwrite at
@@ -13,8 +14,8 @@ more. For attention the queries are padded to [B, A], A the most that one sequen
 leave is decided on the host: one copy of N booleans a loop, which a GPU's host waits for.
 
 A policy that reads logits costs a readout of every active token at every loop. Any other costs one head product a
-token, and the coda, if there is one, of all active tokens: at every loop for the gate, and for the state's change at
-those where a token leaves.
+token. The coda, if there is one, is then applied to all active tokens: at every loop for the gate, and for the state's
+change only at the loops where a token leaves.
 """
 
 from functools import partial

@@ -40,9 +40,9 @@ class _Captured:
 class CudaGraphs:
     """One graph for each function, shapes of its tensors and values of its other arguments, such as a step's depth.
 
-    The first `WARM_UP` calls of each run eagerly, aside from the current stream, as a capture asks for; the next one is
-    captured, and every call from then on is a replay. A capture computes nothing, so that each call has its effect
-    exactly once. What is not an argument, such as weights, is read and written where it was when captured.
+    The first `WARM_UP` calls of each run eagerly, on a side stream, as a capture needs it. The next one is captured,
+    and every call from then on is a replay. A capture computes nothing, so that each call has its effect exactly once.
+    What is not an argument, such as weights, is read and written where it was when captured.
 
     A result is overwritten by the next call of any function. All graphs share one pool of memory: no two run at a time.
 
@@ -84,18 +84,18 @@ class CudaGraphs:
 
     def _capture(self, key: Hashable, function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
         """Whether the call could be captured. If not, the random generator is as it was, and no longer captured."""
-        own = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         state = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
         try:
             # An error leaves torch.cuda.graph on its own stream; the outer context comes back from it.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
-                result = function(*own)
+                result = function(*copies)
         except RuntimeError as error:
             generator.graphsafe_set_state(state)
             self.refusal = re.sub(r"\s+", " ", str(error))[:200]
             print(f"no CUDA graph: {self.refusal}; kernels are launched one by one", flush=True)
             return False
-        self._captured[key] = _Captured(graph, [x for x in own if isinstance(x, Tensor)], result)
+        self._captured[key] = _Captured(graph, [x for x in copies if isinstance(x, Tensor)], result)
         return True

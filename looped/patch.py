@@ -107,20 +107,19 @@ class Patched:
     # A call -----------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.model, *args, **kwargs)
+        return _uncompiled_call()(self, self.model, *args, **kwargs)
 
     @property
     def __func__(self) -> Callable[..., Any]:
         """The function that a method has. accelerate wraps that one, and binds the result to the model again."""
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.run(model, *args, **kwargs)
+            return _uncompiled_call()(self, model, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(self.own_forward)  # type: ignore[attr-defined]
         return forward
 
-    @torch.compiler.disable
-    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own forward; with labels its loss is the fused one and its logits None."""
         if self.undone:
             return self.own_forward(model, *args, **kwargs)
@@ -186,6 +185,12 @@ class Patched:
             return loss + penalty * mean_square(states) if self.penalty else loss
         weights = [0.0] * (len(states) - 1) + [1.0] if self.terminal else None
         return self.captured.cross_entropy(targets, weights=weights, penalty=penalty, n_targets=n_targets).loss
+
+
+@functools.cache
+def _uncompiled_call() -> Callable[..., Any]:
+    """Marked when it is first called: marking it imports the compiler."""
+    return torch.compiler.disable(Patched._call)
 
 
 class ExpectedState:

@@ -278,17 +278,17 @@ def report(options: PlanOptions) -> str:
         f"advice    {advice(options)}",
     ]
     if options.dtype == "bf16":
-        kept, again = (
+        fast, recomputing = (
             tokens_per_second(dataclasses.replace(options, checkpoint_loops=checkpoint)) for checkpoint in (False, True)
         )
         lines.append(
-            f"predicted speed at {MEASURED_MFU:.1%} of {gpu.peak:g} TFLOP/s, without communication: {kept:,.0f} "
-            f"tokens/s, with --checkpoint-loops {again:,.0f}"
+            f"predicted speed at {MEASURED_MFU:.1%} of {gpu.peak:g} TFLOP/s, without communication: {fast:,.0f} "
+            f"tokens/s, with --checkpoint-loops {recomputing:,.0f}"
         )
         if options.tokens is not None:
             lines.append(
-                f"predicted time for {options.tokens:,.0f} tokens: {duration(options.tokens / kept)}, with "
-                f"--checkpoint-loops {duration(options.tokens / again)}"
+                f"predicted time for {options.tokens:,.0f} tokens: {duration(options.tokens / fast)}, with "
+                f"--checkpoint-loops {duration(options.tokens / recomputing)}"
             )
     else:
         lines.append("no speed: it was measured in bf16 alone")

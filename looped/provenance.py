@@ -1,9 +1,12 @@
 """Where a measured number comes from: the commit of this project, the versions of packages, the processor."""
 
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +42,9 @@ def instructions() -> str:
     widest_first = {"amx_bf16": "amx", "avx512_bf16": "avx512-bf16", "avx512_f": "avx512", "avx2": "avx2"}
     has = torch.cpu.get_capabilities()
     return next((name for flag, name in widest_first.items() if has.get(flag, False)), platform.machine())
+
+
+def machine_slug(where: Mapping[str, Any]) -> str:
+    """A record's device, instructions and threads as a part of a file's name."""
+    words = re.sub(r"\((r|tm)\)", "", where["device"].lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {where['instructions'].lower()} {where['threads']} threads").strip("-")

@@ -132,9 +132,11 @@ def loop_bytes(config: LoopedConfig, step: Step) -> int:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes kept from the forward to the backward pass. outside: of embedding, prelude and coda. loops: of all loops
-    that have a gradient; loop: of one. recomputed: the most that is formed again at once. working: gradients in a
-    block's backward pass."""
+    """Bytes kept from the forward to the backward pass.
+
+    outside: by embedding, prelude and coda. loops: by all loops that have a gradient; loop: by one of them.
+    recomputed: the most that is formed again at once. working: the gradients inside a block's backward pass.
+    """
 
     outside: float
     loops: float
@@ -177,8 +179,11 @@ def _readout(config: LoopedConfig, step: Step, n_read: int) -> _Readout:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Bytes. held: of the weights. gathered: of the other GPUs' weights and of casts. Then those of gradients:
-    of_head: the table's alone. of_loops: while loops are still to come. whole: at the end of the backward pass."""
+    """Bytes. held: weights of this GPU. gathered: weights of other GPUs, and copies of weights in bf16.
+
+    The others are gradients. of_head: the table's alone. of_loops: while the backward pass has loops to come. whole: at
+    its end.
+    """
 
     held: float
     gathered: float

@@ -99,7 +99,7 @@ def whole_vocabulary(model: LoopedLM, optimizer: torch.optim.Optimizer | None = 
 
 
 def _cut(model: LoopedLM, shard: VocabularyShard, state: dict[str, Any]) -> None:
-    """Keep the rows of the shard alone, of the table and of what the optimiser's state has of each of its rows."""
+    """Keep the shard's rows of the table and of the optimiser's moments of it, and drop all others."""
     model.head_weight.data = model.head_weight.data[shard.rows].clone()
     for name in _moments(state):
         state[name] = state[name][shard.rows].clone()

@@ -1,7 +1,6 @@
 """Attention against an explicit softmax; dropout; memory; rotary positions."""
 
 import functools
-import math
 import types
 import weakref
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_case import explicit_attention, random_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,20 +18,6 @@ from looped.attention import SelfAttention, causal_attention, rotary_table, rota
 from looped.config import LoopedConfig
 from looped.context import Context
 from looped.implementation import PLAIN
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None = None) -> Tensor:
-    """The definition; kept: [B, H, T, T] factors on the attention weights (0 or 1 / (1 - p))."""
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weights if kept is None else weights * kept, v)
-
-
-def random_qkv(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
-    return q, k, v
 
 
 class LargestTensor(TorchDispatchMode):

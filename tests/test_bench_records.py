@@ -13,9 +13,9 @@ from bench.measure.accuracy import (
     limits_of_float32_loss,
     limits_with_mean_loss,
 )
-from bench.measure.place import slug
 from bench.measure.records import Results, Session, complete, read, write
 from bench.measure.tables import markdown
+from looped.provenance import machine_slug
 
 
 def record(implementation: str, ratio: float, *, group: str = "readout K4", correct: bool = True, **fields):
@@ -196,10 +196,10 @@ def test_a_session_may_be_written_again_and_again(tmp_path):
 
 def test_slug_tells_machines_apart():
     intel = {"device": "Intel(R) Xeon(R) Processor @ 2.70GHz", "instructions": "amx", "threads": 2}
-    assert slug(intel) == "intel-xeon-processor-2-70ghz-amx-2-threads"
-    assert slug(intel | {"instructions": "avx512-bf16"}) != slug(intel)
+    assert machine_slug(intel) == "intel-xeon-processor-2-70ghz-amx-2-threads"
+    assert machine_slug(intel | {"instructions": "avx512-bf16"}) != machine_slug(intel)
     gpu = {"device": "NVIDIA H100 80GB HBM3", "instructions": "sm-90", "threads": 8}
-    assert slug(gpu) == "nvidia-h100-80gb-hbm3-sm-90-8-threads"
+    assert machine_slug(gpu) == "nvidia-h100-80gb-hbm3-sm-90-8-threads"
 
 
 def test_a_float32_loss_is_held_to_half_a_rounding_however_wrong_plain_is():

@@ -6,6 +6,7 @@ from readout_case import Case
 
 import looped.kernels.device
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_, loss_reference
+from looped.kernels.device import constant_in_graphs
 from looped.kernels.products import HEAD_ROWS, accumulate_head
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -17,6 +18,15 @@ def multiplies_faster(request, monkeypatch) -> bool:
     """This machine's CPU with, and without, fast products of low precision."""
     monkeypatch.setattr(looped.kernels.device, "multiplies_faster", lambda dtype: request.param)
     return request.param
+
+
+def test_a_constant_is_marked_as_the_compiler_marks_it():
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    constant_in_graphs(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -71,7 +81,7 @@ def rows_of_every_kind() -> tuple[torch.Tensor, torch.Tensor]:
 def test_bfloat16_rows_of_every_kind(weighted):
     """Of the weights only those that are 0 matter to the rows' own gradients."""
     z, targets = rows_of_every_kind()
-    truth = loss_reference(z.double(), targets, None, LossOptions())[0]
+    truth = loss_reference(z.double(), targets, LossOptions())[0]
     row_weight = torch.rand(40) if weighted else torch.ones(40)
     row_weight[[3, 17]] = 0.0
     expected = torch.softmax(z.double(), -1)
@@ -80,7 +90,7 @@ def test_bfloat16_rows_of_every_kind(weighted):
     loss = torch.full((45,), torch.nan)
     logits = z.clone()
     weights = torch.cat([torch.ones(5), row_weight])
-    cross_entropy_(logits, targets.roll(5), weights, None, LossOptions(), RowResults(loss), 5, gradient=True)
+    cross_entropy_(logits, targets.roll(5), weights, LossOptions(), RowResults(loss), 5, gradient=True)
     torch.testing.assert_close(loss[5:].double(), truth, rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(logits.double(), expected, rtol=2**-7, atol=1e-7)
     assert loss[:5].isnan().all()
@@ -89,10 +99,10 @@ def test_bfloat16_rows_of_every_kind(weighted):
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
 def test_bfloat16_row_that_is_not_finite_stays_in_its_row(value):
     z, targets = rows_of_every_kind()
-    truth = loss_reference(z.double(), targets, None, LossOptions())[0]
+    truth = loss_reference(z.double(), targets, LossOptions())[0]
     z[2, 7] = value
     loss = torch.empty(40)
-    cross_entropy_(z, targets, None, None, LossOptions(), RowResults(loss), 0, gradient=True)
+    cross_entropy_(z, targets, None, LossOptions(), RowResults(loss), 0, gradient=True)
     assert loss[2].isnan()
     others = torch.arange(40) != 2
     torch.testing.assert_close(loss[others].double(), truth[others], rtol=2**-8, atol=1e-6)

@@ -4,24 +4,12 @@ import math
 
 import pytest
 import torch
+from attention_case import explicit_attention, random_qkv
 from numerics import LAYOUTS, assert_no_worse_than
 from torch import Tensor
 
 from looped.attention import causal_attention
 from looped.dropout import ROWS_PER_BLOCK, SCORES_PER_BLOCK, _blocks, _keep, dropout
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
-    """The definition; kept: [B, H, T, T] factors on the attention weights (0 or 1 / (1 - p))."""
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1) * kept, v)
-
-
-def random_qkv(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
-    return q, k, v
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from forked_runs import weights_of
 from tiny_run import arguments
 
 from looped.run_directory import load_run
@@ -24,10 +24,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("finished")
     assert train(arguments(directory, "--out", str(directory / "run"))) == 0
     return directory / "run"
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "checkpoint" / "model.safetensors")
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -146,6 +142,10 @@ def test_bad_runs_are_one_line(finished, tmp_path, capsys):
     assert error(finished, "--data", str(other)).startswith("error: the text or the tokenizer is not the one that")
     assert main([str(finished), "--out", str(tmp_path / "one")]) == 2
     assert "already holds a run" in capsys.readouterr().err
+    torn = Path(shutil.copytree(finished, tmp_path / "torn"))
+    moments = torn / "checkpoint" / "optimizer.safetensors"  # which would be sealed again, in the copy
+    moments.write_bytes(moments.read_bytes()[:-1] + b"x")
+    assert "optimizer.safetensors is not what was written" in error(torn)
 
 
 def test_a_gate_that_diverges_is_not_written(finished, tmp_path, capsys, monkeypatch):

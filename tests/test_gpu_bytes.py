@@ -14,7 +14,7 @@ import torch
 from bench.offline.accesses import Audit, Launch, View
 from looped.kernels import radial_gradient, swiglu
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
-from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
+from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 from looped.kernels.row_norm_triton import norm_tile
 from looped.kernels.row_weights import LossScales, loss_sums, row_weights, scaled
 from looped.kernels.row_weights_triton import BLOCK_TOKENS
@@ -50,9 +50,7 @@ def total(launch: Launch, *, without: tuple[str, ...] = ()) -> int:
 def test_norm_forward(audit, dtype, d):
     x, residual, weight = torch.randn(ROWS, d).to(dtype), torch.randn(ROWS, d), torch.randn(d)
     y, summed, mean_square = torch.empty_like(x), torch.empty_like(residual), torch.empty(ROWS)
-    norm_forward(
-        x, weight, None, eps=1e-6, norm="rmsnorm", residual=residual, y=y, total=summed, mean_square=mean_square
-    )
+    norm_forward(NormForward(x, residual, weight, y=y, total=summed, mean_square=mean_square), 1e-6, "rmsnorm")
     (launch,) = audit.launches
     check_safe(launch)
     least = n_bytes(x, residual, y, summed, mean_square)
@@ -68,7 +66,7 @@ def test_norm_forward_of_every_form(audit, norm, bias):
     d, dtype = 100, torch.bfloat16
     x, y, mean_square = torch.randn(ROWS, d).to(dtype), torch.empty(ROWS, d, dtype=dtype), torch.empty(ROWS)
     vectors = [torch.randn(d) if norm != "none" else None, torch.randn(d) if bias and norm != "none" else None]
-    norm_forward(x, *vectors, eps=1e-6, norm=norm, y=y, mean_square=mean_square)
+    norm_forward(NormForward(x, None, *vectors, y=y, mean_square=mean_square), 1e-6, norm)
     (launch,) = audit.launches
     check_safe(launch)
     least = n_bytes(x, y, mean_square)
@@ -84,7 +82,7 @@ def test_norm_backward_with_its_vectors(audit, norm):
     n_rows, d = 480, 100
     dy, h, weight = torch.randn(n_rows, d), torch.randn(n_rows, d), torch.randn(d)
     dh, dweight, dbias = torch.empty(n_rows, d), partial_sums(h), partial_sums(h)
-    norm_backward(dy, h, weight, eps=1e-6, norm=norm, dh=dh, dweight=dweight, dbias=dbias)
+    norm_backward(NormBackward(dy, h, weight, dh=dh, dweight=dweight, dbias=dbias), 1e-6, norm)
     (launch,) = audit.launches
     check_safe(launch)
     assert launch.programs == len(dweight) > 1
@@ -100,10 +98,11 @@ def test_norm_backward(audit, dtype, norm, add):
     row_weight, dmean_square, dtotal, scale = torch.ones(ROWS), torch.randn(ROWS), torch.randn(ROWS, d), torch.ones(())
     dh, dx, radial = torch.empty(ROWS, d), torch.empty(ROWS, d, dtype=dtype), (torch.empty(ROWS), torch.empty(ROWS))
     dweight = None if norm == "none" else partial_sums(h)
-    norm_backward(
-        dy, h, None if norm == "none" else weight, eps=1e-6, norm=norm, dmean_square=dmean_square, dtotal=dtotal,
-        row_weight=row_weight, scale=scale, dh=dh, dx=dx, dweight=dweight, radial=radial, add=add,
+    tensors = NormBackward(
+        dy, h, None if norm == "none" else weight, row_weight, scale, dmean_square, dtotal, dh, dx, dweight, None,
+        *radial,
     )  # fmt: skip
+    norm_backward(tensors, 1e-6, norm, add=add)
     (launch,) = audit.launches
     check_safe(launch)
     vectors = ("weight_ptr", "dweight_ptr", "scale_ptr")
@@ -167,8 +166,8 @@ def cross_entropy_launch(
     if statistics:
         results = RowResults(results.loss, torch.empty(6, n_rows), torch.empty(n_rows, dtype=torch.int64))
     bias = torch.randn(n_columns) if biased else None
-    options = LossOptions(softcap=softcap)
-    cross_entropy_(logits, targets, torch.ones(n_rows), bias, options, results, 0, gradient=gradient)
+    options = LossOptions(softcap=softcap, bias=bias)
+    cross_entropy_(logits, targets, torch.ones(n_rows), options, results, 0, gradient=gradient)
     (launch,) = audit.launches
     check_safe(launch)
     return launch

@@ -9,8 +9,7 @@ from readout_case import DTYPES, READOUTS, Case
 
 from looped.kernels import looped_cross_entropy
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
-from looped.kernels.readout import TENSORS
-from looped.kernels.readout_call import ReadoutCall
+from looped.kernels.readout_call import ReadoutCall, ReadoutTensors
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (4, 17, 64, 257), (2, 33, 96, 1000), (2, 5, 40, 1), (1, 3, 8, 40000)]
@@ -210,7 +209,7 @@ def test_opcheck(sequence, formed, layout):
             differentiated=(0, 1), needs=("head", "norm_weight"), penalised=True, mean=True, statistics=True
         )
         tensors |= dict(weights=tensor(2, 5), penalty=torch.tensor(0.1), z_loss=torch.tensor(0.01))
-    arguments = (states, *(tensors.get(name) for name in TENSORS), *call.flat())
+    arguments = (states, *ReadoutTensors(**tensors), *call.flat())
     torch.library.opcheck(torch.ops.looped.readout.default, arguments)
 
 

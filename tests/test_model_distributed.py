@@ -4,26 +4,17 @@ from pathlib import Path
 
 import torch
 from ranks import N_RANKS, run_ranks
-from tiny_decoder import V, assert_same_gradients, model
-from torch import Tensor
+from tiny_decoder import assert_same_gradients, model, uneven_batch
 from torch.nn.parallel import DistributedDataParallel
 
 OPTIONS = {"penalty": 0.05, "supervision": "per-loop"}
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Two rows for each process; the targets that count are not equally many."""
-    tokens = torch.randint(V, (2 * N_RANKS, 12), generator=torch.Generator().manual_seed(1))
-    targets = tokens[:, 1:].clone()
-    targets[0, 2:] = -100
-    return tokens[:, :-1], targets
-
-
 def save_gradients(rank: int, folder: str, fused: bool) -> None:
     """The gradients of this process's rows, averaged with the other's, into a file."""
-    tokens, targets = (rows.chunk(N_RANKS)[rank] for rows in batch())
+    tokens, targets = (rows.chunk(N_RANKS)[rank] for rows in uneven_batch())
     # The mean over processes of sums over n / 2 is the sum over n.
-    n_targets = (batch()[1] != -100).sum() / N_RANKS
+    n_targets = (uneven_batch()[1] != -100).sum() / N_RANKS
     wrapped = DistributedDataParallel(model(fused=fused, tied=False))
     loss = wrapped(tokens, targets, n_targets=n_targets, **OPTIONS).loss
     loss.backward()
@@ -40,7 +31,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     run_ranks(save_all, tmp_path, str(tmp_path))
     for fused in (True, False):
         alone = model(fused=fused, tied=False)
-        loss = alone(*batch(), **OPTIONS).loss
+        loss = alone(*uneven_batch(), **OPTIONS).loss
         loss.backward()
         expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
         results = [torch.load(tmp_path / f"{fused}-{rank}.pt") for rank in range(N_RANKS)]

@@ -2,9 +2,9 @@ import pytest
 import torch
 from numerics import LAYOUTS, assert_no_worse_than
 
-from looped.kernels import rms_norm_penalty
+from looped.kernels import rms_norm_penalty, row_norm
 from looped.kernels.rms_norm import rms_norm_penalty_reference
-from looped.kernels.row_norm import norm_backward, norm_forward, partial_sums
+from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
 
 SHAPES = [(1, 16), (7, 48), (2, 33, 64), (5, 1), (3, 100), (40, 257), (2, 4100)]
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -42,9 +42,16 @@ def test_rms_norm_penalty(backend, device, dtype, shape, with_weight, with_resid
 
 
 @pytest.mark.parametrize("norm", ["none", "rmsnorm", "layernorm"])
-@pytest.mark.parametrize("shape", [(1, 16), (9, 48), (3, 600)])
-def test_norm_forms_and_their_gradients(backend, device, norm, shape):
-    """The three norms of the readout, with bias, scale, penalty gradient and radial sums, against autograd."""
+@pytest.mark.parametrize(
+    ("shape", "row_by_row"), [((1, 16), False), ((9, 48), False), ((9, 48), True), ((3, 600), False)]
+)
+def test_norm_forms_and_their_gradients(backend, device, norm, shape, row_by_row, monkeypatch):
+    """The three norms of the readout, with bias, scale, penalty gradient and radial sums, against autograd.
+
+    row_by_row: a CPU's blocks are as small as they can be.
+    """
+    if row_by_row:
+        monkeypatch.setattr(row_norm, "CPU_ROW_TENSORS", 1 << 40)
     torch.manual_seed(0)
     n, d = shape
     h = torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
@@ -63,7 +70,8 @@ def test_norm_forms_and_their_gradients(backend, device, norm, shape):
         return None if t is None else t.detach().float()
 
     out, mean_square = torch.empty_like(single(h)), torch.empty(n, device=device)
-    norm_forward(single(h), single(weight), single(bias), eps=1e-3, norm=norm, y=out, mean_square=mean_square)
+    parameters = {"weight": single(weight), "bias": single(bias)}
+    norm_forward(NormForward(single(h), **parameters, y=out, mean_square=mean_square), 1e-3, norm)
     torch.testing.assert_close(out, single(y), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean_square, single(square), rtol=1e-5, atol=1e-6)
     dh, radial = torch.empty_like(out), (torch.empty(n, device=device), torch.empty(n, device=device))
@@ -73,11 +81,12 @@ def test_norm_forms_and_their_gradients(backend, device, norm, shape):
         if partial is not None:
             partial.fill_(torch.nan)
     for add in (False, True):  # the partial sums are written over, then added to
-        norm_backward(
-            single(dy), single(h), single(weight), eps=1e-3, norm=norm, dh=dh, dweight=dweight, dbias=dbias,
+        tensors = NormBackward(
+            single(dy), single(h), single(weight), dh=dh, dweight=dweight, dbias=dbias,
             scale=torch.tensor(0.7, device=device), dmean_square=torch.tensor(0.3, device=device).expand(n),
-            radial=radial, add=add,
+            radial_dot=radial[0], radial_fraction=radial[1],
         )  # fmt: skip
+        norm_backward(tensors, 1e-3, norm, add=add)
     torch.testing.assert_close(dh, single(dh_loss + dh_penalty), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(radial[0], single((dh_loss * h).sum(-1)), rtol=1e-4, atol=1e-4)
     fraction = (dh_loss * h).sum(-1).abs() / (dh_loss.norm(dim=-1) * h.norm(dim=-1))

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from hostile import contents
 from tiny_run import arguments, text
 
 from looped.config import PRESETS
@@ -122,10 +123,6 @@ def test_compiled(tmp_path, monkeypatch):
         assert main(arguments(tmp_path, *chosen, "--out", str(tmp_path / name))) == 0
         losses.append([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(directory.rglob("*"))}
 
 
 def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> None:
@@ -359,6 +356,13 @@ def test_options_override_the_preset():
     assert model_config(demo, demo.vocab_size) == PRESETS["demo"]
     assert str(demo.out).startswith("runs/demo-")
     assert demo.dtype in ("bf16", "fp32")
+
+
+def test_what_takes_long_to_import_is_imported_where_it_is_used():
+    slow = ("matplotlib", "sympy", "torch._dynamo", "torch.distributed.checkpoint", "transformers", "triton")
+    program = f"import sys, train.run; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PROGRAM.parents[1])
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_help_shows_the_presets_defaults(capsys):

@@ -8,25 +8,16 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from forked_runs import rows_of, weights_of
 from tiny_run import arguments
 
 from train import config, prepare, progress, trainer
-from train.metrics import read_metrics
-from train.report import draw
+from train.picture import draw
 from train.run import main
 from train.text import data
 from train.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
-
-
-def rows_of(run: Path) -> list[dict]:
-    """metrics.jsonl without what a clock measured."""
-    return [{key: row[key] for key in row if key != "tokens_per_second"} for row in read_metrics(run / "metrics.jsonl")]
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "checkpoint" / "model.safetensors")
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -281,10 +272,10 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(tmp_path, monke
 
 def test_a_run_is_complete_only_with_its_figure(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(trainer.report, "draw", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("train.picture.draw", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
     assert not (run / "summary.json").exists()
-    monkeypatch.setattr(trainer.report, "draw", draw)
+    monkeypatch.setattr("train.picture.draw", draw)
     assert main(["--resume", str(run)]) == 0
     assert (run / "report.png").exists()
     assert (run / "summary.json").exists()

@@ -182,11 +182,11 @@ def test_trap_nothing_lies_beyond_the_vocabulary(device, backend, shape, options
     logits = buffer[:, :vocabulary].copy_(torch.randn(len(buffer), vocabulary, device=device) * 9)
     z_loss = torch.tensor(options["z_loss"], device=device) if "z_loss" in options else None
     bias = torch.randn(vocabulary, device=device) if "bias" in options else None
-    chosen = LossOptions(-100, options.get("label_smoothing", 0.0), options.get("softcap"), z_loss)
+    chosen = LossOptions(-100, options.get("label_smoothing", 0.0), options.get("softcap"), z_loss, bias)
     targets = torch.randint(vocabulary, (n_tokens,), device=device)
     targets[1] = -100
     results = RowResults(torch.empty(len(buffer), device=device))
-    cross_entropy_(logits, targets, None, bias, chosen, results, 0, gradient=True)
+    cross_entropy_(logits, targets, None, chosen, results, 0, gradient=True)
     assert logits.isfinite().all()
     assert backend == "cpu" or buffer[:, vocabulary:].eq(0).all()
     Case(shape, device, torch.bfloat16, "raw", **options).check()

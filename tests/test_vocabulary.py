@@ -11,26 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import N_RANKS, run_ranks
-from tiny_decoder import V, model, tokens
+from tiny_decoder import V, model, uneven_batch
 from tiny_run import arguments
 
 from looped.model import LoopedLM
 from looped.sharding import replicate
 from looped.vocabulary import clip_grad_norm_, share_vocabulary, table_name, whole_vocabulary
-from train import report
+from train import picture
 from train.metrics import read_metrics
 from train.run import main
 
 KINDS = {"tied": {"tied": True}, "untied": {"tied": False, "readout": "layernorm", "exit_gate": True}}
 CLIP = 0.05  # of gradients: less than their norm, so that all are scaled by it
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [B, T] of all processes; not equally many targets count in each."""
-    rows = tokens(2 * N_RANKS, 12, seed=step)
-    targets = rows[:, 1:].clone()
-    targets[0, 2:] = -100
-    return rows[:, :-1], targets
 
 
 def optimizer_of(decoder: LoopedLM) -> torch.optim.Optimizer:
@@ -43,7 +35,7 @@ def train(
     """Losses of this process and gradient norms, [3, 2] of three steps."""
     rows = []
     for step in range(3):
-        whole = batch(step)
+        whole = uneven_batch(step)
         n_targets = (whole[1] != -100).sum() / n_ranks
         inputs, targets = (part.chunk(n_ranks)[rank] for part in whole)
         optimizer.zero_grad()
@@ -72,7 +64,7 @@ def train_shared(kind: str, rank: int) -> dict[str, Any]:
     wrapped = replicate(decoder, dist.group.WORLD, find_unused=decoder.exit_gate is not None)
     results: dict[str, Any] = {"rows": len(decoder.head_weight)}
     results["training"] = train(decoder, wrapped, optimizer, rank, N_RANKS)
-    inputs, targets = (part.chunk(N_RANKS)[rank] for part in batch(7))
+    inputs, targets = (part.chunk(N_RANKS)[rank] for part in uneven_batch(7))
     with torch.no_grad():
         results["evaluated"] = decoder.evaluation_losses(decoder(inputs).states, targets)
     before = contents(decoder, optimizer)
@@ -109,7 +101,7 @@ def plain(decoder: LoopedLM) -> LoopedLM:
 def run(directory: Path, out: str, *options: str) -> None:
     """A whole run of the trainer, with gradients in two parts; without its picture, which takes the longest."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(report, "draw", lambda *_: None)
+        patch.setattr(picture, "draw", lambda *_: None)
         parts = ["--dropout", "0", "--grad-accumulation", "2", "--steps", "6", "--save-every", "3"]
         assert main(arguments(directory, *parts, *options, "--out", str(directory / out))) == 0
 
@@ -128,7 +120,7 @@ def refused_option(directory: Path, *options: str) -> str:
 
 def save_all(rank: int, folder: str) -> None:
     os.environ["RANK"] = str(rank)
-    report.draw = lambda *_: None
+    picture.draw = lambda *_: None
     run(Path(folder), "shared", "--shard-head")
     continued(Path(folder), "--steps", "8")
     refusals = [refused_option(Path(folder), *options) for options in (["--no-fused"], ["--shard", "fsdp2"])]
@@ -184,7 +176,7 @@ def test_weights_and_moments_are_those_of_one_process(shared, kind, alone):
 
 
 def test_evaluation_is_that_of_one_process(shared, kind, alone):
-    inputs, targets = batch(7)
+    inputs, targets = uneven_batch(7)
     with torch.no_grad():
         expected = alone[0].evaluation_losses(alone[0](inputs).states, targets)
     actual = torch.cat([results[kind]["evaluated"] for results in shared], 1)
@@ -192,10 +184,10 @@ def test_evaluation_is_that_of_one_process(shared, kind, alone):
 
 
 def test_one_process_alone_reads_and_generates_with_the_whole_vocabulary(shared, kind, alone):
-    inputs = batch(7)[0].chunk(N_RANKS)[0]
+    inputs = uneven_batch(7)[0].chunk(N_RANKS)[0]
     torch.testing.assert_close(shared[0][kind]["logits"], alone[0](inputs, logits=True).logits, atol=1e-3, rtol=1e-3)
     alone[0].zero_grad()
-    alone[0](inputs, batch(7)[1].chunk(N_RANKS)[0]).loss.backward()
+    alone[0](inputs, uneven_batch(7)[1].chunk(N_RANKS)[0]).loss.backward()
     torch.testing.assert_close(shared[0][kind]["gradient"], alone[0].head_weight.grad, atol=1e-3, rtol=1e-2)
     expected = alone[0].eval().generate([[1, 2, 3]], max_new_tokens=3, temperature=0.0).tokens
     assert shared[0][kind]["generated"] == expected

@@ -304,10 +304,10 @@ def test_a_row_of_equal_logits_has_the_first_word_of_all_ranks():
     options, targets = LossOptions(), torch.tensor([4, 2])
     parts = torch.empty(3, n_parts(statistics=True), 2)
     for shard in shards:
-        form_parts(logits[:, shard.rows].clone(), targets, None, options, shard, parts[shard.rank])
+        form_parts(logits[:, shard.rows].clone(), targets, options, shard, parts[shard.rank])
     results = RowResults(torch.empty(2), torch.empty(3, 2), torch.empty(2, dtype=torch.int64))
     g = logits[:, shards[0].rows].clone()
-    finish_rows(g, targets, None, None, options, shards[0], parts, results, gradient=True)
+    finish_rows(g, targets, None, options, shards[0], parts, results, gradient=True)
     lse, entropy, margin = results.statistics
     torch.testing.assert_close(results.loss, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     assert results.top1.tolist() == [1, 2]

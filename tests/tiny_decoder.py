@@ -44,6 +44,14 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def uneven_batch(seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [4, 11], two rows for each of two processes; not equally many targets count in both."""
+    drawn = tokens(4, 12, seed)
+    targets = drawn[:, 1:].clone()
+    targets[0, 2:] = -100
+    return drawn[:, :-1], targets
+
+
 def gradients(decoder: LoopedLM, states: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Of a function that sees every state, with a weight of its own for every element."""
     generator = torch.Generator().manual_seed(2)

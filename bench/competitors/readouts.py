@@ -193,8 +193,8 @@ def truth(inputs: Inputs) -> dict[str, Tensor | None]:
     wide = inputs.to(truth_dtype(inputs.head.dtype))
     losses = []
     for state in wide.states:
-        one = Inputs([state], wide.head, wide.weight, wide.targets)
-        loss = plain(one) / len(wide.states)
+        single_loop = Inputs([state], wide.head, wide.weight, wide.targets)
+        loss = plain(single_loop) / len(wide.states)
         loss.backward()
         losses.append(loss.detach())
     return {"loss": torch.stack(losses).sum(), **gradients(wide)}

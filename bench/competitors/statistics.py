@@ -94,7 +94,7 @@ def errors(found: Statistics, inputs: Inputs) -> Errors:
     named for each other.
     """
     wide, expected = inputs.to(truth_dtype(inputs.head.dtype)), truth(inputs)
-    given = {name: relative_error(value, expected[name]) for name, value in found.items() if name != "top1"}
+    found_errors = {name: relative_error(value, expected[name]) for name, value in found.items() if name != "top1"}
     if "top1" in found:
-        given["top1"] = relative_error(logit_of(wide, found["top1"]), expected["top logit"])
-    return given
+        found_errors["top1"] = relative_error(logit_of(wide, found["top1"]), expected["top logit"])
+    return found_errors

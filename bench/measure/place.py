@@ -3,7 +3,6 @@
 import datetime
 import os
 import platform
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.shapes import DEVICE
-from looped.provenance import instructions, package_version, processor, project_commit
+from looped.provenance import instructions, machine_slug, package_version, processor, project_commit
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"
@@ -58,15 +57,9 @@ def _memory() -> Record:
     }
 
 
-def slug(where: Record) -> str:
-    """The device in a file's name, from its environment: device, instructions, threads."""
-    words = re.sub(r"\((r|tm)\)", "", where["device"].lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{words} {where['instructions']} {where['threads']} threads").strip("-")
-
-
 def path_in(directory: Path, where: Record, ending: str) -> Path:
     """`<date>-<device><ending>`."""
-    return directory / f"{where['date']}-{slug(where)}{ending}"
+    return directory / f"{where['date']}-{machine_slug(where)}{ending}"
 
 
 def place_of(record: Record) -> str:

@@ -64,8 +64,8 @@ def product_of(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Produ
     """A [rows, inner] times [inner, columns] product of `dtype` in the best layout, and in the better of two dtypes:
     its own and the one in which the kernels form such products here.  Emulated products are not tried."""
     formed = product_dtype(torch.empty(0, device=DEVICE), dtype)
-    own = set() if dtype == torch.bfloat16 and BF16_IS_EMULATED else {dtype}
-    return _fastest(best_product(_random(rows, inner, each), _random(inner, columns, each)) for each in own | {formed})
+    tried = {formed} if dtype == torch.bfloat16 and BF16_IS_EMULATED else {dtype, formed}
+    return _fastest(best_product(_random(rows, inner, each), _random(inner, columns, each)) for each in tried)
 
 
 def _fastest(products: Iterable[Product]) -> Product:

@@ -103,8 +103,8 @@ class Audit:
             return store(builder, ptrs, value, mask, *rest)
 
         def counted_call(executor, *args, **kwargs):
-            given = dict(zip(executor.arg_names, args, strict=False)) | kwargs
-            tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+            arguments = dict(zip(executor.arg_names, args, strict=False)) | kwargs
+            tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
             views = {name: View.of(name, tensor) for name, tensor in tensors.items()}
             assert len({view.start for view in views.values()}) == len(views), f"arguments overlap: {sorted(views)}"
             self.launches.append(Launch(executor.fn.__name__, views))

@@ -160,15 +160,15 @@ def sharded_losses(n_columns: int, dtype: torch.dtype, everything: bool = True, 
     flags = list(itertools.product(YES_NO, repeat=4))
     for gradient, bias, softcap, statistics in flags if everything else [flags[i] for i in (8, 9, 14, 15)]:
         logits = _gpu(tokens, -(-width // 16) * 16, dtype=dtype, trained=False)[:, :width]
-        options = LossOptions(
-            label_smoothing=0.1 * bias, softcap=30.0 if softcap else None, z_loss=z_loss if bias else None
-        )
-        of_bias = _gpu(width, dtype=dtype if softcap else torch.float32, trained=False) if bias else None
+        options = LossOptions(softcap=30.0 if softcap else None)
+        if bias:
+            of_bias = _gpu(width, dtype=dtype if softcap else torch.float32, trained=False)
+            options = options._replace(label_smoothing=0.1, z_loss=z_loss, bias=of_bias)
         parts = _gpu(n_parts(statistics=statistics), tokens, trained=False)
-        form_parts(logits, targets, of_bias, options, shard, parts)
+        form_parts(logits, targets, options, shard, parts)
         results = RowResults(_gpu(tokens), *((_gpu(3, tokens), _gpu(tokens, dtype=torch.int64)) if statistics else ()))
         finish_rows(
-            logits, targets, _gpu(tokens) if bias else None, of_bias, options, shard, _gpu(8, *parts.shape), results,
+            logits, targets, _gpu(tokens) if bias else None, options, shard, _gpu(8, *parts.shape), results,
             gradient=gradient,
         )  # fmt: skip
 

@@ -173,7 +173,7 @@ def copied(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor, whose own copy to a device is made below Python."""
 
     def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
-        made = original(data, **kwargs)
-        return made if device is None else made.to(device)
+        copy = original(data, **kwargs)
+        return copy if device is None else copy.to(device)
 
     return tensor

@@ -181,16 +181,16 @@ class Recorder(TorchDispatchMode):
             out = None  # PyTorch has no fake implementation; it works in place
         else:
             out = func(*args, **kwargs)
-        given, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
+        operands, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
         for tensor in returned:
             self.watch(tensor)
         copies = "copy" in str(func)  # other ops take a number on the host along as an argument
-        placed = [t for t in given if copies or t.dim() > 0 or t.device.type == "cuda"]
+        placed = [t for t in operands if copies or t.dim() > 0 or t.device.type == "cuda"]
         devices = {t.device.type for t in (*placed, *returned)}
         unwaited = func is torch.ops.aten.copy_.default and args[2:] == (True,) and is_page_locked(args[0])
         if "cuda" in devices and "cpu" in devices and not unwaited:
             self.record.host_copies.append(f"{func}, {caller()}")
-        known = {id(t.untyped_storage()) for t in given}
+        known = {id(t.untyped_storage()) for t in operands}
         views = returned and all(id(t.untyped_storage()) in known for t in returned) and not func._schema.is_mutable
         if "cuda" in devices and not views and "empty" not in str(func) and "detach" not in str(func):
             read = tensors_of(*args, *(value for name, value in kwargs.items() if name != "out"))
@@ -219,10 +219,10 @@ class Recorder(TorchDispatchMode):
     def trust_op(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """What the op's fake implementation says, recorded as one call that reads and writes its tensors once."""
         out = func(*args, **kwargs)
-        given, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
+        operands, returned = tensors_of(*args, *kwargs.values()), tensors_of(out)
         for tensor in returned:
             self.watch(tensor)
-        self.record.calls.append(Call(func._schema.name, bytes_of([*given, *returned]), 0))
+        self.record.calls.append(Call(func._schema.name, bytes_of([*operands, *returned]), 0))
         return out
 
     def run_op(self, func: Any, body: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -238,20 +238,20 @@ class Recorder(TorchDispatchMode):
 
 def _compile_launch(record: Record, original: Callable) -> Callable:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel_name, given = self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        kernel_name, arguments = self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             here = torch.device("cuda", torch.cuda.current_device())  # where Triton launches
             assert value.device == here, f"{name} is on {value.device}, and {kernel_name} launched on {here}"
         pointers = {name: Pointer(tensor) for name, tensor in tensors.items()}
-        kernel = original(self, grid=grid, warmup=True, **given | pointers)
-        constants = {k: v for k, v in given.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        kernel = original(self, grid=grid, warmup=True, **arguments | pointers)
+        constants = {k: v for k, v in arguments.items() if k.isupper() or k in ("num_warps", "num_stages")}
         dtypes = {name.removesuffix("_ptr"): str(t.dtype) for name, t in tensors.items()}
         found = Compiled(kernel, constants, dtypes)
-        programs = tuple(grid(given) if callable(grid) else grid)
+        programs = tuple(grid(arguments) if callable(grid) else grid)
         record.kernels.setdefault((kernel_name, kernel.hash), found).grids.add(programs)
-        arguments = given | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
-        record.calls.append(Call(kernel_name, launch_bytes(tensors, given), 0, programs, arguments))
+        numbers = arguments | {name: bytes_of([tensor]) for name, tensor in tensors.items()}
+        record.calls.append(Call(kernel_name, launch_bytes(tensors, arguments), 0, programs, numbers))
         return kernel
 
     return run

@@ -99,8 +99,9 @@ def step_report(preset: str, **options: Any) -> dict[str, Any]:
     return _counts(record) | numbers | {"residual_norms": residual_norms, "peak_bytes": record.peak_bytes}
 
 
-def readout_report(d: int, n_columns: int, *, tokens: int = 8192, n_loops: int = 4) -> dict[str, Any]:
+def readout_report(d: int, n_columns: int) -> dict[str, Any]:
     """The counts of looped_cross_entropy alone, forward and backward, bfloat16, per-loop with the penalty."""
+    tokens, n_loops = 8192, 4
     with fake_gpu(TARGETS["sm_90"]) as record:
         half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
         states = [torch.empty(tokens, d, **half) for _ in range(n_loops)]

@@ -12,10 +12,10 @@ A prompt is computed in one pass, and then one token at a time with the keys and
                    in one pass that goes on from the draft's states. What comes out is distributed exactly as without
                    (`looped.generate.speculation.verify`); with temperature 0 it is the same tokens.
 
-A batch is padded on the left and every row is as if alone, its random numbers included (with speculation in
-distribution only). All rows take a step together:
-a step ends when its last row leaves, speculation keeps as many tokens as all rows can, and generation ends when all
-rows have stopped. On a GPU a step (with early exit a loop) is captured once as a CUDA graph, and replayed.
+A batch is padded on the left. A row gets the tokens that it would get alone, and draws the same random numbers; with
+speculation it is the distribution alone that stays the same. All rows take a step together. A step ends when its last
+row leaves; speculation keeps as many tokens as all rows can; generation ends when all rows have stopped. On a GPU a
+step (with early exit a loop) is captured once as a CUDA graph, and replayed.
 """
 
 import operator

@@ -6,7 +6,6 @@ last (frontier_perplexity.py). Speed is that of prefill at several batch sizes (
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,10 +17,10 @@ from tqdm import tqdm
 
 from looped.command_line import command_line
 from looped.model import LoopedLM
-from looped.provenance import instructions, processor
+from looped.provenance import instructions, machine_slug, processor
 from looped.run_directory import SavedRun, check_writable, load_run
 from train.interrupt import Interruptions
-from train.metrics import finite
+from train.metrics import finite, write_record
 from train.paper import sweep
 from train.paper.conditions import BLIND, FINAL_ONLY, PAPER_PPL, PAPER_RATES, PENALISED, RAW, SEEDS, TERMINAL, Condition
 from train.paper.figures import draw_frontier
@@ -29,7 +28,6 @@ from train.paper.frontier_page import markdown
 from train.paper.frontier_perplexity import DRAWS, REFERENCE, Documents, document_sums, points
 from train.paper.frontier_speed import DEVICE, architecture, competitors, rates_at, throughput, window_batch
 from train.paper.options import check_options, split_words
-from train.paper.record import write_record
 from train.paper.runs import RunResult, read_runs
 from train.report import environment
 
@@ -60,8 +58,8 @@ class FrontierConfig:
 def run(words: Sequence[str], interruptions: Interruptions) -> int:
     """Measure what ``words`` ask for, after training it if it is not there. Returns the exit code: that of the sweep if
     training did not succeed. Raises ValueError or OSError if the input is bad."""
-    own, extra = split_words(words)
-    options = command_line(own, FrontierConfig(), "python -m train.paper frontier")
+    frontier_words, extra = split_words(words)
+    options = command_line(frontier_words, FrontierConfig(), "python -m train.paper frontier")
     check_options(options, positive=("tokens", "batches", "rounds"), distinct=("conditions", "seeds", "batches"))
     check_writable(options.out)  # before hours of training
     if options.runs is not None and extra:
@@ -74,9 +72,7 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     torch.set_flush_denormal(True)
     record = finite(measure(options.runs or TRAINED, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    machine = f"{record['device']} {record['instructions']} {record['threads']} threads".lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine)).strip("-")
-    path = options.out / f"{record['date']}-{slug}-frontier.json"
+    path = options.out / f"{record['date']}-{machine_slug(record)}-frontier.json"
     write_record(path, record)
     draw_frontier(path.with_suffix(".png"), record)
     path.with_suffix(".md").write_text(markdown(record, path.stem), encoding="utf-8")
@@ -103,13 +99,13 @@ def measure(directory: Path, options: FrontierConfig) -> dict[str, Any]:
         str(batch): throughput(models, window_batch(first, batch), dtype, options.rounds)
         for batch in tqdm(options.batches, desc="timing", unit="batch size", disable=None, leave=False)
     }
-    documents, made = next(iter(measured[first_result.condition].values())), environment(DEVICE)
+    documents, origin = next(iter(measured[first_result.condition].values())), environment(DEVICE)
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor(),
         "instructions": DEVICE.type if DEVICE.type == "cuda" else instructions(),
         "threads": torch.get_num_threads(),
-        "versions": made["versions"],
-        "commit": made["commit"],
+        "versions": origin["versions"],
+        "commit": origin["commit"],
         "date": datetime.now(UTC).date().isoformat(),
         "settings": {
             "preset": trained["preset"],

@@ -17,13 +17,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from looped.command_line import command_line
+from looped.command_line import command_line, device_named
 from looped.diagnose import Diagnosis, diagnose_run, write_diagnosis
 from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.diagnose.record import read_diagnosis_of_run, record_of_run
 from looped.diagnose.record import write_record as write_diagnosis_record
 from looped.run_directory import check_writable, load_run
-from train.metrics import finite
+from train.metrics import finite, write_record
 from train.paper.claim import Evidence, Mark, Seed, judge
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
@@ -31,7 +31,6 @@ from train.paper.conditions import N_LOOPS, SEEDS
 from train.paper.figures import COLOURS, draw_exit_gap
 from train.paper.options import check_options
 from train.paper.plan import sweep_command
-from train.paper.record import write_record
 from train.paper.runs import Run, RunResult, check_alike, complete_runs, read_runs, sweep_settings
 from train.paper.seed_tables import measurements
 from train.paper.tables import distinct
@@ -87,8 +86,7 @@ def parse(words: Sequence[str]) -> ClaimsConfig:
     """Raises ValueError for an option that is out of its range, or a directory that cannot be written."""
     config = command_line(list(words), ClaimsConfig(), " ".join(COMMAND))
     check_options(config, distinct=("seeds",), positive=("jobs",))
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be one that PyTorch finds here. Got device=cuda.")
+    device_named(config.device)  # raises
     check_writable(config.out)
     return config
 
@@ -136,8 +134,7 @@ def _diagnoses(runs: Sequence[Run], config: ClaimsConfig) -> dict[Run, Diagnosis
             waiting.append(run)
         except DivergedError as error:
             print(f"left out: {error}", flush=True)
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    diagnose = partial(_diagnose, n_tokens=config.tokens, device=device)
+    diagnose = partial(_diagnose, n_tokens=config.tokens, device=device_named(config.device))
     if config.jobs == 1 or len(waiting) < 2:
         return diagnoses | {run: diagnose(run) for run in waiting}
     threads = max(1, torch.get_num_threads() // config.jobs)

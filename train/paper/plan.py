@@ -72,8 +72,8 @@ def plan(config: SweepConfig, extra: Sequence[str] = ()) -> list[Task]:
         if word.startswith("--") and name in OWN_OPTIONS:
             raise ValueError(f"{word} is the sweep's own option: it cannot follow ' -- '.")
     chosen = {name: getattr(config, name) for name in ("steps", "epochs", "data")}
-    given = options_of({name: value for name, value in chosen.items() if value is not None})
-    shared = ["--preset", config.preset, *extra, *given]
+    chosen_options = options_of({name: value for name, value in chosen.items() if value is not None})
+    shared = ["--preset", config.preset, *extra, *chosen_options]
     base = dataclasses.replace(parse(shared), out=None)
     if base.data in TASKS:
         raise ValueError(f"data must be text in a sweep: the paper has no tasks. Got data={base.data}.")
@@ -118,14 +118,14 @@ def sweep_command(out: Path) -> list[str]:
         return []
     stored = configured[0].config
     usual = complete(preset_config(stored.preset))
-    own, rest = ["--preset", stored.preset], list[str]()
+    of_sweep, of_run = ["--preset", stored.preset], list[str]()
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
         value = getattr(stored, name)
         if name in CONDITIONS[RAW].keys() | EXECUTION | {"preset", "seed", "out"}:
             continue
         # The usual dtype is the machine's own choice, so that it has to be said.
         if name == "dtype" or (value is not None and value != getattr(usual, name)):
-            words = own if name.replace("_", "-") in OWN_OPTIONS else rest
+            words = of_sweep if name.replace("_", "-") in OWN_OPTIONS else of_run
             words += options_of({name: value})
-    words = [*SWEEP, *own, *(["--", *rest] if rest else [])]
+    words = [*SWEEP, *of_sweep, *(["--", *of_run] if of_run else [])]
     return ["# the command was not kept; this one trains the same runs, all conditions and seeds:", shlex.join(words)]

@@ -42,8 +42,8 @@ def run(words: Sequence[str], interruptions: Interruptions) -> int:
     Returns the exit code: 0, also if runs diverged; 1 if a run failed. Raises ValueError for bad input, before anything
     is trained, and Interrupted after a signal.
     """
-    own, extra = split_words(words)
-    config = command_line(own, SweepConfig(), " ".join(SWEEP))
+    sweep_words, extra = split_words(words)
+    config = command_line(sweep_words, SweepConfig(), " ".join(SWEEP))
     if config.report_only:
         check_alike(config.out)
         results = write_report(config.out)
