@@ -165,9 +165,11 @@ def _slices(
 
 def _halt(calibration: Tensor, report: Tensor, tolerance: float) -> Halt:
     """Of the loss and the score of every loop and token, [2, K, tokens] each."""
-    tau = calibrate(*calibration, tolerance)
-    calibration_loops, calibration_ratio, _ = _outcome(*calibration, tau)
-    loops, ratio, exits = _outcome(*report, tau)
+    loss, score = calibration
+    tau = calibrate(loss, score, tolerance)
+    calibration_loops, calibration_ratio, _ = _outcome(loss, score, tau)
+    loss, score = report
+    loops, ratio, exits = _outcome(loss, score, tau)
     return Halt(
         tau=tau if math.isfinite(tau) else None,
         calibration_loops=calibration_loops,
