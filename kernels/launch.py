@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 HIP = torch.version.hip is not None  # there Triton also compiles for the size of a tensor's storage
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 COMPILED: dict[tuple[Any, ...], Any] = {}  # kernels by everything that Triton compiles for
 MAX_COMPILED = 4096
 
@@ -41,7 +42,7 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
         return
-    plain = type(on) in (torch.Tensor, torch.nn.Parameter) and isinstance(kernel, triton.JITFunction)
+    plain = type(on) in PLAIN and isinstance(kernel, triton.JITFunction)
     if addresses & 15 or not plain or HIP:
         kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
         return

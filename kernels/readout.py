@@ -216,6 +216,8 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
         partial_sums(loops[0]) if name in call.needs and parameter is not None else None
         for name, parameter in parameters.items()
     ]
+    unit = scales.unit
+    dmean_square = scales.dmean_square.expand(n_tokens) if call.penalised else None
     needs_dy, used = call.needs_dy, False  # used: whether anything was added to the partial sums
     for loop, h in enumerate(loops):
         dh = dstates[call.differentiated.index(loop)] if loop in call.differentiated else None
@@ -227,8 +229,7 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
             continue
         tensors = NormBackward(
             dy[rows] if read else None, h, None if norm == "none" else weight,
-            row_weight=None if row_weight is None else row_weight[rows], scale=scales.unit,
-            dmean_square=scales.dmean_square.expand(n_tokens) if call.penalised else None,
+            row_weight=None if row_weight is None else row_weight[rows], scale=unit, dmean_square=dmean_square,
             dh=dh, dweight=dweight, dbias=dbias_,
         )  # fmt: skip
         norm_backward(tensors, call.eps, norm, add=used)
@@ -239,7 +240,8 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
         else torch.zeros_like(like)
         for partial, like in zip(partials, parameters.values(), strict=True)
     )  # fmt: skip
-    unit = scales.unit if call.shard is None else scales.unit * call.shard.share
+    if call.shard is not None:
+        unit = unit * call.shard.share
     of_head = scaled(formed.dhead, unit, formed.head_dtype) if "head" in call.needs else dy.new_empty(0)
     of_bias = scaled(formed.dbias, unit, formed.bias_dtype) if "bias" in call.needs else dy.new_empty(0)
     return dstates, of_head, *of_norm, of_bias

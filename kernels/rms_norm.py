@@ -44,7 +44,8 @@ def rms_norm_penalty_reference(
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, y_dtype: torch.dtype):
     """y, mean_square, and with a residual the sum."""
     x = x.contiguous()
-    weight, residual = [t if t is None else t.contiguous() for t in (weight, residual)]
+    weight = None if weight is None else weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x, dtype=y_dtype)
     mean_square = x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     total = None if residual is None else torch.empty_like(residual)
