@@ -33,7 +33,7 @@ def capture(
     states: str | None = None,
     coda: Sequence[str] = (),
 ) -> "Iterator[Captured]":
-    """Record the states of every call of `model` in the block; those of the last call are kept.
+    """Record the states of every call of `model` in the block; those of the last call are kept, none if it failed.
 
     Without names the model must be one that `looped.adapters` knows.
 
@@ -61,13 +61,14 @@ def capture(
     captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=least)
     handles = captured.attach()
     handles.append(model.register_forward_pre_hook(lambda *_: captured.begin()))
-    handles.append(model.register_forward_hook(lambda *_: captured.end(), always_call=True))
+    handles.append(model.register_forward_hook(lambda *_: captured.end()))
+    handles.append(model.register_forward_hook(lambda *_: captured.abandon(), always_call=True))
     try:
         yield captured
     finally:
         for handle in handles:
             handle.remove()
-        captured.end()
+        captured.abandon()
 
 
 class Captured:
@@ -111,15 +112,21 @@ class Captured:
     def begin(self) -> None:
         """The model starts to run: what an earlier call left is forgotten."""
         self.forget()
-        self._running = self._called = True
+        self._running = True
         self._with_gradients = torch.is_grad_enabled()
 
     def end(self) -> None:
         """The model has run."""
-        self._running = False
+        self._running, self._called = False, True
+
+    def abandon(self) -> None:
+        """The model will not run on. If it has not come to its end, what was recorded is not a whole call."""
+        if self._running:
+            self.forget()
 
     def forget(self) -> None:
-        """Let go of the states and of what the coda was given."""
+        """Let go of the states and of what the coda was given, as if the model had not run."""
+        self._running = self._called = False
         self._states, self._versions = [], []
         self.calls.clear()
 
@@ -135,10 +142,11 @@ class Captured:
     def states(self) -> list[Tensor]:
         """K states [B, T, d], as the model computed them, attached to its graph.
 
-        Raises RuntimeError where the model has not run, and ValueError where it has no such states or has changed them.
+        Raises RuntimeError where the model has not run or has failed, and ValueError where it has no such states or has
+        changed them.
         """
         if not self._called:
-            raise RuntimeError("the model must have run: call the very module that capture was given.")
+            raise RuntimeError("the model must have run: call the very module that capture was given, to its end.")
         if len(self._states) < self.least:
             times = "once" if self._states else "not at all"
             advice = (

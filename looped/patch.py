@@ -133,6 +133,7 @@ class Patched:
             return self.own_forward(model, *args, **kwargs)
         with self._captured_run():
             output = self.own_forward(model, *given.args, **given.kwargs)
+            self.captured.end()
             loss = self._loss(labels, **loss_options)
         names = {field.name for field in dataclasses.fields(output)} if dataclasses.is_dataclass(output) else set()
         if isinstance(output, type) or not {"loss", "logits"} <= names:
@@ -150,11 +151,12 @@ class Patched:
         try:
             yield
         finally:
-            self.captured.end()
             del self.head.forward
             for handle in handles:
                 handle.remove()
             self.captured.forget()
+            if self.expected is not None:
+                self.expected.forget()
 
     def _no_logits(self, y: Tensor) -> Tensor:
         """Logits in name only: one zero, of the shape that the model's code may look at."""
@@ -205,12 +207,16 @@ class ExpectedState:
         self.outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def attach(self) -> list[RemovableHandle]:
-        """Record from now until the handles are removed, and nothing of earlier calls."""
-        self.outputs = ([], [])
+        """Record from now until the handles are removed."""
         return [
             module.register_forward_hook(lambda _, __, output, kept=kept: kept.append(tensor_of(output)))
             for module, kept in zip(self.modules, self.outputs, strict=True)
         ]
+
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        for kept in self.outputs:
+            kept.clear()
 
     def state(self) -> Tensor:
         """`sum_k p_k y_k`, [B, T, d]."""

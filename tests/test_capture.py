@@ -128,6 +128,26 @@ def test_capture_keeps_the_last_call():
     torch.testing.assert_close(result.readout.logits(result.states[-1]), last)
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_capture_keeps_nothing_of_a_failed_call(error):
+    """PyTorch calls no hook after an interrupt: the end of the block is what is left to notice it."""
+    model = small("huginn")
+    fails = iter([False, True])
+
+    def fail(*_):
+        if next(fails):
+            raise error
+
+    with looped.capture(model) as result:
+        run(model, TOKENS)
+        model.transformer.ln_f.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            run(model, TOKENS)
+    with pytest.raises(RuntimeError, match=r"the model must have run: call .*, to its end"):
+        _ = result.states
+    assert not result.calls.last
+
+
 def test_capture_releases_the_states():
     model = small("ouro")
     result = captured(model)

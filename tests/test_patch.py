@@ -1,8 +1,11 @@
 """Patched models: the loss and the gradients are those of the models' own code."""
 
+import contextlib
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -191,6 +194,18 @@ def test_patch_after_a_failed_call():
             run(model, TOKENS, labels=LABELS[:, :4])
         assert "forward" not in vars(model.lm_head)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:, :4]])
+def test_patch_releases_the_states(labels):
+    """After a call, and after one that failed."""
+    model, alive = small("ouro"), weakref.WeakSet()
+    model.model.norm.register_forward_hook(lambda _, __, output: alive.add(output))
+    with looped.patch(model):
+        with contextlib.suppress(ValueError):
+            run(model, TOKENS, labels=labels)
+        gc.collect()
+        assert not alive
 
 
 def test_patch_of_a_compiled_model():
