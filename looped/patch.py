@@ -76,6 +76,7 @@ class Patched:
             raise ValueError(f"head must have the forward of its class, not compiled. Got a {got} with another.")
         self.unnormed_readout = LoopedReadout(self.head, None)  # type: ignore[arg-type]  # Captured has checked it
         self.own_forward: Callable[..., Any] = type(model).forward  # of a model and its arguments
+        self.call = torch.compiler.disable(self._call)  # marked here, not in the class: it imports the compiler
         functools.update_wrapper(self, model.forward)
         self.signature, self.undone = inspect.signature(model.forward), False
         kinds = {parameter.kind for parameter in self.signature.parameters.values()}
@@ -107,14 +108,14 @@ class Patched:
     # A call -----------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _uncompiled_call()(self, self.model, *args, **kwargs)
+        return self.call(self.model, *args, **kwargs)
 
     @property
     def __func__(self) -> Callable[..., Any]:
         """The function that a method has. accelerate wraps that one, and binds the result to the model again."""
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _uncompiled_call()(self, model, *args, **kwargs)
+            return self.call(model, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(self.own_forward)  # type: ignore[attr-defined]
         return forward
@@ -187,12 +188,6 @@ class Patched:
             return loss + penalty * mean_square(states) if self.penalty else loss
         weights = [0.0] * (len(states) - 1) + [1.0] if self.terminal else None
         return self.captured.cross_entropy(targets, weights=weights, penalty=penalty, n_targets=n_targets).loss
-
-
-@functools.cache
-def _uncompiled_call() -> Callable[..., Any]:
-    """Marked when it is first called: marking it imports the compiler."""
-    return torch.compiler.disable(Patched._call)
 
 
 class ExpectedState:
