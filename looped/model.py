@@ -109,10 +109,10 @@ class LoopedLM(Recurrence):
             none there is only what a tied embedding learns as the head.
         supervision, penalty, n_targets, statistics: of the loss, as `readout_loss` describes.
 
-        Raises TypeError for another dtype and ValueError for another rank, targets of another shape, a sequence longer
-        than the learned positions, n_loops or backprop_loops < 1, statistics without targets, what `readout_loss`
-        refuses, or tokens out of range (on a CPU; looking at CUDA tokens would stall the device, whose embedding kernel
-        asserts the range itself).
+        Raises TypeError for another dtype and ValueError for another rank, no tokens, targets of another shape, a
+        sequence longer than the learned positions, n_loops or backprop_loops < 1, statistics without targets, what
+        `readout_loss` refuses, or tokens out of range (on a CPU; looking at CUDA tokens would stall the device, whose
+        embedding kernel asserts the range itself).
         """
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if targets is not None:

@@ -177,6 +177,8 @@ class Recurrence(nn.Module):
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape [B, T]. Got {list(tokens.shape)}.")
+        if tokens.numel() == 0:
+            raise ValueError(f"tokens must hold at least one token. Got shape {list(tokens.shape)}.")
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens must be int64. Got {tokens.dtype}.")
         if self.positions is not None and tokens.shape[1] > self.config.max_seq_len:
@@ -185,7 +187,7 @@ class Recurrence(nn.Module):
                 f"Got T={tokens.shape[1]}, max_seq_len={self.config.max_seq_len}."
             )
         # A compiled graph cannot branch on values; there the CPU's embedding asserts the range.
-        if tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(value) for value in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

@@ -324,6 +324,9 @@ def test_rejects_n_loops(n_loops: int) -> None:
 def test_rejects_rank_and_dtype() -> None:
     with pytest.raises(ValueError, match=r"tokens must have shape \[B, T\]\. Got \[11\]"):
         model()(tokens()[0])
+    for shape in ((2, 0), (0, 5)):
+        with pytest.raises(ValueError, match=r"tokens must hold at least one token\. Got shape \[[025], [025]\]"):
+            model()(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"tokens must be int64\. Got torch\.int32"):
         model()(tokens().int())
 

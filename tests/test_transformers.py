@@ -287,6 +287,8 @@ def test_a_cache_of_fixed_size_sees_no_padding(changes):
     ("tokens", "mask", "message"),
     [
         ((5,), None, r"input_ids must have shape \[B, T\]\. Got \[5\]"),
+        ((2, 0), None, r"tokens must hold at least one token\. Got shape \[2, 0\]"),
+        ((2, 0), (2, 0), r"tokens must hold at least one token\. Got shape \[2, 0\]"),
         ((2, 5), (2, 6), r"attention_mask must have shape \[B, past \+ T\] = \[2, 5\]\. Got \[2, 6\]"),
         ((2, 5), (2, 1, 5, 5), r"attention_mask must have shape .* Got \[2, 1, 5, 5\]"),
     ],
