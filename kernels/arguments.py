@@ -154,7 +154,7 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
 def check_range(targets: Tensor, n_columns: int, ignore_index: int, in_range: Tensor | None) -> None:
     """Raise where a target is out of range; on a GPU by an assertion on the device, without waiting for it.
 
-    in_range: [] bool, whether all are, as a kernel has found; a GPU's always has.
+    in_range: [] bool, whether all are in range, where a kernel has looked, as it always has on a GPU.
     """
     rule = f"targets must be in [0, {n_columns}) or ignore_index={ignore_index}."
     if targets.is_cuda and in_range is not None:

@@ -44,8 +44,8 @@ class RowResults(NamedTuple):
     top1: Tensor | None = None
 
 
-def finished(logits: Tensor, options: LossOptions) -> Tensor:
-    """z [R, V] of the logits, in a tensor of its own unless that would change nothing."""
+def finished_logits(logits: Tensor, options: LossOptions) -> Tensor:
+    """z [R, V]: the logits with the bias and the softcap, at least in float32; the same tensor if nothing changes."""
     z = logits.to(accumulator(logits.dtype))
     if options.bias is not None:
         z = z + options.bias
@@ -54,7 +54,7 @@ def finished(logits: Tensor, options: LossOptions) -> Tensor:
 
 def loss_reference(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """CE [R] of logits [R, V] and targets [R] in plain PyTorch, its definition; and z [R, V]."""
-    z = finished(logits, options)
+    z = finished_logits(logits, options)
     smoothing, ignore_index = options.label_smoothing, options.ignore_index
     loss = F.cross_entropy(z, targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="none")
     if options.z_loss is not None:

@@ -26,7 +26,7 @@ Vocabulary-parallel cross-entropy: Megatron-LM, arXiv 1909.08053.  Online softma
 import torch
 from torch import Tensor
 
-from .cross_entropy import LossOptions, RowResults, finished
+from .cross_entropy import LossOptions, RowResults, finished_logits
 from .cross_entropy_cpu import top2
 from .device import accumulator, cpu_blocks, implementation, uses_triton
 from .vocabulary_shard import VocabularyShard
@@ -49,7 +49,7 @@ def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: Voc
         return
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        _parts_of_block(finished(logits[rows], options), targets[rows], options, parts[:, rows])
+        _parts_of_block(finished_logits(logits[rows], options), targets[rows], options, parts[:, rows])
 
 
 def finish_rows(
@@ -74,7 +74,7 @@ def finish_rows(
     scale = 1 / total if options.z_loss is None else (1 + 2 * options.z_loss * lse) / total
     targets = targets - shard.rows.start
     for rows in cpu_blocks(len(logits), _row_bytes(logits)):
-        z = finished(logits[rows], options)
+        z = finished_logits(logits[rows], options)
         of_rows = maximum[rows], scale[rows], targets[rows], counts[rows]
         logits[rows] = _gradient_of_block(z, *of_rows, options, shard.n_words)
 

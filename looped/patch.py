@@ -100,7 +100,8 @@ class Patched:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         if not self.undone:
             raise ValueError(COPIED)
-        return MethodType(self.own_forward, copy.deepcopy(self.model, memo))  # for what wrapped the patch and keeps it
+        # What has wrapped the patched forward still holds it: in a copy of the model it is the copy's own forward.
+        return MethodType(self.own_forward, copy.deepcopy(self.model, memo))
 
     def __reduce__(self) -> NoReturn:
         raise ValueError("a patched model must not be pickled. Undo the patch first.")

@@ -52,7 +52,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called for modules that may have no values yet. A checkpoint's missing weights are an error."""
-        if module not in set(self.modules()):  # of resize_token_embeddings, and larger
+        if module not in set(self.modules()):  # a larger table or head, which resize_token_embeddings has just made
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.embedding_std)
             return
