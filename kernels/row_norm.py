@@ -90,14 +90,16 @@ def radial_fraction(g: Tensor, h: Tensor) -> Tensor:
 
 def _cpu_blocks(tensors: Pass, x: Tensor) -> Iterator[tuple[Pass, bool]]:
     """The tensors of a pass over x [..., d] a block of rows at a time, and whether it is the first block."""
-    d = x.shape[-1]
+    d, n_rows = x.shape[-1], x.numel() // x.shape[-1]
     of_rows = {
-        name: tensor.view(-1, d) if tensor.shape == x.shape else tensor.reshape(-1)
+        name: tensor.view(n_rows, d) if tensor.dim() == x.dim() else tensor.reshape(n_rows)
         for name, tensor in zip(tensors._fields, tensors, strict=True)
         if tensor is not None and name not in NOT_ROWS
     }
-    for block in cpu_blocks(x.numel() // d, CPU_ROW_TENSORS * 4 * d):
-        yield tensors._replace(**{name: tensor[block] for name, tensor in of_rows.items()}), block.start == 0
+    for block in cpu_blocks(n_rows, CPU_ROW_TENSORS * 4 * d):
+        whole = block == slice(0, n_rows)
+        of_block = of_rows if whole else {name: tensor[block] for name, tensor in of_rows.items()}
+        yield tensors._replace(**of_block), block.start == 0
 
 
 def _forward_cpu(tensors: NormForward, eps: float, norm: Norm) -> None:
