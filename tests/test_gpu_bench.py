@@ -204,7 +204,7 @@ def test_badly():
     assert False, "PASSED"
 
 def test_slowly():
-    time.sleep(60)
+    time.sleep(600)
 """)
     names = ["test_well[a b]", "test_well[c - d]", "test_badly", "test_slowly"]
     tests = [f"{tmp_path}/test_three.py::{name}" for name in names]
