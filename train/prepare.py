@@ -120,6 +120,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     try:
         if config.resume is None:
+            processes.meet()  # the memory of one may be too small
             processes.from_first(lambda: _write_directory(run))
         else:
             _restore(run, before)
@@ -274,6 +275,7 @@ def _restore(run: Run, before: TrainConfig) -> None:
     processes.from_first(lambda: _check_progress(run, progress))
     run.step = progress.step
     run.changes = _changes(run, before)
+    processes.meet()
     processes.from_first(lambda: _begin_again(run))
 
 
