@@ -19,7 +19,7 @@ from bench.measure.place import RESULTS, Record
 from bench.measure.study import save, style
 from looped.command_line import Parser
 from looped.run_directory import check_writable
-from train.paper.record import write_record
+from train.metrics import write_record
 from train.run import main as train
 from train.tasks.task import TASKS
 

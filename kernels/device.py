@@ -3,12 +3,15 @@
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
 CPU_BLOCK_BYTES = 4 << 20
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def interprets() -> bool:
@@ -51,7 +54,17 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
     return has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and "Intel" not in has.get("cpu_name", ""))
 
 
-@torch.compiler.assume_constant_result  # a compiled graph is for one machine
+def constant_in_graphs(function: Function) -> Function:
+    """The function, whose result torch.compile takes for a constant: a compiled graph is for one machine.
+
+    torch.compiler.assume_constant_result does nothing else, but it imports the compiler, which takes longer than all
+    the rest of PyTorch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def _widened_on_cpu(dtype: torch.dtype) -> bool:
     return not interprets() and not multiplies_faster(dtype)
 

@@ -35,19 +35,29 @@ class Adapter:
     shifts: bool = True
 
 
-def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter of a model. Raises ValueError for an unknown model, or one configured in a way that is not known."""
+def find_adapter(model: nn.Module, otherwise: str = "") -> Adapter:
+    """The adapter of a model. otherwise: what the caller takes instead of a known model, for the message.
+
+    Raises ValueError for an unknown model, one without its head, and one configured in a way that is not known.
+    """
     config = getattr(model, "config", None)
     kind = str(getattr(config, "model_type", ""))
     if kind not in ADAPTERS:
         known = ", ".join(sorted(ADAPTERS))
-        got = f"{type(model).__name__}" + (f" of model_type {kind!r}" if kind else "")
-        raise ValueError(f"model must be one of {known}, or its modules named: norm, head, states. Got {got}.")
+        got = type(model).__name__ + (f" of model_type {kind!r}" if kind else "")
+        wrapped = ", which wraps one: give its .module" if isinstance(getattr(model, "module", None), nn.Module) else ""
+        raise ValueError(f"model must be one of {known}{otherwise}. Got {got}{wrapped}.")
     for name, value in REQUIRED.get(kind, {}).items():
         found = getattr(config, name, value)
         if (found or None) != (value or None):
             raise ValueError(f"{name} must be {value!r} for a model of type {kind}. Got {found!r}.")
-    return ADAPTERS[kind](config)
+    adapter = ADAPTERS[kind](config)
+    try:
+        model.get_submodule(adapter.head)
+    except AttributeError:
+        got = type(model).__name__
+        raise ValueError(f"model must have its head, the module {adapter.head}. Got {got}, which has none.") from None
+    return adapter
 
 
 def _hrm_text(config: Any) -> Adapter:

@@ -48,11 +48,14 @@ def capture(
     under reentrant checkpointing none may be inside of a checkpoint, where states have no gradients.
 
     Raises ValueError or TypeError, before the model runs, for a name that the model has not, a norm or a head that the
-    fused readout would not reproduce, a compiled caller, or an unknown model without names.
+    fused readout would not reproduce, a compiled caller, an unknown model without names, or names of which none says
+    where the states are.
     """
     least = 1 if states else 2
     if norm is None and states is None:
-        adapter = find_adapter(model)
+        if head is not None or coda:
+            raise ValueError(f"norm or states must be named with head and coda. Got head={head!r}, coda={coda!r}.")
+        adapter = find_adapter(model, ", or its modules named: norm, head, states")
         norm, head, states, coda, least = adapter.norm, adapter.head, adapter.states, adapter.coda, 1
     captured = Captured(model, norm=norm, head=head, states=states, coda=coda, least=least)
     handles = captured.attach()

@@ -48,20 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_target(directory: Path) -> None:
-    """Raises ValueError unless a directory can be made there, or one is there and empty."""
+    """Raises ValueError unless a directory can be made there, or an empty one is there that can be replaced."""
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ValueError(f"DIR must not exist, or be an empty directory. Got {directory}.")
-    check_writable(directory)
+    if directory.is_mount() or directory.resolve() == Path.cwd():
+        raise ValueError(f"DIR must not be a mount point or the current directory. Got {directory}.")
+    check_writable(directory.resolve().parent)
 
 
 @contextmanager
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write to. It becomes ``directory`` at the end, and after an error nothing is left of it."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=nearest_existing(directory.absolute().parent)))
+    directory = directory.resolve()  # a link leads to what is replaced
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=nearest_existing(directory.parent)))
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
-        directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch, directory)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -136,6 +139,8 @@ def _tokenizer(run: SavedRun) -> Any:
     """The run's tokenizer as transformers'. As in training, none is added, and a token's name in a text is text."""
     from transformers import PreTrainedTokenizerFast
 
+    if run.validation.targets is not None:
+        raise ValueError(f"RUN must be of text for a layout with a tokenizer: export a task's weights. Got {run.name}.")
     model = read_tokenizer_file(run.directory / TOKENIZER)
     end = model.id_to_token(int(run.validation.tokens[-1]))  # every document ends with it
     special = {name: token for name, token in SPECIAL.items() if model.token_to_id(token) is not None}

@@ -19,6 +19,8 @@ import re
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
+from looped.kernels.device import constant_in_graphs
+
 HALF = (torch.float16, torch.bfloat16)
 FLASH_2, FLASH_4, SDPA = "flash-attn 2", "flash-attn 4", "PyTorch's scaled_dot_product_attention"
 DISTRIBUTIONS = {FLASH_2: "flash-attn", FLASH_4: "flash-attn-4"}
@@ -62,19 +64,19 @@ def flash_implementation(device: torch.device, head_dim: int, dropout: float, co
 # Constants for torch.compile, which traces neither imports nor metadata -----------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def sdpa_has_flash_3_or_4() -> bool:
     """Whether FlashAttention-3 or 4 is activated in SDPA, which then refuses dropout."""
     return current_flash_attention_impl() is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def flash_2_serves(device: torch.device) -> bool:
     """Whether flash-attn 2 is installed and has code for this GPU."""
     return _flash_2_serves(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def flash_4_head_dim(device: torch.device) -> int:
     """The largest head that flash-attn 4 differentiates on this GPU; 0 where it is not installed or does not serve."""
     return _flash_4_head_dim(device)

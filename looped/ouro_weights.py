@@ -96,11 +96,11 @@ def config_from_ouro(ouro: Mapping[str, Any]) -> LoopedConfig:
             dropout=0.0,
             exit_gate=True,
             tied=bool(ouro.get("tie_word_embeddings")),
-            rope_theta=float(rotary["rope_theta"]),
-            norm_eps=float(ouro["rms_norm_eps"]),
-            embedding_std=float(ouro.get("initializer_range", 0.02)),
+            rope_theta=rotary["rope_theta"],
+            norm_eps=ouro["rms_norm_eps"],
+            embedding_std=ouro.get("initializer_range", 0.02),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"Ouro's configuration cannot be used ({error!r:.160}).") from error
 
 
@@ -209,7 +209,8 @@ def load_ouro(name: str | Path) -> LoopedLM:
     """The decoder of a checkpoint in Ouro's layout, in evaluation mode, in the checkpoint's dtype.
 
     name: a directory, or a repository of the Hugging Face hub. Raises ValueError, in one line, for a hub that cannot be
-    reached, files that are missing or damaged, and what `config_from_ouro` and `weights_from_ouro` refuse.
+    reached or whose client is missing, files that are missing or damaged, and what `config_from_ouro` and
+    `weights_from_ouro` refuse.
     """
     directory = Path(name) if Path(name).is_dir() else _download(str(name))
     config = config_from_ouro(_read_json(directory / CONFIG))
@@ -237,9 +238,13 @@ def write_ouro(model: LoopedLM, directory: Path, *, eos_token_id: int | None = N
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ValueError(
+            f"name must be a directory where huggingface_hub is missing: pip install 'looped-lm[hf]'. Got {repository}."
+        ) from error
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -260,7 +265,10 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     """Of one safetensors file, or of the several that an index names."""
     files = [WEIGHTS]
     if not (directory / WEIGHTS).exists():
-        files = sorted(set(_read_json(directory / INDEX).get("weight_map", {}).values()))
+        names = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"weight_map of {directory / INDEX} must give the file of each weight. Got {names!r:.60}.")
+        files = sorted(set(names.values()))
     weights: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -27,6 +27,7 @@ from looped.replay import named_module, tensor_of
 from looped.supervision import IGNORE_INDEX
 
 PatchedLoss = Literal["own", "per-loop"]
+OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels", "ignore_index")  # arguments, as transformers names them
 
 
 def patch(model: nn.Module, *, loss: PatchedLoss = "own", penalty: float = 0.0) -> "Patched":
@@ -36,8 +37,9 @@ def patch(model: nn.Module, *, loss: PatchedLoss = "own", penalty: float = 0.0) 
         `per-loop` is the mean over loops of the cross-entropy.
     penalty: lambda of `lambda * mean over loops, tokens and channels of H_k^2`, which is added.
 
-    With labels the output has no logits; without, the model does what it did. `num_items_in_batch` and `shift_labels`
-    mean what they mean in transformers. What is returned undoes it all, by `undo()` or as a context manager.
+    With labels the output has no logits; without, the model does what it did. `num_items_in_batch`, `shift_labels` and
+    `ignore_index` mean what they mean in transformers. What is returned undoes it all, by `undo()` or as a context
+    manager, and also where something else, such as accelerate, has wrapped the model's forward since.
 
     Raises ValueError for a model that `looped.adapters` does not know, that takes no labels or that is patched
     already, for an option out of range, and as `looped.capture` does.
@@ -46,7 +48,8 @@ def patch(model: nn.Module, *, loss: PatchedLoss = "own", penalty: float = 0.0) 
         raise ValueError(f"loss must be one of {', '.join(get_args(PatchedLoss))}. Got {loss!r}.")
     check_number("penalty", penalty, 0)
     if "forward" in vars(model):
-        raise ValueError(f"model must have the forward of its class. Got {type(model).__name__} with another.")
+        got = type(model).__name__
+        raise ValueError(f"model must have the forward of its class, not a patch or a wrapper. Got {got} with another.")
     patched = Patched(model, loss, penalty)
     model.forward = patched
     return patched
@@ -70,15 +73,20 @@ class Patched:
         self.unnormed_readout = LoopedReadout(self.head, None)  # type: ignore[arg-type]  # Captured has checked it
         self.own_forward: Callable[..., Any] = model.forward
         functools.update_wrapper(self, self.own_forward)
-        if "labels" not in inspect.signature(self.own_forward).parameters:
+        self.signature, self.undone = inspect.signature(self.own_forward), False
+        kinds = {parameter.kind for parameter in self.signature.parameters.values()}
+        if "labels" not in self.signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise ValueError(f"model must take labels. Got {type(model).__name__}, which does not.")
 
     def undo(self) -> None:
         """Give the model its own forward back. A second time nothing happens."""
+        self.undone = True
         if vars(self.model).get("forward") is self:
             del self.model.forward
 
     def __enter__(self) -> nn.Module:
+        if self.undone:
+            raise ValueError("a patch that was undone must not be used again. Call looped.patch for another.")
         return self.model
 
     def __exit__(self, *_: object) -> None:
@@ -92,14 +100,17 @@ class Patched:
 
     # A call -----------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model's own forward; with labels its loss is the fused one and its logits None."""
-        loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
-        given = inspect.signature(self.own_forward).bind_partial(*args, **kwargs)
-        labels = given.arguments.pop("labels", None)
-        if labels is None:
-            return self.own_forward(*args, **kwargs, **loss_options)
+        return _uncompiled_call()(self, *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        loss_options = {name: kwargs[name] for name in OF_THE_LOSS if name in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in OF_THE_LOSS}
+        given = self.signature.bind_partial(*args, **others)
+        labels = given.arguments.pop("labels", loss_options.pop("labels", None))
+        if labels is None or self.undone:
+            return self.own_forward(*args, **kwargs)
         with self._captured_run():
             output = self.own_forward(*given.args, **given.kwargs)
             loss = self._loss(labels, **loss_options)
@@ -130,17 +141,23 @@ class Patched:
         return torch.zeros((), device=y.device).expand(*y.shape[:-1], len(self.head.weight))  # type: ignore[arg-type]
 
     def _loss(
-        self, labels: Tensor, num_items_in_batch: float | Tensor | None = None, shift_labels: Tensor | None = None
+        self,
+        labels: Tensor,
+        num_items_in_batch: float | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
         states = self.captured.states
         device = states[0].device
         targets = labels if shift_labels is None else shift_labels
         if shift_labels is None and self.adapter.shifts:
             targets = F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-        targets, n_targets = targets.to(device), num_items_in_batch
-        penalty: float | Tensor = self.penalty
+        targets = targets.to(device)
+        targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
+        n_targets = num_items_in_batch
         if isinstance(n_targets, Tensor):
             n_targets = n_targets.to(device)
+        penalty: float | Tensor = self.penalty
         if n_targets is not None and self.penalty:  # a batch of several that are added up has its share of the penalty
             penalty = self.penalty * (targets != IGNORE_INDEX).sum() / n_targets
         if self.expected is not None:
@@ -148,6 +165,12 @@ class Patched:
             return loss + penalty * mean_square(states) if self.penalty else loss
         weights = [0.0] * (len(states) - 1) + [1.0] if self.terminal else None
         return self.captured.cross_entropy(targets, weights=weights, penalty=penalty, n_targets=n_targets).loss
+
+
+@functools.cache
+def _uncompiled_call() -> Callable[..., Any]:
+    """Marked when it is first called: marking it imports the compiler."""
+    return torch.compiler.disable(Patched._call)
 
 
 class ExpectedState:

@@ -110,5 +110,5 @@ def poisoned():
 def no_picture():
     """Runs draw no report.png, which takes as long as all else that they do here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.report.draw", lambda *arguments: None)
+        patch.setattr("train.picture.draw", lambda *arguments: None)
         yield

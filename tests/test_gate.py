@@ -142,6 +142,10 @@ def test_bad_runs_are_one_line(finished, tmp_path, capsys):
     assert error(finished, "--data", str(other)).startswith("error: the text or the tokenizer is not the one that")
     assert main([str(finished), "--out", str(tmp_path / "one")]) == 2
     assert "already holds a run" in capsys.readouterr().err
+    torn = Path(shutil.copytree(finished, tmp_path / "torn"))
+    moments = torn / "checkpoint" / "optimizer.safetensors"  # which would be sealed again, in the copy
+    moments.write_bytes(moments.read_bytes()[:-1] + b"x")
+    assert "optimizer.safetensors is not what was written" in error(torn)
 
 
 def test_a_gate_that_diverges_is_not_written(finished, tmp_path, capsys, monkeypatch):

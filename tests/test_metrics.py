@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from looped.whole_file import replacing
-from train.metrics import MetricsLog, finite, foreign_lines, read_metrics, write_json
+from train.metrics import MetricsLog, finite, foreign_lines, read_metrics, write_json, write_record
 
 
 def test_nan_and_infinity_are_null(tmp_path):
@@ -16,6 +16,14 @@ def test_nan_and_infinity_are_null(tmp_path):
     assert finite(value) == expected
     write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text()) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_record_has_an_item_of_a_list_on_a_line(tmp_path):
+    write_record(tmp_path / "x.json", {"a": [1, math.nan], "runs": [{"b": math.inf}, {"b": 2}], "none": []})
+    assert (tmp_path / "x.json").read_text() == (
+        '{\n"a": [1, null],\n"runs": [\n{"b": null},\n{"b": 2}\n],\n"none": []\n}\n'
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import pytest
 import safetensors.torch
@@ -137,6 +138,11 @@ def test_the_preset_is_ouros_published_shape():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type .* must be default here. Got 'yarn'."),
         ({"total_ut_steps": 0}, "n_loops must be at least 1. Got n_loops=0."),
         ({"hidden_size": "wide"}, "Ouro's configuration cannot be used"),
+        ({"num_attention_heads": 0}, "Ouro's configuration cannot be used"),
+        (
+            {"rms_norm_eps": "small"},
+            "Ouro's configuration cannot be used .*norm_eps must be a number. Got norm_eps='sm",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(change, message):
@@ -223,6 +229,21 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         ) as caught:
             load_ouro(name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map", [None, 5, ["model.safetensors"], {"lm_head.weight": 5}])
+def test_an_index_that_names_no_files_is_refused(tmp_path, weight_map):
+    directory = save(tmp_path / "ouro", OuroForCausalLM())
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"weight_map of .* must give the file of each weight. Got"):
+        load_ouro(directory)
+
+
+def test_without_the_client_of_the_hub_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'looped-lm\[hf\]'. Got ByteDance/Ouro-1.4B."):
+        load_ouro("ByteDance/Ouro-1.4B")
 
 
 def test_the_preset_takes_ouros_weights_without_their_gate():

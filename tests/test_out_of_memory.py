@@ -9,7 +9,7 @@ from tiny_run import arguments
 
 from looped.kernels import VocabularyShard, looped_cross_entropy, out_of_memory, readout
 from looped.kernels.out_of_memory import is_out_of_memory
-from train import processes, trainer
+from train import prepare, processes, trainer
 from train.config import preset_config
 from train.out_of_memory import out_of_memory as advised
 from train.run import main
@@ -148,6 +148,18 @@ def test_a_run_says_what_helps(options, advice, command, tmp_path, monkeypatch, 
     assert error.rstrip().endswith(f"--resume {run} {command}".rstrip())
     monkeypatch.undo()
     assert main(["--resume", str(run), *command.split()]) == 0
+
+
+def test_a_model_that_is_too_large_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*given, **named):
+        raise FULL
+
+    monkeypatch.setattr(prepare, "_optimizer", fail)
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ")
+    assert line.endswith("). Lower --d-model, --d-ff, --n-layers or --vocab-size.")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("n_processes", "command"), [(2, ("--grad-accumulation", "3")), (6, ("--checkpoint-loops",))])

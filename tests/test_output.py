@@ -15,7 +15,9 @@ from forked_runs import ended, forked, run_forked
 from tiny_run import arguments
 
 from train import trainer
+from train.gate import main as gate
 from train.metrics import read_metrics
+from train.paper.__main__ import main as paper
 from train.run import main
 
 PROGRAM = Path(__file__).parents[1] / "train" / "run.py"
@@ -67,6 +69,17 @@ def test_a_run_outlasts_its_output(tmp_path, monkeypatch, stdout, stderr, messag
     assert ended([forked(lambda: main(argv), opened(stdout), opened(stderr))], Path("said").read_text) == [0]
     assert (tmp_path / "said").read_text() == message
     assert_finished(tmp_path / "run")
+
+
+def test_other_programs_outlast_theirs(tmp_path):
+    """A gate is trained before its numbers are printed, and written after; a sweep takes hours."""
+    run, log = tmp_path / "run", tmp_path / "said"
+    assert main(arguments(tmp_path, "--out", str(run), "--steps", "1")) == 0
+    for program in (lambda: gate([str(run), "--steps", "1", "--device", "cpu"]), lambda: paper(["--help"])):
+        with open(log, "wb") as stderr:
+            assert ended([forked(program, opened("/dev/full"), stderr.fileno())], log.read_text) == [0]
+        assert log.read_text() == NO_SPACE
+    assert (tmp_path / "run-gate" / "gate.json").exists()
 
 
 def limited(function):

@@ -1,11 +1,7 @@
 """How far a run of a sweep got, by what it has left."""
 
-import dataclasses
-
 import pytest
 
-from looped.run_directory import write_config
-from train.config import complete, model_config, preset_config
 from train.metrics import MetricsLog
 from train.paper.runs import Run, read_run
 
@@ -13,27 +9,16 @@ ROW = {"step": 3, "tokens": 90, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second"
        "state_norm": [1.0], "radial_fraction": [0.0]}  # fmt: skip
 
 
-@pytest.fixture
-def run(tmp_path) -> Run:
-    config = complete(preset_config("demo"))
-    fields = dataclasses.asdict(config) | {"out": None}
-    write_config(tmp_path, fields, model_config(config, 4096))
-    return Run("per-loop-raw", 7, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("last", "status"),
-    [
-        ({"loss": 1.0}, "unfinished"),
-        ({"loss": None, "bad_steps": 5}, "diverged"),
-        ({"loss": None, "bad_steps": 4}, "unfinished"),
-        ({"loss": None}, "diverged"),  # of a run from before bad steps were counted
-    ],
-)
-def test_a_run_killed_at_a_bad_step_has_not_diverged(run, last, status):
-    """It stops itself after max_bad_steps, 5, in a row."""
-    MetricsLog(run.directory / "metrics.jsonl").append(ROW | last)
-    assert run.status == status
-    (run.directory / "checkpoint").mkdir()
-    assert run.status == status.replace("unfinished", "checkpoint")
+@pytest.mark.parametrize("last", [{"loss": 1.0}, {"loss": None, "bad_steps": 7}, {"loss": None}])
+def test_a_run_has_diverged_if_it_ended_so_and_not_if_it_was_killed(tmp_path, last):
+    run = Run("per-loop-raw", 7, tmp_path)
+    assert run.status == "absent"
+    MetricsLog(tmp_path / "metrics.jsonl").append(ROW | last)
+    (tmp_path / "config.json").write_text("{")  # it has no part in that
+    assert run.status == "unfinished"
+    (tmp_path / "checkpoint").mkdir()
+    assert run.status == "checkpoint"
+    assert read_run(run).minutes == 3 / 60
+    (tmp_path / "diverged.json").touch()
+    assert run.status == "diverged"
     assert read_run(run).minutes == 3 / 60

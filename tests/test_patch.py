@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import looped
-from bench.competitors.recurrent_models import Ouro
+from bench.competitors.recurrent_models import SMALL, Ouro
 from looped.adapters import find_adapter
 
 TOKENS, LABELS = token_batch()
@@ -87,6 +87,26 @@ def test_patch_takes_shifted_labels():
         torch.testing.assert_close(run(model, TOKENS, labels=LABELS, shift_labels=shifted).loss, expected)
 
 
+def test_patch_takes_another_ignore_index():
+    model = small("ouro")
+    with looped.patch(model):
+        expected = run(model, TOKENS, labels=LABELS.masked_fill(LABELS == 3, -100)).loss
+        torch.testing.assert_close(run(model, TOKENS, labels=LABELS, ignore_index=3).loss, expected)
+
+
+def test_patch_of_a_subclass_that_hands_its_arguments_on():
+    class Named(Ouro):
+        def forward(self, input_ids, **options):
+            return super().forward(input_ids, **options)
+
+    model = Named(SMALL)
+    own = run(model, TOKENS, labels=LABELS)
+    with looped.patch(model):
+        patched = run(model, TOKENS, labels=LABELS)
+    assert patched.logits is None
+    torch.testing.assert_close(patched.loss, own.loss)
+
+
 def test_patch_takes_positional_labels():
     model = small("ouro")
     expected = model(TOKENS, LABELS).loss
@@ -118,6 +138,25 @@ def test_patch_undo():
     with looped.patch(model), pytest.raises(ZeroDivisionError):
         raise ZeroDivisionError
     assert "forward" not in vars(model)
+
+
+def test_patch_is_undone_under_a_wrapper():
+    """As transformers' trainer and accelerate wrap a model's forward, for autocast, and leave it so."""
+    model = small("ouro")
+    patched = looped.patch(model)
+    wrapped = model.forward
+    model.forward = lambda *args, **kwargs: wrapped(*args, **kwargs)
+    assert model(TOKENS, labels=LABELS).logits is None
+    patched.undo()
+    assert model(TOKENS, labels=LABELS).logits is not None
+
+
+def test_patch_that_was_undone_is_not_used_again():
+    patched = looped.patch(small("ouro"))
+    with patched:
+        pass
+    with pytest.raises(ValueError, match="a patch that was undone must not be used again"), patched:
+        pass
 
 
 def test_patch_after_a_failed_call():
@@ -159,13 +198,19 @@ def test_patch_rejects_options(options, message):
 
 def test_patch_rejects_a_model_that_is_patched():
     model = small("ouro")
-    with looped.patch(model), pytest.raises(ValueError, match=r"model must have the forward of its class. Got Ouro"):
+    with looped.patch(model), pytest.raises(ValueError, match=r"model must have the forward of its class.* Got Ouro"):
         looped.patch(model)
 
 
 def test_patch_rejects_models():
-    with pytest.raises(ValueError, match="model must be one of albert"):
+    with pytest.raises(ValueError, match=r"model must be one of albert, [a-z_, ]*ouro\. Got Linear\.$"):
         looped.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"Got DataParallel, which wraps one: give its \.module\.$"):
+        looped.patch(nn.DataParallel(small("ouro")))
+    model = small("ouro")
+    del model.lm_head
+    with pytest.raises(ValueError, match=r"model must have its head, the module lm_head\. Got Ouro, which has none"):
+        looped.patch(model)
 
     class Headless(Ouro):
         def forward(self, input_ids):

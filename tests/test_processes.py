@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked_runs import finish, fork
+from forked_runs import finish, fork, free_port
 from ranks import run_ranks
 from tiny_decoder import V, model
 from tiny_run import MODEL, arguments
@@ -103,11 +103,15 @@ def check_signal(rank: int, directory: Path) -> None:
 
 
 def check_bad_option(rank: int, directory: Path) -> None:
-    with as_rank(rank) as (_, errors):
-        assert main([*options(directory, "fused", 2), "--batch-size", "5", "--out", str(directory / "bad")]) == 2
-    rule = "error: batch_size must be divisible by processes x grad_accumulation. Got 2 processes, batch_size=5"
-    assert errors.getvalue().startswith(rule) if rank == 0 else not errors.getvalue()
-    assert not (directory / "bad").exists()
+    rules = {
+        "--batch-size 5": "batch_size must be divisible by processes x grad_accumulation. Got 2 processes",
+        "--d-ff 16777216 --d-model 16777216": "the model must fit in memory",
+    }
+    for words, rule in rules.items():
+        with as_rank(rank) as (_, errors):
+            assert main([*options(directory, "fused", 2), *words.split(), "--out", str(directory / "bad")]) == 2
+        assert errors.getvalue().startswith(f"error: {rule}") if rank == 0 else not errors.getvalue()
+        assert not (directory / "bad").exists()
 
 
 def check_silence(rank: int, directory: Path) -> None:
@@ -318,8 +322,7 @@ def mortal_options(directory: Path) -> list[str]:
 def test_killed_processes_go_on_from_the_last_checkpoint(runs: Path, tmp_path: Path) -> None:
     """With dropout, whose numbers are each process's own: the losses are those of a run that nobody killed."""
     killed, log = tmp_path / "killed", tmp_path / "log"
-    port = ["--master-port", str(29500 + os.getpid() % 20000)]
-    words = ["--nproc-per-node", "2", *port, "--max-restarts", "1"]
+    words = ["--nproc-per-node", "2", "--master-port", free_port(), "--max-restarts", "1"]
     argv = [*mortal_options(runs), "--out", str(killed)]
     finish([fork(lambda: torchrun(words, argv), log)], log)
     said = log.read_text().splitlines()

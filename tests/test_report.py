@@ -5,7 +5,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from train.report import draw, environment, table
+from train.picture import draw
+from train.report import environment, table
 from train.step import LoopResult
 
 RESULTS = [

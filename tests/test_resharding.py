@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from forked_runs import finish, rows_of, start, weights_of
+from forked_runs import ended, finish, rows_of, start, weights_of
 from tiny_run import arguments, reseal
 
 from looped.checkpoint import KINDS, CheckpointError, check_whole, files_of, weights_hash
 from looped.export import main as export
 from looped.run_directory import load_run
-from train import gate
+from train import checkpoint, gate
 from train.checkpoint import step_of
 from train.run import main
 
@@ -67,6 +67,25 @@ def test_a_run_goes_on_with_another_number_of_processes(directory, resharded, sh
     assert parts[0] == parts[3] == ["model.safetensors"]
     assert parts[1] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert parts[2] == [f"model-0000{part}-of-00004.safetensors" for part in range(1, 5)]
+
+
+def test_the_first_process_alone_reads_every_byte(four, tmp_path):
+    """Of what all load."""
+
+    def before(rank: int) -> None:
+        checkpoint.check_whole = check_whole if rank == 0 else None
+
+    log, argv = tmp_path / "log", ["--resume", str(four), "--steps", "7", "--shard", "none"]
+    finish(start(argv, 2, log, before), log)
+    (path,) = (four / "checkpoint").glob("rng*")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert ended(start([*argv, "--steps", "8"], 2, log), log.read_text) == [2, 2]
+    (line,) = [line for line in log.read_text().splitlines() if "torn" in line]
+    assert line == f"error: checkpoint {four}/checkpoint is torn: {path.name} is not what was written."
+    shutil.rmtree(four / "checkpoint")
+    assert ended(start([*argv, "--steps", "8"], 2, log), log.read_text) == [2, 2]
+    (line,) = [line for line in log.read_text().splitlines() if "no checkpoint" in line]
+    assert line == f"error: {four} holds no checkpoint."
 
 
 def test_one_process_reads_what_four_wrote(four):

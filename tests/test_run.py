@@ -358,6 +358,13 @@ def test_options_override_the_preset():
     assert demo.dtype in ("bf16", "fp32")
 
 
+def test_what_takes_long_to_import_is_imported_where_it_is_used():
+    slow = ("matplotlib", "sympy", "torch._dynamo", "torch.distributed.checkpoint", "transformers", "triton")
+    program = f"import sys, train.run; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PROGRAM.parents[1])
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_help_shows_the_presets_defaults(capsys):
     for argv, expected in ((["--help"], "0.003"), (["--preset", "paper-44m", "--help"], "wikitext-103")):
         with pytest.raises(SystemExit) as exit_:

@@ -7,14 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+from forked_runs import ended, finish, start
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
-from train import processes, trainer
+from train import checkpoint, processes, trainer
 from train.checkpoint import step_of
 from train.metrics import MetricsLog, read_metrics
 from train.run import main
@@ -151,6 +153,42 @@ def test_a_row_that_could_not_be_written_is_there_before_the_next_checkpoint(tmp
     options = ("--log-every", "4", "--save-every", "3", "--on-save-error", "continue")
     assert main(arguments(tmp_path, "--out", str(run), *options)) == 0
     assert rows == [1, 2, 3]  # of step 1, 4 and 8, at the checkpoints of 3, 6 and 8
+
+
+def failing_once(method: str, step: int) -> Callable[[int], None]:
+    """What a rank does first: have the log's method fail in the first one, when ``step`` rows are written. No other
+    reads the checkpoint for what it would say."""
+
+    def before(rank: int) -> None:
+        checkpoint.step_of = checkpoint.step_of if rank == 0 else None
+        write, calls = getattr(MetricsLog, method), iter(range(100))
+
+        def failing(log, *arguments, **options):
+            assert rank == 0
+            if next(calls) == step:
+                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+            write(log, *arguments, **options)
+
+        setattr(MetricsLog, method, failing)
+
+    return before
+
+
+@pytest.mark.parametrize(("method", "step"), [("append", 3), ("__init__", 0)])
+def test_all_processes_stop_for_the_cause_that_one_of_them_met(tmp_path, method, step):
+    log, argv = tmp_path / "log", arguments(tmp_path, "--out", str(tmp_path / "run"), "--save-every", "2")
+    assert ended(start(argv, 2, log, failing_once(method, step)), log.read_text) == [1, 1]
+    (line,) = [line for line in log.read_text().splitlines() if re.search("error|warning", line, re.IGNORECASE)]
+    cause = r"\[Errno 28\] No space left on device: 'metrics.jsonl'\."
+    assert re.match(rf"error: step {step and step + 1} of 8: {cause} ", line), line
+
+
+def test_processes_go_on_when_one_of_them_could_not_write(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ("--save-every", "3", "--async-save", "--on-save-error", "continue", "--eval-tokens", "16")
+    finish(start(arguments(tmp_path, "--out", str(run), *options), 2, log, failing_once("flush", 3)), log)
+    assert re.findall(f"not saved: .*{GOES_ON}\n", log.read_text()) == ["1"]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 9))
 
 
 def test_what_fails_in_the_background_of_the_last_save_is_an_error():

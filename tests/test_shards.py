@@ -149,7 +149,9 @@ def test_a_killed_process_has_lost_the_last_file_alone(texts, tmp_path, monkeypa
     assert {path.name for path in entry.iterdir()} == {path.name for path in (tmp_path / "whole").glob("*/*")}
 
 
-@pytest.mark.parametrize("damage", ["train-00001.tokens", "train-00001.bounds", "train-00001.shard.json"])
+@pytest.mark.parametrize(
+    "damage", ["train-00001.tokens", "train-00001.bounds", "train-00001.shard.json", "tokenizer.json"]
+)
 def test_a_damaged_file_of_a_killed_process_is_written_again(texts, tmp_path, monkeypatch, damage):
     expected = load(texts, tmp_path / "whole")
     with monkeypatch.context() as patch:

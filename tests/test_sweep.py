@@ -134,7 +134,14 @@ def test_run_that_is_not_what_its_directory_says(finished, directory, capsys):
     report_only = ["sweep", "--out", str(directory / "sweep"), "--report-only"]
     assert_rejected(report_only, "penalty must be that", capsys, directory)
     config.write_text("{")
-    assert_rejected(again(finished, directory), "config.json cannot be used: remove", capsys, directory)
+    for name in ("complete", "diverged"):
+        if name == "diverged":
+            config.with_name("summary.json").rename(config.with_name("diverged.json"))
+        message = rf"^error: {config} cannot be used: remove {config.parent}\. "
+        assert_rejected(again(finished, directory), message, capsys, directory)
+        assert_rejected(report_only, message, capsys, directory)
+        claims = ["claims", "--runs", str(directory / "sweep"), "--out", str(directory / "page"), "--seeds", "7"]
+        assert_rejected(claims, message, capsys, directory)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +263,11 @@ def test_what_would_fail_after_training_is_found_before(finished, directory, cap
     assert_rejected(again(finished, directory, "--claims", "/proc/page"), message, capsys, directory)
 
 
-def test_divergence_is_a_result(tmp_path, capsys):
-    argv = sweep_words(tmp_path, "--conditions", "per-loop-raw", extra=("--learning-rate", "1e30"))
+@pytest.mark.parametrize(("rate", "limit"), [("1e30", "5"), ("1e39", "9")])
+def test_divergence_is_a_result(tmp_path, capsys, rate, limit):
+    """Of the loss, in steps in a row; or of a weight, at the last of 8 steps, when it is to be saved."""
+    extra = ("--learning-rate", rate, "--max-bad-steps", limit, "--warmup-steps", "0")
+    argv = sweep_words(tmp_path, "--conditions", "per-loop-raw", extra=extra)
     assert main_of_forks(argv) == 0
     assert re.search(r"per-loop-raw +seed 7 +diverged at step \d", capsys.readouterr().out)
     table = (tmp_path / "sweep" / "sweep.md").read_text()

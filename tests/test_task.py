@@ -22,7 +22,8 @@ from looped.model import LoopedLM, LoopedOutput
 from looped.run_directory import load_run
 from train import gate
 from train.paper.plan import SweepConfig, plan
-from train.report import draw, table
+from train.picture import draw
+from train.report import table
 from train.run import main, parse
 from train.step import LoopResult
 from train.tasks.accuracy import with_accuracy
@@ -128,7 +129,7 @@ def test_the_second_stage_of_a_gate_goes_on_with_the_curriculum(tmp_path, monkey
 
 
 def test_what_a_run_leaves(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.report.draw", draw)
+    monkeypatch.setattr("train.picture.draw", draw)
     run = tmp_path / "run"
     assert main(arguments("p-hop", run)) == 0
     output = capsys.readouterr().out

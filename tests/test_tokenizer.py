@@ -108,6 +108,15 @@ def test_bpe_special_token_in_the_text_is_text(bpe):
     assert bpe.bytes_per_token[bpe.eos] == 0
 
 
+def test_a_token_that_is_added_stands_for_its_bytes_unless_it_is_special(bpe, tmp_path):
+    model = tokenizers.Tokenizer.from_str(bpe.model.to_str())
+    model.add_tokens(["<é>"])
+    model.add_special_tokens(["<pause>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    sizes = load_tokenizer(tmp_path / "tokenizer.json").bytes_per_token
+    assert [sizes[model.token_to_id(token)] for token in ("<é>", "<pause>", "<eos>")] == [4, 0, 0]
+
+
 def test_bpe_has_the_size_asked_for_and_is_deterministic(bpe):
     assert bpe.vocab_size == 320
     assert bpe.gives_back(DOCUMENTS)

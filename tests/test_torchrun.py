@@ -67,7 +67,7 @@ def test_restarts_need_a_name_to_find_the_run_by(tmp_path: Path) -> None:
 
 def test_one_process_is_all_of_them() -> None:
     x = torch.arange(6.0)
-    assert processes.total(x) is processes.mean(x) is x
+    assert processes.total(x) is x
     assert (processes.rank(), processes.world_size(), processes.is_first()) == (0, 1, True)
     assert processes.gather("a") == ["a"]
     assert processes.largest(3) == 3
@@ -75,6 +75,14 @@ def test_one_process_is_all_of_them() -> None:
     state = torch.get_rng_state()
     processes.seed_step(1, 2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
+    class Local(OSError): ...
+
+    assert str(processes._plain(Local(28, "No space left"))) == "Local: [Errno 28] No space left"
+    known = OSError(28, "No space left")
+    assert processes._plain(known) is known
 
 
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 7])
@@ -114,6 +122,13 @@ def test_processes_that_cannot_meet_say_so(
     error = f"error: the processes must be able to meet as torchrun says. Got RANK={rank}, WORLD_SIZE={size},"
     assert capsys.readouterr().err.startswith(error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_the_environment_names_silences_no_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert not processes.is_later()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.is_later()
 
 
 def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

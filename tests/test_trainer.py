@@ -12,7 +12,7 @@ from forked_runs import rows_of, weights_of
 from tiny_run import arguments
 
 from train import config, prepare, progress, trainer
-from train.report import draw
+from train.picture import draw
 from train.run import main
 from train.text import data
 from train.text.tokenizer import load_tokenizer
@@ -272,10 +272,10 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(tmp_path, monke
 
 def test_a_run_is_complete_only_with_its_figure(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(trainer.report, "draw", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("train.picture.draw", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     assert main(arguments(tmp_path, "--out", str(run))) == 128 + signal.SIGTERM
     assert not (run / "summary.json").exists()
-    monkeypatch.setattr(trainer.report, "draw", draw)
+    monkeypatch.setattr("train.picture.draw", draw)
     assert main(["--resume", str(run)]) == 0
     assert (run / "report.png").exists()
     assert (run / "summary.json").exists()

@@ -136,9 +136,11 @@ def test_the_depth_can_be_chosen_when_loading(tmp_path):
     loaded = LoopedForCausalLM.from_pretrained(tmp_path, depth=5)
     tokens = tiny_decoder.tokens()
     assert torch.equal(loaded(tokens).logits, decoder(tokens, n_loops=5, logits=True).logits)
-    loaded.config.depth = 0
-    with pytest.raises(ValueError, match=r"n_loops must be at least 1. Got n_loops=0\."):
-        loaded(tokens)
+    for depth in (0, "2", 1.5):
+        with pytest.raises(ValueError, match=rf"depth must be an int of at least 1\. Got {depth!r}\."):
+            loaded.config.depth = depth
+        with pytest.raises(ValueError, match="depth must be an int of at least 1"):
+            LoopedForCausalLM.from_pretrained(tmp_path, depth=depth)
 
 
 def test_a_new_model_starts_as_a_decoder_starts():
@@ -157,6 +159,39 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=r"must hold all weights of its model. Got none for decoder.blocks.0.mlp.w2."):
         LoopedForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_tokens", [tiny_decoder.V - 4, tiny_decoder.V + 3])
+def test_the_vocabulary_can_be_resized(tmp_path, tied, n_tokens):
+    _, model = wrapped(tied=tied)
+    tokens = tiny_decoder.tokens() % (tiny_decoder.V - 4)
+    known = model(tokens).logits[..., : tiny_decoder.V - 4]
+    model.resize_token_embeddings(n_tokens)
+    assert model.config.shape.vocab_size == model.decoder.config.vocab_size == n_tokens
+    logits = model(tokens, labels=tokens).logits
+    assert logits.shape[-1] == n_tokens
+    torch.testing.assert_close(logits[..., : tiny_decoder.V - 4], known)
+    with pytest.raises(ValueError, match=rf"tokens must be in \[0, vocab_size={n_tokens}\)"):
+        model(torch.full_like(tokens, n_tokens))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LoopedForCausalLM.from_pretrained(tmp_path)(tokens).logits, logits)
+
+
+def test_added_tokens_start_as_the_embedding_does(tmp_path):
+    _, model = wrapped(embedding_std=0.02)
+    model.save_pretrained(tmp_path)
+    for resized in (model, LoopedForCausalLM.from_pretrained(tmp_path)):
+        resized.resize_token_embeddings(4000, mean_resizing=False)
+        assert resized.decoder.embedding.weight[tiny_decoder.V :].std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_the_attention_that_it_has_may_be_asked_for(tmp_path):
+    _, model = wrapped()
+    model.save_pretrained(tmp_path)
+    tokens = tiny_decoder.tokens()
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_dtypes_are_kept(tmp_path):
@@ -232,6 +267,34 @@ def test_what_transformers_does_with_caches(options):
     cached = model.generate(tokens, **always, **options)
     options = {name: value for name, value in options.items() if name != "cache_implementation"}
     assert torch.equal(cached, model.generate(tokens, use_cache=False, **always, **options))
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_a_cache_of_fixed_size_sees_no_padding(changes):
+    """generate hands masks of another shape to models with such a cache, unless they say otherwise."""
+    _, model = wrapped(max_seq_len=32, **changes)
+    tokens, mask = padded(rows_of(9, 2))
+    options = {
+        "attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    found = model.generate(tokens, cache_implementation="static", **options).logits
+    for logits, expected in zip(found, model.generate(tokens, use_cache=False, **options).logits, strict=True):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        ((5,), None, r"input_ids must have shape \[B, T\]\. Got \[5\]"),
+        ((2, 5), (2, 6), r"attention_mask must have shape \[B, past \+ T\] = \[2, 5\]\. Got \[2, 6\]"),
+        ((2, 5), (2, 1, 5, 5), r"attention_mask must have shape .* Got \[2, 1, 5, 5\]"),
+    ],
+)
+def test_rows_of_other_shapes_are_refused(tokens, mask, message):
+    _, model = wrapped()
+    with pytest.raises(ValueError, match=message):
+        model(torch.ones(tokens, dtype=torch.int64), attention_mask=None if mask is None else torch.ones(mask))
 
 
 def test_drafts_that_are_refused_leave_the_cache():

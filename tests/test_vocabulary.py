@@ -17,7 +17,7 @@ from tiny_run import arguments
 from looped.model import LoopedLM
 from looped.sharding import replicate
 from looped.vocabulary import clip_grad_norm_, share_vocabulary, table_name, whole_vocabulary
-from train import report
+from train import picture
 from train.metrics import read_metrics
 from train.run import main
 
@@ -101,7 +101,7 @@ def plain(decoder: LoopedLM) -> LoopedLM:
 def run(directory: Path, out: str, *options: str) -> None:
     """A whole run of the trainer, with gradients in two parts; without its picture, which takes the longest."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(report, "draw", lambda *_: None)
+        patch.setattr(picture, "draw", lambda *_: None)
         parts = ["--dropout", "0", "--grad-accumulation", "2", "--steps", "6", "--save-every", "3"]
         assert main(arguments(directory, *parts, *options, "--out", str(directory / out))) == 0
 
@@ -120,7 +120,7 @@ def refused_option(directory: Path, *options: str) -> str:
 
 def save_all(rank: int, folder: str) -> None:
     os.environ["RANK"] = str(rank)
-    report.draw = lambda *_: None
+    picture.draw = lambda *_: None
     run(Path(folder), "shared", "--shard-head")
     continued(Path(folder), "--steps", "8")
     refusals = [refused_option(Path(folder), *options) for options in (["--no-fused"], ["--shard", "fsdp2"])]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped.checkpoint import WEIGHTS, check_whole, files_of, found, seal
+from looped.checkpoint import KINDS, WEIGHTS, check_whole, files_of, found, seal
 from looped.command_line import Parser
 from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabilities, mean_exit_loop
 from looped.model import LoopedLM
@@ -31,6 +31,7 @@ from looped.supervision import IGNORE_INDEX
 from train.config import TrainConfig, check_out_directory, device_of, read_config
 from train.interrupt import Interrupted, Interruptions
 from train.metrics import write_json
+from train.output import lasting_output
 from train.prepare import load_source
 from train.source import Source
 from train.step import autocast, to_device
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
-    with Interruptions().installed():
+    with lasting_output(), Interruptions().installed():
         try:
             return _run(options)
         except (ValueError, OSError) as error:
@@ -84,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"data must be of the kind that {options.run} was trained on. Got data={config.data!r}.")
     model = gated_copy(saved.model, fused=config.fused).to(device_of(config))
     source = load_source(config)
-    if source.fingerprint != check_whole(found(options.run), ["model"]).fingerprint:
+    if source.fingerprint != check_whole(found(options.run), KINDS).fingerprint:
         raise ValueError(f"the text or the tokenizer is not the one that {options.run} was trained on.")
     batch_size = options.batch_size or config.batch_size
     before = measure(model, source, config)
@@ -193,7 +194,7 @@ def _write(out: Path, saved: SavedRun, model: LoopedLM, record: dict[str, Any]) 
             if (saved.directory / name).exists():
                 shutil.copyfile(saved.directory / name, whole / name)
         shutil.copytree(found(saved.directory), whole / "checkpoint")
-        progress = check_whole(whole / "checkpoint", ["model"])
+        progress = check_whole(whole / "checkpoint", KINDS)
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         for name in files_of(whole / "checkpoint", "model"):
             (whole / "checkpoint" / name).unlink()

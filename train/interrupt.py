@@ -51,11 +51,11 @@ class Interruptions:
                 signal.signal(signum, handler)
 
     @contextmanager
-    def deferred(self) -> Iterator["Interruptions"]:
+    def deferred(self) -> Iterator[None]:
         """Note the first signal instead of raising; a second one raises after all."""
         self._deferred = True
         try:
-            yield self
+            yield
         finally:
             self._deferred = False
 

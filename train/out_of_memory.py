@@ -1,7 +1,14 @@
-"""What to change when a run has run out of memory, of what may change when it is continued."""
+"""What to change when a run has run out of memory."""
 
 from train import processes
 from train.config import TrainConfig
+
+SMALLER = "Lower --d-model, --d-ff, --n-layers or --vocab-size."
+
+
+def out_of_memory_before_training(error: RuntimeError) -> str:
+    """What happened and what helps where the model and the optimizer's state alone are too large."""
+    return f"{_happened(error)} {SMALLER}"
 
 
 def out_of_memory(error: RuntimeError, config: TrainConfig) -> tuple[str, ...]:
@@ -9,7 +16,6 @@ def out_of_memory(error: RuntimeError, config: TrainConfig) -> tuple[str, ...]:
 
     More micro-batches come first: they cost no more arithmetic. Then a loop recomputed costs its forward pass again.
     """
-    happened = f"memory ran out ({str(error).strip().splitlines()[0][:160]})."
     per_step = config.batch_size // (config.grad_accumulation * processes.world_size())
     parts = next((n for n in range(2, per_step + 1) if per_step % n == 0), 1) * config.grad_accumulation
     advice: list[tuple[str, tuple[str, ...]]] = []
@@ -19,8 +25,12 @@ def out_of_memory(error: RuntimeError, config: TrainConfig) -> tuple[str, ...]:
         advice.append(("--checkpoint-loops", ("--checkpoint-loops",)))
     if not advice:
         return (
-            f"{happened} A micro-batch is one sequence and loops are recomputed: begin a run with a smaller --seq-len "
-            "or model.",
+            f"{_happened(error)} A micro-batch is one sequence and loops are recomputed: begin a run with a smaller "
+            "--seq-len or model.",
         )
     others = " or a new run with a smaller --batch-size" if config.batch_size > 1 else ""
-    return f"{happened} Take {', or '.join(words for words, _ in advice)}{others}.", *advice[0][1]
+    return f"{_happened(error)} Take {', or '.join(words for words, _ in advice)}{others}.", *advice[0][1]
+
+
+def _happened(error: RuntimeError) -> str:
+    return f"memory ran out ({str(error).strip().splitlines()[0][:160]})."

@@ -23,6 +23,7 @@ from looped.vocabulary import share_vocabulary, whole_vocabulary
 from train import checkpoint, processes
 from train.config import RETUNABLE, TrainConfig, check_out_directory, device_of, model_config, read_config
 from train.depth import Depth, parse_depth
+from train.out_of_memory import SMALLER
 from train.source import Source, Text
 from train.tasks.task import TASKS, TaskSource, make_task
 from train.text.batches import Windows
@@ -86,7 +87,7 @@ def prepare(config: TrainConfig) -> Run:
     source = processes.first_then_others(lambda: load_source(config))
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
-    check_memory(shape, device)
+    processes.first_then_others(lambda: check_memory(shape, device))
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
@@ -140,7 +141,7 @@ def check_memory(shape: LoopedConfig, device: torch.device) -> None:
     if needed > present:
         raise ValueError(
             f"the model must fit in memory, of which there are {present / 2**30:.1f} GiB. Got {n_parameters:,} "
-            f"parameters, which take {needed / 2**30:,.1f} GiB. Lower --d-model, --d-ff, --n-layers or --vocab-size."
+            f"parameters, which take {needed / 2**30:,.1f} GiB. {SMALLER}"
         )
 
 
@@ -287,7 +288,7 @@ def _take(run: Run) -> None:
 def _begin_again(run: Run) -> None:
     processes.note_launch(run.out)
     _write_config(run)
-    for name in ("summary.json", "report.png"):
+    for name in ("summary.json", "report.png", "diverged.json"):
         (run.out / name).unlink(missing_ok=True)  # of the steps done so far
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -82,7 +82,8 @@ def world_size() -> int:
 
 def is_later() -> bool:
     """Whether torchrun says that this process is not the first; before they have met."""
-    return os.environ.get("RANK", "0") != "0"
+    alone = not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") == "1"  # whatever RANK says
+    return not alone and os.environ.get("RANK", "0") != "0"
 
 
 def is_first() -> bool:
@@ -90,13 +91,17 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+def local_rank() -> int:
     """The number of this process on its machine, which is also that of its GPU."""
-    return int(environment.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def from_first(function: Callable[[], Result]) -> Result:
-    """What ``function`` gives in the first process, which alone calls it. What it raises there is raised in all."""
+def from_first(function: Callable[[], Result], *, promptly: bool = False) -> Result:
+    """What ``function`` gives in the first process, which alone calls it. What it raises there is raised in all.
+
+    promptly: the others wait in the working group, so at most `collective_timeout` seconds; and a checkpoint may be
+    written in the background meanwhile, for which processes meet in the default group.
+    """
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None]
@@ -105,7 +110,8 @@ def from_first(function: Callable[[], Result]) -> Result:
             outcome = [(function(), None)]
         except (Exception, SystemExit) as error:
             outcome = [(None, _plain(error))]
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    meeting = group() if promptly else None
+    dist.broadcast_object_list(outcome, src=0, group=meeting, device=torch.device("cpu"))
     result, failure = outcome[0]
     if failure is not None:
         raise agreed(failure)
@@ -169,11 +175,6 @@ def total(tensor: Tensor) -> Tensor:
     result = tensor.detach().clone()
     dist.all_reduce(result, group=group())
     return result
-
-
-def mean(tensor: Tensor) -> Tensor:
-    """The mean over the processes."""
-    return tensor if world_size() == 1 else total(tensor) / world_size()
 
 
 def own_batches(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from train.config import (
     validate,
 )
 from train.interrupt import Interrupted, Interruptions
-from train.out_of_memory import out_of_memory
+from train.out_of_memory import out_of_memory, out_of_memory_before_training
 from train.output import lasting_output
 from train.prepare import Run, prepare
 from train.progress import how_to_continue
@@ -57,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = processes.from_first(lambda: configured(arguments))
             run = prepare(config)
         except (ValueError, OSError, ImportError) as error:
-            return _fail(error, str(error), 2)
+            return _fail(error, partial(str, error), 2)
         except RuntimeError as error:
-            return _fail(error, _lost(error), 1)
+            return _fail(error, partial(_why_not_begun, error), 1)
         except Interrupted as interrupted:
-            return _fail(interrupted, str(interrupted), 128 + interrupted.signum)
+            return _fail(interrupted, partial(str, interrupted), 128 + interrupted.signum)
         try:
             return train(run, interruptions)
         except (OSError, CheckpointError, RuntimeError) as error:
             with interruptions.deferred():  # torchrun stops all processes when one has ended
-                return _fail(error, _why_stopped(error, run), 1)
+                return _fail(error, partial(_why_stopped, error, run), 1)
         except Interrupted as interrupted:
             print(f"\nstopped at once. {how_to_continue(run.out)}")
             return 128 + interrupted.signum
@@ -124,6 +125,11 @@ def _checked_graph(asked: TrainConfig, config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _why_not_begun(error: RuntimeError) -> str:
+    """What kept the training from beginning. Raises an error that is none of those that `main` says."""
+    return out_of_memory_before_training(error) if is_out_of_memory(error) else _lost(error)
+
+
 def _why_stopped(error: Exception, run: Run) -> str:
     """What has stopped the training, and how to continue. Raises an error that is none of those that `main` says."""
     if isinstance(error, NotFiniteError):
@@ -144,9 +150,10 @@ def _lost(error: RuntimeError) -> str:
     return reason
 
 
-def _fail(error: BaseException, message: str, code: int) -> int:
+def _fail(error: BaseException, message: Callable[[], str], code: int) -> int:
+    """``message``: called where it is said, for it may read the whole checkpoint."""
     if processes.is_to_be_said(error):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {' '.join(message().split())}", file=sys.stderr)
     return code
 
 

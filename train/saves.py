@@ -3,12 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from train import processes
-from train.checkpoint import CheckpointError, Saving
+from train.checkpoint import CheckpointError
 from train.config import OnSaveError
+
+if TYPE_CHECKING:
+    from train.checkpoint_writer import Saving
 
 # Seconds for what several processes are writing when a run ends with an error: one of them may be gone. A single one
 # waits as long as it takes, because a run's directory must not be free while something is written there.
@@ -44,14 +48,14 @@ class Saves:
                 line = f"not saved: {error}. Training goes on, and tries again later. Saves that failed: {self.failed}."
                 tqdm.write(" ".join(line.split()), file=sys.stderr)
 
-    def take(self, save: Callable[[], Saving]) -> None:
+    def take(self, save: "Callable[[], Saving]") -> None:
         """Save, after what is being written."""
         with self.attempt():
             self._wait()
         with self.attempt():
             self._pending = save()
 
-    def take_last(self, save: Callable[[], Saving]) -> None:
+    def take_last(self, save: "Callable[[], Saving]") -> None:
         """Save, and wait until it is written. Raises OSError or CheckpointError if it is not: nothing tries again."""
         with self.attempt():
             self._wait()

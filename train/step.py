@@ -176,8 +176,8 @@ def _mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
     """The means over the processes, in one exchange."""
     if processes.world_size() == 1:
         return tensors
-    means = processes.mean(torch.cat([tensor.float().flatten() for tensor in tensors]))
-    parts = means.split([tensor.numel() for tensor in tensors])
+    sums = processes.total(torch.cat([tensor.float().flatten() for tensor in tensors]))
+    parts = (sums / processes.world_size()).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
@@ -273,14 +273,12 @@ def _evaluate_batch(
 
 
 @torch.no_grad()
-def throughput(
-    model: LoopedLM, inputs: Tensor, *, dtype: torch.dtype, rounds: int = 5, launch: Launch = eagerly
-) -> list[float]:
-    """Tokens per second of `prefill` at K = 1..n_loops: the median round, after one that warms up, or as many as it
-    takes to replay a graph."""
+def throughput(model: LoopedLM, inputs: Tensor, *, dtype: torch.dtype, launch: Launch) -> list[float]:
+    """Tokens per second of `prefill` at K = 1..n_loops: the median of five rounds, after one that warms up, or as many
+    as it takes to replay a graph."""
     calls = [partial(launch, prefill, model, n_loops, dtype, inputs) for n_loops in range(1, model.config.n_loops + 1)]
     warm_up = 1 if launch is eagerly else WARM_UP + 1
-    seconds = seconds_in_turn(calls, inputs.device, rounds=rounds, warm_up=warm_up)
+    seconds = seconds_in_turn(calls, inputs.device, rounds=5, warm_up=warm_up)
     return [inputs.numel() / median(times) for times in seconds]
 
 

@@ -1,9 +1,9 @@
 """The training loop: take the steps that remain, log, save, evaluate and report; stop at any step."""
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from looped.sharding import own_part, whole
 from looped.vocabulary import whole_vocabulary
 from train import checkpoint, processes, report
 from train.bad_steps import NOWHERE, BadSteps, locate
-from train.checkpoint import Progress, Saving
+from train.checkpoint import Progress
 from train.config import supervision_of
 from train.depth import evaluated_depths
 from train.interrupt import Interruptions
-from train.metrics import MetricsLog, NoLog, foreign_lines, read_metrics, write_json
+from train.metrics import MetricsLog, foreign_lines, read_metrics, write_json
 from train.prepare import Run, set_learning_rate
 from train.progress import (
     Clock,
@@ -33,6 +33,9 @@ from train.saves import Saves
 from train.state_norm import StateNorms
 from train.step import LoopResult, StepResult, evaluate, learning_rate, to_device, training_step
 from train.tasks.accuracy import with_accuracy
+
+if TYPE_CHECKING:
+    from train.checkpoint_writer import Saving
 
 FIRST_SAVE = 50  # the step of the first checkpoint, unless they are more frequent
 
@@ -51,7 +54,11 @@ def train(run: Run, interruptions: Interruptions) -> int:
     first = run.step
     print_start(run)
     with interruptions.deferred(), Saves(run.config.on_save_error) as saves:
-        _optimise(run, interruptions, saves)
+        try:
+            _optimise(run, interruptions, saves)
+        except NotFiniteError as error:
+            _note_divergence(run, error)
+            raise
     if interruptions.pending is not None and run.step < run.steps:
         processes.forget_launch(run.out)
         print(f"\nstopped at step {run.step} of {run.steps}. To continue:\n  {resume_command(run.out)}")
@@ -65,7 +72,16 @@ def train(run: Run, interruptions: Interruptions) -> int:
     return 0
 
 
+def _note_divergence(run: Run, error: NotFiniteError) -> None:
+    """Leave word that the run ended by itself, and was not killed. It ends with ``error`` if that cannot be written."""
+    with suppress(OSError):
+        record = {"step": run.step, "reason": str(error)}
+        processes.from_first(lambda: write_json(run.out / "diverged.json", record), promptly=True)
+
+
 def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float, seconds: float) -> None:
+    from train import picture  # matplotlib, which takes half a second, where it draws
+
     rows = read_metrics(run.out / "metrics.jsonl")
     summary = {
         "preset": run.config.preset,
@@ -81,7 +97,7 @@ def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float
         "seconds": seconds,
         "train_seconds": train_seconds,
     }
-    report.draw(run.out / "report.png", rows, results, f"{model_line(run)}\n{data_line(run)}")
+    picture.draw(run.out / "report.png", rows, results, f"{model_line(run)}\n{data_line(run)}")
     processes.forget_launch(run.out)
     write_json(run.out / "summary.json", summary)  # last: it says that the run is complete
     print_end(run, rows, results, took)
@@ -98,7 +114,7 @@ def _is_saved(step: int, run: Run) -> bool:
 
 def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
     """Take the steps that remain, until a signal is pending, and save what was reached."""
-    log = _open_log(run) if processes.is_first() else NoLog()
+    log = processes.from_first(lambda: _open_log(run))  # the others have a copy, and never write it
     bad_steps = BadSteps(
         run.config.max_bad_steps, run.device, total=log.kept[-1].get("bad_steps", 0) if log.kept else 0
     )
@@ -112,7 +128,7 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             if measure or stop:
                 row = _row(run, result, rate, clock, bad_steps.total)
                 with saves.attempt():
-                    log.append(row)
+                    processes.from_first(partial(log.append, row), promptly=True)
                 show(bar, row, clock.left(run))
                 if (warning := state_norms.warning(run.step, row["state_norm"])) is not None:
                     bar.write(warning)
@@ -122,7 +138,8 @@ def _optimise(run: Run, interruptions: Interruptions, saves: Saves) -> None:
             if _is_saved(run.step, run):
                 with clock.paused():
                     with saves.attempt():
-                        log.flush()  # rows of before a checkpoint are not written again after it
+                        # Rows of before a checkpoint are not written again after it.
+                        processes.from_first(log.flush, promptly=True)
                     saves.take(partial(save, run))
         saves.take_last(partial(save, run))
         processes.from_first(log.flush)
@@ -176,7 +193,7 @@ def _options(run: Run, n_loops: int) -> dict[str, Any]:
     }
 
 
-def save(run: Run) -> Saving:
+def save(run: Run) -> "Saving":
     """Write the checkpoint of the present step. Raises NotFiniteError, leaving the one before, if a weight is not."""
     finite = torch.stack([own_part(weight.detach()).isfinite().all() for weight in run.model.parameters()]).all()
     if processes.any_of(not finite):

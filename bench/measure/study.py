@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.measure.place import Record, path_in
-from train.paper.record import write_record
+from train.metrics import write_record
 
 
 def style(axes: Axes) -> None:

@@ -21,6 +21,9 @@ from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_tabl
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
 
+# Options of --model, and what they are where they are not given.
+OF_A_MODEL = {"data": None, "seq_len": None, "trust_remote_code": False, "scale_loops": 0}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if the input is bad. Then nothing is written but one line on stderr, why."""
@@ -104,7 +107,11 @@ def _out_directory(options: argparse.Namespace) -> Path:
         for name in ("data", "out"):
             if getattr(options, name) is None:
                 raise ValueError(f"{name} must be given for --model {options.model}. Got none.")
-    elif options.out is None:
+        return Path(options.out)
+    for name, default in OF_A_MODEL.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"{name} must be given with --model alone. Got {getattr(options, name)} for a RUN.")
+    if options.out is None:
         if len(options.runs) > 1:
             raise ValueError(f"out must be given for a page of several runs. Got {len(options.runs)} runs.")
         return record_of_run(options.runs[0]).parent
@@ -116,12 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run that training wrote")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="a model of transformers or the hub, instead of runs")
     parser.add_argument("--data", metavar="FILES", help="for --model: text files, or a .safetensors file with tokens")
+    parser.set_defaults(**OF_A_MODEL)
     parser.add_argument("--seq-len", type=int, help="for --model: tokens of a window (default: 256 or the longest)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="for --model: run the code that comes with the model"
     )
     parser.add_argument(
-        "--scale-loops", type=int, default=0, metavar="K",
+        "--scale-loops", type=int, metavar="K",
         help="for --model: also scale H_1..H_K before the readout, with its norm and without (Ouro's checks: 8)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="directory of the page (default, for one run: RUN/diagnosis)")

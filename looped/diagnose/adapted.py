@@ -18,11 +18,11 @@ from looped.kernels import LoopedReadout
 from looped.replay import Call, Calls, named_module
 
 
-def from_model(model: nn.Module, *, readout_norm: bool = True) -> LoopedModel:
+def from_model(model: nn.Module) -> LoopedModel:
     """A model that `looped.adapters` knows as a LoopedModel.
 
     weights: of the loops in the model's own loss: of the last loop alone; for Ouro 1/K each, whose prior over the exits
-    is uniform. readout_norm: False for a readout without the norm, which no model here was trained with.
+    is uniform. unnormed: what the readout's norm is given, for a readout without it, which no model here has.
 
     HRM-Text has two states. The LoopedModel's is both of them before their norms, side by side: [B, T, 2 d].
     Huginn's first state is random. It is drawn in the same way at every call.
@@ -40,7 +40,8 @@ def from_model(model: nn.Module, *, readout_norm: bool = True) -> LoopedModel:
         embed=recurrence.embed,
         loop=recurrence.loop,
         head=head,
-        norm=recurrence.readout_norm(head) if readout_norm else recurrence.read,
+        norm=recurrence.readout_norm(head),
+        unnormed=recurrence.read,
         between=recurrence.between if adapter.feeds_back_norm else None,
         weights=weights,
     )

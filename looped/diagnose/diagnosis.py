@@ -56,7 +56,6 @@ def diagnose(
     name: str = "model",
     horizon: int = 30,
     bytes_per_token: Tensor | None = None,
-    double: LoopedModel | None = None,
     run: SavedRun | None = None,
     rounds: int = 0,
 ) -> Diagnosis:
@@ -66,7 +65,6 @@ def diagnose(
     name: what figures and tables call the model.
     horizon: the loops over which norms and updates are followed.
     bytes_per_token: [V] int64, for bits per byte.
-    double: the same model in float64. Its readout shows the radial gradient without rounding.
     run: the saved run that the model is from, for the record.
     rounds: how often the speed of halting is timed; 0 leaves it out, as where other work shares the machine.
 
@@ -87,7 +85,7 @@ def diagnose(
         penalty=model.penalty,
         norms=norms,
         updates=updates,
-        radial=measure_radial(model, batches, double),
+        radial=measure_radial(model, batches, in_float64(model)),
         clamp=clamp_radially(model, batches),
         alpha=sweep_alpha(model, batches),
         response=scale_response(model, batches),
@@ -152,7 +150,6 @@ def diagnose_run(
         name=run.name if name is None else name,
         horizon=horizon,
         bytes_per_token=run.validation.bytes_per_token,
-        double=in_float64(model),
         run=run,
         rounds=rounds,
     )

@@ -95,11 +95,7 @@ class LoopedModel:
 
     def cross_entropy(self, state: Tensor, targets: Tensor, *, final: bool) -> Tensor:
         """The cross-entropy of a state's predictions, [B, T] in nats, at least fp32."""
-        return self.head_loss(self.normalised(state, final=final), targets)
-
-    def head_loss(self, normalised: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy of a state that has been through `normalised`, [B, T] in nats, at least fp32."""
-        return token_losses(self.head(normalised), targets)
+        return token_losses(self.head(self.normalised(state, final=final)), targets)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from looped.adapters import ADAPTERS
 from looped.diagnose.adapted import from_model
 from looped.diagnose.diagnosis import Diagnosis, as_trained, diagnose, validation_batches
 from looped.diagnose.interventions import ALPHAS, sweep_alpha
-from looped.diagnose.model import Batch, LoopedModel, in_float64
+from looped.diagnose.model import Batch, LoopedModel
 from looped.model import LoopedLM
 from looped.run_directory import Validation
 
@@ -39,24 +39,22 @@ class Pretrained:
     notes: dict[str, str]
 
     def diagnose(self, horizon: int, *, rounds: int = 0) -> Diagnosis:
-        """The diagnosis. rounds: as `diagnose` takes it, for a LoopedLM alone. Raises as it and `describe` do."""
+        """The diagnosis. rounds: as `diagnose` takes it. Raises as it and `describe` do."""
         described = describe(self.model, self.batches)
-        double, rounds = in_float64(described), 0 if described.decoder is None else rounds
-        found = diagnose(described, self.batches, name=self.name, horizon=horizon, double=double, rounds=rounds)
+        found = diagnose(described, self.batches, name=self.name, horizon=horizon, rounds=rounds)
         return dataclasses.replace(found, origin=found.origin | self.notes)
 
 
-def describe(model: nn.Module, batches: Sequence[Batch], *, readout_norm: bool = True) -> LoopedModel:
-    """A model that `load_pretrained` has loaded, as a LoopedModel. readout_norm: as `from_model` takes it.
+def describe(model: nn.Module, batches: Sequence[Batch]) -> LoopedModel:
+    """A model that `load_pretrained` has loaded, as a LoopedModel.
 
     An export of this project has the weights of its own supervision. A gate's are means over the batches.
     """
     decoder = getattr(model, "decoder", None)
     if not isinstance(decoder, LoopedLM):
-        return from_model(model, readout_norm=readout_norm)
+        return from_model(model)
     config: Any = model.config
-    described = as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
-    return described if readout_norm else dataclasses.replace(described, norm=None)
+    return as_trained(decoder, batches, config.supervision, config.penalty, config.backprop_loops)
 
 
 def load_pretrained(
@@ -82,7 +80,7 @@ def load_pretrained(
     as_text = any(file.suffix != ".safetensors" for file in files)
     tokenizer = _load(name, "AutoTokenizer", trust_remote_code) if as_text or masked else None
     tokens = _read_tokens(files, tokenizer)
-    vocabulary = content.get("padded_vocab_size", content.get("vocab_size"))
+    vocabulary = _number(content, "padded_vocab_size", "vocab_size")
     if vocabulary is not None and (len(tokens) == 0 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0):
         found = "none" if len(tokens) == 0 else f"{int(tokens.min())} to {int(tokens.max())}"
         raise ValueError(f"data must hold tokens below the model's vocabulary of {vocabulary}. Got {found}.")
@@ -91,7 +89,13 @@ def load_pretrained(
     if masked:
         batches = mask_tokens(batches, getattr(tokenizer, "mask_token_id", None))
     loader = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
-    model = _load(name, loader, trust_remote_code, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(name, loader, trust_remote_code, dtype=torch.float32, **options)
+    drawn = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]  # by transformers, at random
+    if drawn:
+        kind = type(model).__name__
+        raise ValueError(f"model must hold all weights of {kind}, in its shapes. Got {name} without {min(drawn)}.")
+    model = model.to(device).eval().requires_grad_(False)
     notes = {"model": name, "data": Path(data).name}
     if content["model_type"] == "hrm_text":
         notes["state"] = "both states before their norms, side by side"
@@ -140,13 +144,8 @@ def scale_checks(model: nn.Module, batches: Sequence[Batch], n_loops: int = 8) -
     Sharma & Vu (arXiv 2606.24898) check this of Ouro. Loops beyond the trained ones are run as those are. Raises
     ValueError for n_loops < 1.
     """
-    sweeps = [
-        sweep_alpha(
-            dataclasses.replace(describe(model, batches, readout_norm=norm), n_loops=n_loops, weights=None), batches
-        )
-        for norm in (True, False)
-    ]
-    normed, raw = sweeps
+    described = dataclasses.replace(describe(model, batches), n_loops=n_loops, weights=None)
+    normed, raw = (sweep_alpha(read, batches) for read in (described, dataclasses.replace(described, norm=None)))
     as_it_is = ALPHAS.index(1.0)
     return [
         ScaleCheck(loop, ce[as_it_is], with_norm, without_norm)
@@ -205,7 +204,7 @@ def _transformers() -> Any:
         import huggingface_hub  # slow to import, and needed here alone
         import transformers
     except ImportError as error:
-        raise ValueError("transformers must be installed for a model by name (extra hf). It is not.") from error
+        raise ValueError(f"a model by name needs transformers: pip install 'looped-lm[hf]' ({error}).") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one line, and not one for every try
@@ -219,12 +218,12 @@ def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
         content, _ = transformers.PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name, error)) from error
-    kind = content.get("model_type")
+    kind = content.get("model_type") if isinstance(content, dict) else None
     if kind == OURS:
         from looped.transformers import register
 
         register()
-    elif kind not in ADAPTERS:
+    elif not isinstance(kind, str) or kind not in ADAPTERS:
         raise ValueError(
             f"model must be one of {', '.join(sorted([*ADAPTERS, OURS]))}. Got {name} of model_type {kind!r}."
         )
@@ -238,8 +237,16 @@ def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
 def _longest(content: dict[str, Any]) -> int | None:
     """The most tokens that the model of a config.json takes; None for any number."""
     if content["model_type"] == OURS:
-        return content.get("max_seq_len") if content.get("positions") == "learned" else None
-    return content.get("max_position_embeddings", content.get("block_size"))
+        return _number(content, "max_seq_len") if content.get("positions") == "learned" else None
+    return _number(content, "max_position_embeddings", "block_size")
+
+
+def _number(content: dict[str, Any], *names: str) -> int | None:
+    """The first of these fields that a config.json has. Raises ValueError unless it is an integer of at least 1."""
+    name = next((name for name in names if content.get(name) is not None), None)
+    if name is not None and (type(content[name]) is not int or content[name] < 1):
+        raise ValueError(f"{name} of the model's config.json must be an integer of at least 1. Got {content[name]!r}.")
+    return None if name is None else content[name]
 
 
 def _load(name: str, loader: str, trust_remote_code: bool, **options: Any) -> Any:

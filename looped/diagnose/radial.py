@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from looped.diagnose.model import Batch, LoopedModel
+from looped.diagnose.model import Batch, LoopedModel, token_losses
 from looped.halting import wide
 from looped.kernels import radial_gradient
 from looped.kernels.radial import radial_gradient_reference
@@ -100,7 +100,7 @@ def _immediate(model: LoopedModel, state: Tensor, targets: Tensor, *, final: boo
     """The radial fraction of the gradient of one loop's cross-entropy: measured, and by the equation. [B, T] each."""
     state = state.detach().requires_grad_()
     normalised = model.normalised(state, final=final)
-    loss = model.head_loss(normalised, targets).sum()
+    loss = token_losses(model.head(normalised), targets).sum()
     state_grad, normalised_grad = torch.autograd.grad(loss, (state, normalised))
     radial = radial_gradient_reference if state.dtype == torch.float64 else radial_gradient  # no kernel for float64
     measured = radial(state.detach(), state_grad)

@@ -56,10 +56,12 @@ def _facts(run: Mapping[str, Any]) -> list[str]:
     return [f"- {said}: {value:,}" if isinstance(value, int) else f"- {said}: {value}" for said, value in known] + [""]
 
 
-def _evaluation(rows: list[Mapping[str, Any]]) -> list[str]:
-    """The table over K, as the run's summary has it."""
+def _evaluation(rows: Any) -> list[str]:
+    """The table over K, as the run's summary has it, which may be any JSON. Raises ValueError where it is no table."""
     if not rows:
         return []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"evaluation of a run must be a list of objects, one for each K. Got {rows!r:.60}.")
     columns = {
         "n_loops": "K",
         "ce": "CE (nats)",
@@ -69,7 +71,10 @@ def _evaluation(rows: list[Mapping[str, Any]]) -> list[str]:
     }
     shown = [name for name in columns if rows[0].get(name) is not None]
     table = [[columns[name] for name in shown], ["---"] * len(shown)]
-    table += [[f"{row[name]:.5g}" for name in shown] for row in rows]
+    for row in rows:
+        if not all(isinstance(row.get(name), int | float) for name in shown):
+            raise ValueError(f"evaluation of a run must have a number for each of {', '.join(shown)}. Got {row!r:.60}.")
+        table.append([f"{row[name]:.5g}" for name in shown])
     return [
         "## Evaluation",
         "",

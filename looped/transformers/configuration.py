@@ -31,7 +31,8 @@ class LoopedPretrainedConfig(PreTrainedConfig):
     gate_beta, gate_prior: of gated supervision, as `looped.supervision.Gated` describes them.
     run: what is known of the run that the weights are from; the model card shows it. {} if nothing is.
 
-    Raises TypeError or ValueError as LoopedConfig and Gated do, and TypeError where a field without default is missing.
+    Raises ValueError for a depth that is no int of at least 1, TypeError or ValueError as LoopedConfig and Gated do,
+    and TypeError where a field without default is missing.
     """
 
     model_type = "looped_lm"
@@ -71,6 +72,11 @@ class LoopedPretrainedConfig(PreTrainedConfig):
         self.run = {} if run is None else run
         self.auto_map = AUTO_MAP
         super().__init__(**{name: value for name, value in options.items() if name != "auto_map"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "depth" and (type(value) is not int or value < 1):
+            raise ValueError(f"depth must be an int of at least 1. Got {value!r}.")
+        super().__setattr__(name, value)
 
     @classmethod
     def of(cls, shape: LoopedConfig, **options: Any) -> "LoopedPretrainedConfig":

@@ -40,6 +40,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # the decoder calls it itself
     accepts_loss_kwargs = True  # the trainer passes num_items_in_batch, and does not divide by the micro-batches
     _no_split_modules = ["Block"]  # noqa: RUF012
 
@@ -51,6 +52,10 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called for modules that may have no values yet. A checkpoint's missing weights are an error."""
+        if module not in set(self.modules()):  # of resize_token_embeddings, and larger
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.embedding_std)
+            return
         if self._has_values:
             return
         if any(not getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
@@ -60,9 +65,23 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """What resize_token_embeddings gives: a table of another number of tokens."""
+        assert isinstance(value, nn.Embedding)
+        self.decoder.embedding = value
+        self.decoder.config = replace(self.decoder.config, vocab_size=value.num_embeddings)
+
     def get_output_embeddings(self) -> nn.Module | None:
         """None where the head is the embedding."""
         return self.decoder.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Linear)
+        self.decoder.head = value
+
+    def create_masks_for_generate(self, *, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """generate's mask as it is, [B, past + T]: `forward` makes the masks, of a cache of fixed size too."""
+        return attention_mask
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Keep only the states for the backward pass, whatever the options are."""
@@ -100,8 +119,9 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         it, and the penalty counts by this micro-batch's share, so that the micro-batches' losses add up to the loss of
         the whole.
 
-        Raises ValueError for rows longer than learned positions, for labels of rows that follow cached ones in a model
-        with a coda, which would have to know how every loop read those, and as LoopedLM does.
+        Raises ValueError for tokens or a mask of other shapes, for rows longer than learned positions, for labels of
+        rows that follow cached ones in a model with a coda, which would have to know how every loop read those, and as
+        LoopedLM does.
         """
         decoder = self.decoder
         if labels is not None and decoder.config.n_coda and cache is not None and cache.get_seq_length() > 0:
@@ -130,7 +150,14 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Rows | None, Tensor | None]:
         """How the rows attend, None for causally among themselves; and their positions, None for 0..T-1."""
         config = self.decoder.config
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape [B, T]. Got {list(input_ids.shape)}.")
         past, length = 0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1]
+        wanted = (len(input_ids), past + length)
+        if attention_mask is not None and attention_mask.shape != wanted:
+            raise ValueError(
+                f"attention_mask must have shape [B, past + T] = {list(wanted)}. Got {list(attention_mask.shape)}."
+            )
         if config.positions == "learned" and past + length > config.max_seq_len:
             raise ValueError(
                 "a sequence must not be longer than max_seq_len with learned positions. "

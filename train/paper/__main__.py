@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from train.interrupt import Interrupted, Interruptions
+from train.output import lasting_output
 from train.paper import frontier, judging, sweep
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    with Interruptions().installed() as interruptions:
+    with lasting_output(), Interruptions().installed() as interruptions:
         try:
             match words:
                 case ["sweep", *options]:

@@ -20,7 +20,7 @@ from looped.model import LoopedLM
 from looped.provenance import instructions, machine_slug, processor
 from looped.run_directory import SavedRun, check_writable, load_run
 from train.interrupt import Interruptions
-from train.metrics import finite
+from train.metrics import finite, write_record
 from train.paper import sweep
 from train.paper.conditions import BLIND, FINAL_ONLY, PAPER_PPL, PAPER_RATES, PENALISED, RAW, SEEDS, TERMINAL, Condition
 from train.paper.figures import draw_frontier
@@ -28,7 +28,6 @@ from train.paper.frontier_page import markdown
 from train.paper.frontier_perplexity import DRAWS, REFERENCE, Documents, document_sums, points
 from train.paper.frontier_speed import DEVICE, architecture, competitors, rates_at, throughput, window_batch
 from train.paper.options import check_options, split_words
-from train.paper.record import write_record
 from train.paper.runs import RunResult, read_runs
 from train.report import environment
 

@@ -23,7 +23,7 @@ from looped.diagnose.diagnosis import DivergedError, check_run
 from looped.diagnose.record import read_diagnosis_of_run, record_of_run
 from looped.diagnose.record import write_record as write_diagnosis_record
 from looped.run_directory import check_writable, load_run
-from train.metrics import finite
+from train.metrics import finite, write_record
 from train.paper.claim import Evidence, Mark, Seed, judge
 from train.paper.claims import CLAIMS
 from train.paper.claims_page import markdown
@@ -31,7 +31,6 @@ from train.paper.conditions import N_LOOPS, SEEDS
 from train.paper.figures import COLOURS, draw_exit_gap
 from train.paper.options import check_options
 from train.paper.plan import sweep_command
-from train.paper.record import write_record
 from train.paper.runs import Run, RunResult, check_alike, complete_runs, read_runs, sweep_settings
 from train.paper.seed_tables import measurements
 from train.paper.tables import distinct

@@ -44,10 +44,7 @@ class Run(NamedTuple):
             return "absent"
         if (self.directory / "summary.json").exists():
             return "complete"
-        rows = read_metrics(self.directory / "metrics.jsonl")
-        last = rows[-1] if rows else None
-        # Fewer bad steps in all than end a run when in a row: it was killed at one, and can be continued.
-        if last and last["loss"] is None and last.get("bad_steps", math.inf) >= self.config.max_bad_steps:
+        if (self.directory / "diverged.json").exists():
             return "diverged"
         return "unfinished" if checkpoint.find(self.directory) is None else "checkpoint"
 

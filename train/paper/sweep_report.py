@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from train.metrics import write_record
 from train.paper.conditions import PAPER_TABLE
 from train.paper.figures import draw_exit_gap
 from train.paper.paper_scale import paper_scale
 from train.paper.plan import stored_command
-from train.paper.record import write_record
 from train.paper.runs import RunResult, by_condition, complete_runs, read_runs, sweep_settings
 from train.paper.tables import condition_table, cost, depth_table, known_values, made_by, page, settings_line
 

@@ -71,8 +71,6 @@ class FileDocuments:
                     yield document
 
     def _documents(self, path: Path) -> Iterator[Document]:
-        if path.stat().st_size == 0:
-            return
         if kind_of(path) != ".txt":
             for row in _rows(path):
                 yield Document.of((row,))
@@ -160,6 +158,8 @@ def _texts_of_parquet(path: Path) -> Iterator[object]:
     """In batches of few rows, from a buffer: a group of rows may be larger than memory."""
     import pyarrow.parquet
 
+    if path.stat().st_size == 0:
+        return
     with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
         if "text" not in file.schema_arrow.names:
             raise _no_text_column(path, 1, file.schema_arrow.names)
