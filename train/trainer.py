@@ -47,8 +47,8 @@ class NotFiniteError(RuntimeError):
 def train(run: Run, interruptions: Interruptions) -> int:
     """Train to ``run.steps``, evaluate and report. Returns the exit code: 0, or 128 + n after signal n.
 
-    Raises NotFiniteError after too many bad steps in a row, or if a weight is no number any more, and OSError if a
-    file cannot be written; the last checkpoint stays.
+    Raises NotFiniteError after too many bad steps in a row, or if a weight is no number any more, and leaves
+    diverged.json then; and OSError if a file cannot be written. The last checkpoint stays.
     """
     started = time.perf_counter()
     first = run.step
