@@ -265,7 +265,8 @@ def _check_names(name: str, module: nn.Module, known: tuple[str, ...] = PARAMETE
     tensors = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     unused = [tensor for tensor in tensors if tensor.split(".")[0] not in known]
     if unused:
-        got = f"{type(module).__name__} with {', '.join(unused)}"
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        got = f"{type(module).__name__} with {', '.join(unused[:3])}{more}"
         raise ValueError(f"{name} must have no parameters and buffers but weight and bias. Got {got}.")
 
 

@@ -45,7 +45,8 @@ def capture(
 
     Blocks replaced by torch.compile(block), autocast and activation checkpointing are fine; call `cross_entropy` under
     the same autocast. The modules named must be called from code that is not compiled, which does not run hooks, and
-    under reentrant checkpointing none may be inside of a checkpoint, where states have no gradients.
+    under reentrant checkpointing none may be inside of a checkpoint, where states have no gradients. What a model does
+    to the logits of its head, such as a softcap, is not part of the loss.
 
     Raises ValueError or TypeError, before the model runs, for a name that the model has not, a norm or a head that the
     fused readout would not reproduce, a compiled caller, an unknown model without names, or names of which none says

@@ -6,11 +6,13 @@
 For training loops that call a model with labels and use `output.loss`, as transformers' Trainer does.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -28,6 +30,8 @@ from looped.supervision import IGNORE_INDEX
 
 PatchedLoss = Literal["own", "per-loop"]
 OF_THE_LOSS = ("labels", "num_items_in_batch", "shift_labels", "ignore_index")  # arguments, as transformers names them
+
+COPIED = "a patched model must not be copied: the copy would run the original. Undo the patch first."
 
 
 def patch(model: nn.Module, *, loss: PatchedLoss = "own", penalty: float = 0.0) -> "Patched":
@@ -71,9 +75,9 @@ class Patched:
             got = type(self.head).__name__
             raise ValueError(f"head must have the forward of its class, not compiled. Got a {got} with another.")
         self.unnormed_readout = LoopedReadout(self.head, None)  # type: ignore[arg-type]  # Captured has checked it
-        self.own_forward: Callable[..., Any] = model.forward
-        functools.update_wrapper(self, self.own_forward)
-        self.signature, self.undone = inspect.signature(self.own_forward), False
+        self.own_forward: Callable[..., Any] = type(model).forward  # of a model and its arguments
+        functools.update_wrapper(self, model.forward)
+        self.signature, self.undone = inspect.signature(model.forward), False
         kinds = {parameter.kind for parameter in self.signature.parameters.values()}
         if "labels" not in self.signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise ValueError(f"model must take labels. Got {type(model).__name__}, which does not.")
@@ -92,8 +96,10 @@ class Patched:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise ValueError("a patched model must not be copied: the copy would run the original. Undo the patch first.")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        if not self.undone:
+            raise ValueError(COPIED)
+        return MethodType(self.own_forward, copy.deepcopy(self.model, memo))  # for what wrapped the patch and keeps it
 
     def __reduce__(self) -> NoReturn:
         raise ValueError("a patched model must not be pickled. Undo the patch first.")
@@ -101,18 +107,32 @@ class Patched:
     # A call -----------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model's own forward; with labels its loss is the fused one and its logits None."""
-        return _uncompiled_call()(self, *args, **kwargs)
+        return _uncompiled_call()(self, self.model, *args, **kwargs)
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The function that a method has. accelerate wraps that one, and binds the result to the model again."""
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _uncompiled_call()(self, model, *args, **kwargs)
+
+        forward.__signature__ = inspect.signature(self.own_forward)  # type: ignore[attr-defined]
+        return forward
+
+    def _call(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of the model's own forward; with labels its loss is the fused one and its logits None."""
+        if self.undone:
+            return self.own_forward(model, *args, **kwargs)
+        if model is not self.model:
+            raise ValueError(COPIED)
         loss_options = {name: kwargs[name] for name in OF_THE_LOSS if name in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in OF_THE_LOSS}
         given = self.signature.bind_partial(*args, **others)
         labels = given.arguments.pop("labels", loss_options.pop("labels", None))
-        if labels is None or self.undone:
-            return self.own_forward(*args, **kwargs)
+        if labels is None:
+            return self.own_forward(model, *args, **kwargs)
         with self._captured_run():
-            output = self.own_forward(*given.args, **given.kwargs)
+            output = self.own_forward(model, *given.args, **given.kwargs)
             loss = self._loss(labels, **loss_options)
         names = {field.name for field in dataclasses.fields(output)} if dataclasses.is_dataclass(output) else set()
         if isinstance(output, type) or not {"loss", "logits"} <= names:

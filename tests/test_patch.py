@@ -1,6 +1,7 @@
 """Patched models: the loss and the gradients are those of the models' own code."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -149,6 +150,30 @@ def test_patch_is_undone_under_a_wrapper():
     assert model(TOKENS, labels=LABELS).logits is None
     patched.undo()
     assert model(TOKENS, labels=LABELS).logits is not None
+
+
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_patch_under_accelerate(unwrapped, monkeypatch):
+    """It wraps the function of a model's forward, and makes a method of the result, or of what it finds inside."""
+    accelerate = pytest.importorskip("accelerate")
+    for kind in (accelerate.state.PartialState, accelerate.state.AcceleratorState, accelerate.state.GradientState):
+        monkeypatch.setattr(kind, "_shared_state", {})  # which is the process's, trainers of other tests included
+    model = small("hrm_text", torch.float32)
+    patched = looped.patch(model)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(model)
+    if unwrapped:
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
+    assert model(TOKENS, labels=LABELS).logits is None
+    with pytest.raises(ValueError, match="a patched model must not be copied"):
+        copy.deepcopy(model)(TOKENS, labels=LABELS)
+    patched.undo()
+    output = model(TOKENS, labels=LABELS)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert torch.equal(other(TOKENS, labels=LABELS).logits, output.logits)
 
 
 def test_patch_that_was_undone_is_not_used_again():

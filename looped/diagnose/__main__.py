@@ -6,8 +6,10 @@ Or one model as transformers saves it, an export or one of others that is known:
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
 from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
-from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_table, write_scale_checks
+from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_table
 from looped.diagnose.record import record_of_run
 from looped.run_directory import check_writable, load_run
 
@@ -82,7 +84,8 @@ def _of_a_model(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
     if options.scale_loops:
         checks = scale_checks(pretrained.model, pretrained.batches, options.scale_loops)
         print(scale_table(checks), flush=True)
-        write_scale_checks(checks, out / "scale.json")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scale.json").write_text(json.dumps([*map(asdict, checks)], indent=1) + "\n", encoding="utf-8")
     return [diagnosis]
 
 

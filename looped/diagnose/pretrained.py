@@ -5,9 +5,8 @@ Those that `looped.adapters` knows, and our own as `looped.export` writes them.
 
 import dataclasses
 import glob
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +160,6 @@ def scale_table(checks: Sequence[ScaleCheck]) -> str:
         for check in checks
     ]
     return "\n".join([head, *rows])
-
-
-def write_scale_checks(checks: Sequence[ScaleCheck], path: Path) -> None:
-    """As JSON. The directory of `path` is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(check) for check in checks], indent=1) + "\n", encoding="utf-8")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -44,44 +44,37 @@ def overview_row(diagnosis: Diagnosis) -> Row:
 
 def _norm_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     norms = diagnosis.measured.norms
-    for k in _shown_loops(diagnosis, len(norms.mean)):
-        percentiles = norms.percentiles[k - 1]
-        yield str(k), norms.mean[k - 1], *percentiles, norms.entered[k - 1], norms.within[k - 1]
+    return _by_loop(diagnosis, norms.mean, *zip(*norms.percentiles, strict=True), norms.entered, norms.within)
 
 
 def _radial_rows(diagnosis: Diagnosis) -> Iterator[Row]:
-    for k, fractions in enumerate(zip(*asdict(diagnosis.measured.radial).values(), strict=True), start=1):
-        yield str(k), *fractions
+    return _by_loop(diagnosis, *asdict(diagnosis.measured.radial).values())
 
 
 def _update_rows(diagnosis: Diagnosis) -> Iterator[Row]:
-    columns = list(asdict(diagnosis.measured.updates).values())
-    for k in _shown_loops(diagnosis, len(columns[0])):
-        yield str(k), diagnosis.measured.norms.scale[k - 1], *(column[k - 1] for column in columns)
+    return _by_loop(diagnosis, diagnosis.measured.norms.scale[:-1], *asdict(diagnosis.measured.updates).values())
 
 
 def _clamp_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     clamp = diagnosis.measured.clamp
-    for loop, ce in enumerate(clamp.free):
-        changes = [f"{form.change[loop]:+.5f} ± {form.error[loop]:.5f}" for form in clamp.forms.values()]
-        response = diagnosis.measured.response
-        yield str(loop + 1), ce, *changes, response[loop] if loop < len(response) else "-"
+    forms = [zip(form.change, form.error, strict=True) for form in clamp.forms.values()]
+    changes = [[f"{change:+.5f} ± {error:.5f}" for change, error in form] for form in forms]
+    return _by_loop(diagnosis, clamp.free, *changes, diagnosis.measured.response)
 
 
 def _alpha_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     alpha = diagnosis.measured.alpha
-    for loop, (ce_range, ce, blind) in enumerate(zip(alpha.ranges, alpha.ce, diagnosis.verdict.blind, strict=True)):
-        yield str(loop + 1), ce_range, *(ce[column] for column in SHOWN_ALPHAS), "blind" if blind else "sees it"
+    shown = [[ce[column] for ce in alpha.ce] for column in SHOWN_ALPHAS]
+    return _by_loop(
+        diagnosis, alpha.ranges, *shown, ["blind" if blind else "sees it" for blind in diagnosis.verdict.blind]
+    )
 
 
 def _depth_rows(diagnosis: Diagnosis) -> Iterator[Row]:
     depth = diagnosis.measured.depth
-    for k in _shown_loops(diagnosis, len(depth.ce)):
-        ce = depth.ce[k - 1]
-        as_trained: str | float = "-"
-        if k <= len(depth.as_trained):
-            as_trained = "the same" if depth.as_trained[k - 1] == ce else depth.as_trained[k - 1]
-        yield str(k), ce, as_trained, depth.ppl[k - 1], depth.bits_per_byte[k - 1]
+    pairs = zip(depth.as_trained, depth.ce, strict=False)
+    as_trained = ["the same" if trained == ce else trained for trained, ce in pairs]
+    return _by_loop(diagnosis, depth.ce, as_trained, depth.ppl, depth.bits_per_byte)
 
 
 def _halting_rows(diagnosis: Diagnosis) -> Iterator[Row]:
@@ -118,10 +111,14 @@ def _shares(exits: Sequence[float]) -> str:
     return " / ".join(f"{share:.1%}" for share in exits)
 
 
-def _shown_loops(diagnosis: Diagnosis, count: int) -> list[int]:
-    """Of the loops 1..count: the trained ones, then twice and four times as many, and the last."""
-    n_loops = diagnosis.measured.n_loops
-    return sorted(k for k in {*range(1, n_loops + 1), 2 * n_loops, 4 * n_loops, count} if k <= count)
+def _by_loop(diagnosis: Diagnosis, *columns: Row) -> Iterator[Row]:
+    """Rows of k and its value in each column, "-" where a column has ended.
+
+    Of all loops k the trained ones are shown, then twice and four times as many, and the last.
+    """
+    n_loops, count = diagnosis.measured.n_loops, max(map(len, columns))
+    for k in sorted(k for k in {*range(1, n_loops + 1), 2 * n_loops, 4 * n_loops, count} if k <= count):
+        yield str(k), *(column[k - 1] if k <= len(column) else "-" for column in columns)
 
 
 SECTIONS = (
