@@ -53,7 +53,7 @@ def radial_gradient_reference(h: Tensor, grad: Tensor) -> RadialGradient:
 
 def _forward(h: Tensor, grad: Tensor):
     h_rows, grad_rows = rows_of(h), rows_of(grad)
-    sums = [torch.empty(h.shape[:-1], dtype=accumulator(h.dtype), device=h.device) for _ in range(4)]
+    sums = [h.new_empty(h.shape[:-1], dtype=accumulator(h.dtype)) for _ in range(4)]
     if not uses_triton(h):
         for rows in cpu_blocks(h_rows.shape[0], CPU_ROW_TENSORS * 4 * h.shape[-1]):
             result = radial_gradient_reference(h_rows[rows], grad_rows[rows])
@@ -72,7 +72,7 @@ def _backward(h: Tensor, grad: Tensor, ddot: Tensor, dgrad_square: Tensor, dstat
     h_rows, grad_rows = rows_of(h), rows_of(grad)
     wide = accumulator(h.dtype)
     upstream = [g.reshape(-1).to(wide).contiguous() for g in (ddot, dgrad_square, dstate_square)]
-    dh, dgrad = (torch.empty(h.shape, dtype=like.dtype, device=h.device) for like in (h, grad))
+    dh, dgrad = h.new_empty(h.shape), grad.new_empty(grad.shape)
     if not uses_triton(h):
         of_dot, of_grad, of_state = (g.unsqueeze(-1) for g in upstream)
         dh.view(h_rows.shape).copy_(of_dot * grad_rows + 2 * of_state * h_rows)

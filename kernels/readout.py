@@ -313,11 +313,10 @@ class _Readout(torch.autograd.Function):
             call, weights = _call_again(ctx, call), dce.to(accumulator(states[0].dtype))
             tensors = ReadoutTensors(*saved)._replace(weights=weights, penalty=None, n_targets=None)
             results = ReadoutResults(*_readout(states, *tensors, call))
-        formed = FormedGradients(
-            norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors, results.row_weight,
-            dtotal if ctx.formed else None, *ctx.dtypes,
+        dstates, *of_parameters = _readout_backward(
+            states, norm_weight, norm_bias, results.dy, results.dhead, results.dbias, results.factors,
+            results.row_weight, dtotal if ctx.formed else None, *ctx.dtypes, call,
         )  # fmt: skip
-        dstates, *of_parameters = _readout_backward(states, *formed, call)
         gradients |= {name: of for name, of in zip(PARAMETERS, of_parameters, strict=True) if name in call.needs}
         of_states: list[Tensor | None] = [None] * ctx.n_states
         if ctx.is_stack:

@@ -71,7 +71,7 @@ def row_weights(
     n_penalised: rows K * N whose mean squares the penalty is a mean of.
     """
     if uses_triton(targets):
-        in_range = torch.empty((), dtype=torch.bool, device=targets.device)
+        in_range = targets.new_empty((), dtype=torch.bool)
         implementation("row_weights_triton").row_weights(
             targets, None if weights is None else weights.contiguous(), penalty, n_targets, scales.row_weight,
             scales.factors, in_range, n_columns=n_columns, ignore_index=ignore_index, mean=mean, weight=weight,
@@ -111,7 +111,7 @@ def loss_sums(loss: Tensor, scales: LossScales, mean_square: Tensor | None, tota
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x * scale [], the product formed in float32 and rounded once; a new contiguous tensor, whatever the scale."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = x.new_empty(x.shape, dtype=dtype)
     if uses_triton(x):
         implementation("row_weights_triton").scaled(x.contiguous(), scale, out)
         return out

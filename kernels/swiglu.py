@@ -39,7 +39,7 @@ def _rows_of_both(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     if not uses_triton(gate):
         return F.silu(gate).mul_(up).contiguous()
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = gate.new_empty(gate.shape)
     if y.numel() > 0:
         implementation("swiglu_triton").swiglu_forward(*_rows_of_both(gate, up), y)
     return y
@@ -63,10 +63,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: 
     """dgate and dup; empty where not needed."""
     if not uses_triton(gate):
         return _backward_cpu(dy, gate, up, need_dgate, need_dup)
-    dgate, dup = (
-        torch.empty(gate.shape if needed else 0, dtype=gate.dtype, device=gate.device)
-        for needed in (need_dgate, need_dup)
-    )
+    dgate, dup = (gate.new_empty(gate.shape if needed else 0) for needed in (need_dgate, need_dup))
     if gate.numel() > 0:
         implementation("swiglu_triton").swiglu_backward(
             dy.contiguous(), *_rows_of_both(gate, up), dgate if need_dgate else None, dup if need_dup else None

@@ -48,6 +48,23 @@ with fake_gpu(TARGETS["sm_90"]) as record:
     assert "flash_attention_backward" in found
 
 
+def test_functions_that_are_imitated_compute_on_the_hosts_own_tensors():
+    program = """
+import torch.nn.functional as F
+x, weight = torch.randn(3, 64), torch.rand(64)
+heads = x.view(1, 1, 3, 64)
+calls = (
+    lambda: F.rms_norm(x, (64,), weight, 1e-6),
+    lambda: F.linear(x, x),
+    lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True),
+)
+expected = [call() for call in calls]
+with fake_gpu(TARGETS["sm_90"]):
+    print([torch.equal(call(), value) for call, value in zip(calls, expected)])
+"""
+    assert run(FAKE_GPU + program).split("\n")[-2] == "[True, True, True]"
+
+
 def test_custom_ops_of_other_packages_are_only_asked_for_their_shapes(flash_attention):
     program = """
 from flash_attn import flash_attn_func

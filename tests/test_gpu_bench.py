@@ -7,6 +7,7 @@ take, PyTorch's own chunked op, the steps of terminal supervision, and others' s
 """
 
 import json
+import re
 import sys
 import time
 from importlib.util import find_spec
@@ -176,14 +177,15 @@ def test_the_parts_end_in_time():
 @pytest.mark.parametrize(
     ("program", "outcome", "fine"),
     [
-        ("print('all', 'well')", "done in 0 s", True),
+        ("print('all', 'well')", r"done in \d s", True),
         ("print('oh', 'no'); raise SystemExit(3)", "failed, exit code 3", False),
         ("import time; print('slow', flush=True); time.sleep(60)", "stopped after 2 s", False),
     ],
 )
 def test_a_part_is_stopped_and_its_end_is_shown(program, outcome, fine):
     became, went_well, end = supervised([sys.executable, "-S", "-c", program], 2)
-    assert (became, went_well) == (outcome, fine)
+    assert re.fullmatch(outcome, became)
+    assert went_well == fine
     assert end.strip() in ("all well", "oh no", "slow")
 
 
@@ -204,7 +206,7 @@ def test_badly():
     assert False, "PASSED"
 
 def test_slowly():
-    time.sleep(60)
+    time.sleep(600)
 """)
     names = ["test_well[a b]", "test_well[c - d]", "test_badly", "test_slowly"]
     tests = [f"{tmp_path}/test_three.py::{name}" for name in names]

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked_runs import ended, start
+from hostile import contents
 from readout_case import Case
 from tiny_run import arguments
 
@@ -160,6 +162,25 @@ def test_a_model_that_is_too_large_is_one_line(tmp_path, monkeypatch, capsys):
     assert line.startswith("error: memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ")
     assert line.endswith("). Lower --d-model, --d-ff, --n-layers or --vocab-size.")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_one_process_has_no_memory_for_leaves_the_directory_as_it_was(tmp_path):
+    run, log, argv = tmp_path / "run", tmp_path / "log", arguments(tmp_path, "--eval-tokens", "16")
+
+    def before(rank: int) -> None:
+        def fail(*given, **named):
+            raise FULL
+
+        if rank == 1:
+            prepare._optimizer = fail
+
+    assert ended(start([*argv, "--out", str(run)], 2, log, before), log.read_text) == [1, 1]
+    assert "error: memory ran out" in log.read_text()
+    assert not run.exists()
+    assert main([*argv, "--out", str(run), "--steps", "1"]) == 0
+    finished = contents(run)
+    assert ended(start(["--resume", str(run), "--steps", "2"], 2, log, before), log.read_text) == [1, 1]
+    assert contents(run) == finished
 
 
 @pytest.mark.parametrize(("n_processes", "command"), [(2, ("--grad-accumulation", "3")), (6, ("--checkpoint-loops",))])

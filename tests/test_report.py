@@ -1,12 +1,16 @@
 import importlib.metadata
 import math
+import sys
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from tiny_run import arguments
 
+import train
 from train.picture import draw
 from train.report import environment, table
+from train.run import main
 from train.step import LoopResult
 
 RESULTS = [
@@ -97,3 +101,14 @@ def test_environment():
     assert values["versions"]["python"].count(".") == 2
     assert 50e6 < values["peak_memory_bytes"] < 1e12
     assert values["commit"] is None or len(values["commit"].removesuffix("-dirty")) == 40
+
+
+def test_a_picture_that_cannot_be_drawn_is_found_before_training(tmp_path, monkeypatch, capsys):
+    """Such as without matplotlib."""
+    monkeypatch.delattr(train, "picture")
+    monkeypatch.setitem(sys.modules, "train.picture", None)
+    assert main(arguments(tmp_path, "--out", str(tmp_path / "run"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "train.picture" in line
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from forked_runs import ended, finish, start
 from test_trainer import assert_same_run
 from tiny_run import arguments
 
-from train import checkpoint, processes, trainer
+from train import checkpoint, checkpoint_writer, processes, trainer
 from train.checkpoint import step_of
+from train.interrupt import Interrupted
 from train.metrics import MetricsLog, read_metrics
 from train.run import main
 from train.saves import Saves
@@ -189,6 +191,23 @@ def test_processes_go_on_when_one_of_them_could_not_write(tmp_path):
     finish(start(arguments(tmp_path, "--out", str(run), *options), 2, log, failing_once("flush", 3)), log)
     assert re.findall(f"not saved: .*{GOES_ON}\n", log.read_text()) == ["1"]
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_second_signal_to_one_process_in_a_save_stops_all_at_once(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def before(rank: int) -> None:
+        def write(*arguments):
+            raise Interrupted(signal.SIGINT)
+
+        if rank == 1:
+            checkpoint_writer.Writer.write_data = write
+
+    argv = arguments(tmp_path, "--out", str(run), "--save-every", "2")
+    assert ended(start(argv, 2, log, before), log.read_text) == [130, 130], log.read_text()
+    assert log.read_text().endswith(
+        f"\nstopped at once. That was before the first checkpoint: {run} cannot be continued.\n"
+    )
 
 
 def test_what_fails_in_the_background_of_the_last_save_is_an_error():

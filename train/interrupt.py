@@ -25,6 +25,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
+        return Interrupted, (self.signum,)  # one of several processes tells the others
+
 
 class Interruptions:
     """What the signals do: raise Interrupted, or, within ``deferred()``, only set ``pending`` the first time."""

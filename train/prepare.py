@@ -1,6 +1,7 @@
 """A run, ready to train: its source loaded, model built, checkpoint restored, and only then its directory written."""
 
 import dataclasses
+import importlib
 import math
 import os
 import shutil
@@ -78,7 +79,7 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Load the source, build the model, restore a checkpoint; then, and only then, write the run's directory.
 
-    ``config``: resolved and validated. Raises ValueError or OSError, leaving nothing behind.
+    ``config``: resolved and validated. Raises ValueError, OSError or ImportError, leaving nothing behind.
     """
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
@@ -88,6 +89,7 @@ def prepare(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     shape = model_config(config, config.vocab_size or source.vocab_size)
     processes.first_then_others(lambda: check_memory(shape, device))
+    processes.from_first(check_picture)
     model = LoopedLM(shape, fused=config.fused, checkpoint_loops=config.checkpoint_loops).to(device)
     depth = parse_depth(config.depth, config.n_loops)
     if config.compile:
@@ -118,6 +120,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     try:
         if config.resume is None:
+            processes.meet()  # the memory of one may be too small
             processes.from_first(lambda: _write_directory(run))
         else:
             _restore(run, before)
@@ -143,6 +146,11 @@ def check_memory(shape: LoopedConfig, device: torch.device) -> None:
             f"the model must fit in memory, of which there are {present / 2**30:.1f} GiB. Got {n_parameters:,} "
             f"parameters, which take {needed / 2**30:,.1f} GiB. {SMALLER}"
         )
+
+
+def check_picture() -> None:
+    """Raise ImportError or ValueError if matplotlib cannot be used, which a run would find out at its end."""
+    importlib.import_module("train.picture")
 
 
 def load_source(config: TrainConfig) -> Source:
@@ -267,6 +275,7 @@ def _restore(run: Run, before: TrainConfig) -> None:
     processes.from_first(lambda: _check_progress(run, progress))
     run.step = progress.step
     run.changes = _changes(run, before)
+    processes.meet()
     processes.from_first(lambda: _begin_again(run))
 
 

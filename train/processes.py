@@ -125,6 +125,12 @@ def first_then_others(function: Callable[[], Result]) -> Result:
     return of_first[0] if of_first else function()
 
 
+def meet() -> None:
+    """Wait for all processes. Raises RuntimeError if one has ended."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def _plain(error: BaseException) -> BaseException:
     """The error, or one of its kind that can be sent."""
     try:

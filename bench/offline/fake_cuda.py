@@ -20,6 +20,7 @@ class Autocast:
         self.record = record
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # of leaves, as autocast keeps them
         self.plain_linear, self.plain_attention = F.linear, F.scaled_dot_product_attention
+        self.plain_rms_norm = F.rms_norm
 
     def cast(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cuda")
@@ -51,6 +52,8 @@ class Autocast:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
     def rms_norm(self, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if not x.is_cuda:  # the host's own tensors have values
+            return self.plain_rms_norm(x, shape, weight, eps)
         y: Tensor = FusedRMSNorm.apply(x, weight, self.record)  # type: ignore[no-untyped-call]
         return y
 
