@@ -162,16 +162,18 @@ def threads_of_a_warp() -> int:
     return 64 if torch.version.hip else 32
 
 
-def backward_warps(tile: tuple[int, int]) -> int:
-    """Warps of a backward program: eight elements of the tile a thread, so that 80 registers hold what it needs."""
-    return min(16, max(1, tile[0] * tile[1] // (8 * threads_of_a_warp())))
+@functools.cache
+def backward_warps(n_columns: int, threads: int) -> int:
+    """Warps of a backward program, of so many threads each: a thread has eight elements, which 80 registers hold."""
+    rows, columns = norm_tile(n_columns)
+    return min(16, max(1, rows * columns // (8 * threads)))
 
 
 def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: as many as are resident at once."""
-    tile = norm_tile(n_columns)
-    resident = RESIDENT_WARPS[threads_of_a_warp()] // backward_warps(tile)
-    return min(cdiv(n_rows, tile[0]), resident * multiprocessors(device))
+    threads = threads_of_a_warp()
+    resident = RESIDENT_WARPS[threads] // backward_warps(n_columns, threads)
+    return min(cdiv(n_rows, norm_tile(n_columns)[0]), resident * multiprocessors(device))
 
 
 def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
@@ -188,11 +190,11 @@ def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> No
     h, dmean_square = tensors.h, tensors.dmean_square
     n_columns = h.shape[-1]
     n_rows = h.numel() // n_columns
-    rows, columns = tile = norm_tile(n_columns)
+    rows, columns = norm_tile(n_columns)
     stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
     partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
     launch(
         norm_backward_kernel, (n_programs,), tensors, n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
-        num_warps=backward_warps(tile),
+        num_warps=backward_warps(n_columns, threads_of_a_warp()),
     )  # fmt: skip
