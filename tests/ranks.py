@@ -1,15 +1,16 @@
 """Several processes that run one function as the ranks of a gloo group on this machine."""
 
 import faulthandler
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -23,18 +24,18 @@ def run_ranks(function: Callable[..., None], folder: Path, *arguments: Any, n_ra
 
     They are forks of a process that has imported PyTorch and done nothing: one with threads is not safe to fork.
     """
-    _start_server()
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     given = function, f"{folder}/meeting-{n_ranks}", arguments, n_ranks, environment
-    torch.multiprocessing.start_processes(_rank, given, nprocs=n_ranks, daemon=True, start_method="forkserver")
+    _idle_process().submit(_start, given, n_ranks).result()
 
 
 @cache
-def _start_server() -> None:
-    here = Path(__file__).parent
-    forkserver.set_forkserver_preload(["conftest", "train.run", "torch.distributed.fsdp"])
-    with patch.dict(os.environ, PYTHONPATH=f"{here}:{here.parent}"):  # by which it finds them
-        forkserver.ensure_running()
+def _idle_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), importlib.import_module, ("conftest",))
+
+
+def _start(given: tuple[Any, ...], n_ranks: int) -> None:
+    torch.multiprocessing.start_processes(_rank, given, nprocs=n_ranks, daemon=True, start_method="fork")
 
 
 def _rank(
