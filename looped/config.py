@@ -1,6 +1,7 @@
 """The shape of a looped decoder, checked when it is made, and the presets."""
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -128,7 +129,7 @@ def _check_size(name: str, value: object, *, least: int, most: int) -> None:
 def _check_finite(name: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number. Got {name}={value!r}.")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # nan, or an int that no float holds
         raise ValueError(f"{name} must be finite. Got {name}={value}.")
 
 

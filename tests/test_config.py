@@ -46,6 +46,7 @@ def test_sizes_that_may_be_zero(field: str) -> None:
         ({"embedding_std": 0}, "embedding_std must be above 0"),
         ({"rope_theta": 0.0}, "rope_theta must be above 0"),
         ({"rope_theta": float("inf")}, "rope_theta must be finite"),
+        ({"rope_theta": 10**400}, "rope_theta must be finite"),
         ({"readout": "rms"}, r"readout must be one of rmsnorm, layernorm, raw, final-only\. Got readout='rms'\."),
         ({"positions": "alibi"}, r"positions must be one of learned, rotary\. Got positions='alibi'\."),
         ({"injection": "mul"}, r"injection must be one of none, add, concat, diagonal\. Got injection='mul'\."),
