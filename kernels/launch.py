@@ -24,8 +24,8 @@ def launch(
     """Run a kernel, whose arguments are the tensors and then the numbers, on the tensors' GPU.
 
     Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
-    classifies anew each time.  Here a kernel is looked up by its grid, the numbers and the tensors' dtypes, where all
-    addresses are multiples of 16.
+    classifies anew each time.  Here a kernel is looked up by its grid, the numbers, the tensors' dtypes, and which
+    addresses are multiples of 16, where not all are.
     """
     addresses, on = 0, None
     dtypes: list[torch.dtype | None] = []
@@ -43,10 +43,12 @@ def launch(
             launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
         return
     plain = type(on) in PLAIN and isinstance(kernel, triton.JITFunction)
-    if addresses & 15 or not plain or HIP:
+    if not plain or HIP:
         kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
         return
-    key = (kernel, device, grid, num_warps, numbers, *map(type, numbers), *dtypes)  # to a dict, 1 is 1.0 and True
+    aligned = addresses % 16 == 0 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    # to a dict, 1 is 1.0 and True
+    key = (kernel, device, grid, num_warps, aligned, numbers, *map(type, numbers), *dtypes)
     run = COMPILED.get(key)
     if run is not None:
         run(*tensors, *numbers)
