@@ -15,6 +15,7 @@ from .row_norm import NormBackward, NormForward
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
 TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
+REGISTERS = 80  # of a thread of a backward program: NVIDIA's assembler, left alone, takes more or spills to take fewer
 RESIDENT_WARPS = {32: 24, 64: 20}  # of so many threads, that 80 and 88 registers a thread let be on a multiprocessor
 
 
@@ -194,7 +195,8 @@ def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> No
     stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
     partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
+    registers = {"maxnreg": REGISTERS} if h.is_cuda and not torch.version.hip else {}
     launch(
         norm_backward_kernel, (n_programs,), tensors, n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
-        num_warps=backward_warps(n_columns, threads_of_a_warp()),
+        num_warps=backward_warps(n_columns, threads_of_a_warp()), **registers,
     )  # fmt: skip
