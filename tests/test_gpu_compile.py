@@ -136,8 +136,8 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_no_stack_and_no_spills(compiled):
-    """But for one register of a thread, written once and read once, which lets one more program be resident."""
-    assert not offenders(compiled, lambda kernel: kernel["stack_bytes"] <= 8 and kernel["spilled_registers"] <= 2)
+    """But for two registers of a thread, written once and read once, which let one more program be resident."""
+    assert not offenders(compiled, lambda kernel: kernel["stack_bytes"] <= 8 and kernel["spilled_registers"] <= 4)
 
 
 def test_shared_memory_within_limit(compiled, target):
