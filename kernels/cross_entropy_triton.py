@@ -11,17 +11,16 @@ itself a fused multiply-add, of 0: so no compiler fuses its product, unrounded, 
 Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy import LossOptions, RowResults
-from .launch import launch, power_of_2
+from .launch import HIP, launch, power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-BLOCK_VOCAB = 4096  # columns of a step of plain rows that end where the vocabulary does; `block_vocab` has the others
+BLOCK_VOCAB = 4096  # columns of a step of plain rows that end where the vocabulary does; `step_of` has the others
 NUM_WARPS = 8
 
 
@@ -197,13 +196,18 @@ def cross_entropy_kernel(
         store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, top1 - top2, best)
 
 
-def block_vocab(n_columns: int, finished: bool, statistics: bool, padded: bool) -> int:
-    """Columns of a step, for rows of `n_columns`; finished: with a bias or a softcap; padded: longer in memory.
+def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int, dict[str, int]]:
+    """Columns of a step over a row of logits, and how the kernel is launched.
 
-    What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident.
+    What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident: rows with
+    a bias or a softcap, with statistics, or longer in memory than the vocabulary.
     """
-    block = BLOCK_VOCAB >> max(finished + statistics, padded)
-    return max(128, min(block, power_of_2(n_columns)))
+    n_columns = logits.shape[1]
+    finished, padded = options.bias is not None or options.softcap is not None, logits.stride(0) > n_columns
+    block = max(128, min(BLOCK_VOCAB >> max(finished + statistics, padded), power_of_2(n_columns)))
+    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
+    elaborate = (finished or statistics) and logits.is_cuda and not HIP
+    return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
 
 
 def cross_entropy(
@@ -211,15 +215,11 @@ def cross_entropy(
     first_row: int, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    statistics, bias = results.statistics, options.bias
-    finished, padded = bias is not None or options.softcap is not None, logits.stride(0) > n_columns
-    block = block_vocab(n_columns, finished, statistics is not None, padded)
-    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
-    registers = {"maxnreg": 128} if statistics is not None and logits.is_cuda and not torch.version.hip else {}
+    block, launched = step_of(logits, options, results.statistics is not None)
     launch(
         cross_entropy_kernel, (n_rows,),
-        (logits, targets, row_weight, bias, options.z_loss, results.loss, statistics, results.top1),
+        (logits, targets, row_weight, options.bias, options.z_loss, *results),
         n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
         options.label_smoothing or None, options.softcap, gradient, block,
-        num_warps=max(1, min(NUM_WARPS, block // 128)), **registers,
+        **launched,
     )  # fmt: skip

@@ -57,8 +57,7 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
 def constant_in_graphs(function: Function) -> Function:
     """The function, whose result torch.compile takes for a constant: a compiled graph is for one machine.
 
-    torch.compiler.assume_constant_result does nothing else, but it imports the compiler, which takes longer than all
-    the rest of PyTorch.
+    torch.compiler.assume_constant_result does nothing else, but it imports the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -12,18 +12,17 @@ from .cross_entropy import LossOptions, RowResults
 from .cross_entropy_triton import (
     LN2,
     LOG2E,
-    NUM_WARPS,
-    block_vocab,
     gradient_of,
     load_logits,
     measured,
+    step_of,
     store_statistics,
     summed,
     target_logit,
     top2_of_lanes,
     with_z_loss,
 )
-from .launch import HIP, launch, power_of_2
+from .launch import launch, power_of_2
 from .vocabulary_shard import VocabularyShard
 
 
@@ -134,19 +133,10 @@ def finish_kernel(
             tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
 
 
-def _step(logits: Tensor, options: LossOptions, statistics: bool = False) -> tuple[int, dict[str, int]]:
-    """Columns of a step, and how it is launched."""
-    finished, padded = options.bias is not None or options.softcap is not None, logits.stride(0) > logits.shape[1]
-    block = block_vocab(logits.shape[1], finished, statistics, padded)
-    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
-    elaborate = (finished or statistics) and logits.is_cuda and not HIP
-    return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
-
-
 def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, parts: Tensor) -> None:
     n_rows, n_columns = logits.shape
     statistics = len(parts) > 4
-    block, launched = _step(logits, options, statistics)
+    block, launched = step_of(logits, options, statistics)
     launch(
         parts_kernel, (n_rows,),
         (logits, targets, options.bias, parts),
@@ -161,7 +151,7 @@ def finish_rows(
     parts: Tensor, results: RowResults, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, launched = _step(logits, options)
+    block, launched = step_of(logits, options, statistics=False)
     launch(
         finish_kernel, (n_rows,),
         (logits, targets, row_weight, options.bias, options.z_loss, parts, *results),

@@ -1,6 +1,6 @@
 """How a checkpoint is written by all processes, as train/checkpoint.py says.
 
-A module of its own, because torch.distributed.checkpoint takes half a second to import.
+A module of its own, so that torch.distributed.checkpoint is imported only where a checkpoint is written.
 """
 
 import concurrent.futures

@@ -80,7 +80,7 @@ def _note_divergence(run: Run, error: NotFiniteError) -> None:
 
 
 def _report(run: Run, results: list[LoopResult], took: str, train_seconds: float, seconds: float) -> None:
-    from train import picture  # not above: matplotlib takes half a second, of every --help too
+    from train import picture  # not above: it imports matplotlib, which --help has no use for
 
     rows = read_metrics(run.out / "metrics.jsonl")
     summary = {
