@@ -206,7 +206,7 @@ def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int
     finished, padded = options.bias is not None or options.softcap is not None, logits.stride(0) > n_columns
     block = max(128, min(BLOCK_VOCAB >> max(finished + statistics, padded), power_of_2(n_columns)))
     # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
-    elaborate = (finished or statistics) and logits.is_cuda and not HIP
+    elaborate = (options.bias is not None or statistics) and logits.is_cuda and not HIP
     return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
 
 

@@ -136,12 +136,14 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_no_stack_and_no_spills(compiled, target):
-    """But for norms on Blackwell, where a thread may keep 8 bytes: with two more registers fewer programs are resident."""
+    """But for norms on Blackwell, where a thread may keep 8 bytes: with two registers more, fewer programs fit."""
     kept = 8 if target == "sm_100" else 0
     norms = [kernel for kernel in compiled if kernel["kernel"] in ("norm_forward_kernel", "norm_backward_kernel")]
     others = [kernel for kernel in compiled if kernel not in norms]
     assert not offenders(others, lambda kernel: kernel["stack_bytes"] == kernel["spilled_registers"] == 0)
-    assert not offenders(norms, lambda kernel: kernel["stack_bytes"] <= kept and kernel["spilled_registers"] <= kept / 2)
+    assert not offenders(
+        norms, lambda kernel: kernel["stack_bytes"] <= kept and kernel["spilled_registers"] <= kept / 2
+    )
 
 
 def test_shared_memory_within_limit(compiled, target):
