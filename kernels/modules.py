@@ -47,7 +47,8 @@ class RMSNorm(nn.RMSNorm):
         y = result.y.view(x.shape)
         if residual is None and not mean_square:
             return y
-        return result._replace(y=y, residual=None if result.residual is None else result.residual.view(x.shape))
+        total = None if result.residual is None else result.residual.view(x.shape)
+        return RMSNormPenalty(y, result.mean_square, total)
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """x with the normed dimensions as one."""

@@ -121,9 +121,9 @@ class LoopedLM(Recurrence):
         elif statistics:
             raise ValueError("statistics are those of a loss and need targets. Got statistics=True, targets=None.")
         states = self.unroll(tokens, n_loops, backprop_loops)
-        output = LoopedOutput(states, logits=self.readout_logits(states[-1]) if logits else None)
+        last_logits = self.readout_logits(states[-1]) if logits else None
         if targets is None:
-            return output
+            return LoopedOutput(states, logits=last_logits)
         first = first_with_gradient(n_loops, backprop_loops)
         trained = states[first:]
         result = self.readout_loss(
@@ -134,7 +134,7 @@ class LoopedLM(Recurrence):
             per_loop = F.pad(per_loop, (first, 0), value=math.nan)
             if log_exits is not None:
                 log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
-        return output._replace(loss=result.loss, per_loop=per_loop, statistics=result.statistics, log_exits=log_exits)
+        return LoopedOutput(states, result.loss, per_loop, last_logits, result.statistics, log_exits)
 
     def readout_loss(
         self,
