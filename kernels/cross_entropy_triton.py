@@ -2,7 +2,9 @@
 
 The first read finds the row's maximum and sum, the second leaves the gradient.  A row fits the second-level cache, so
 that memory sees one read and one write.  No row is held in registers: 32 to 64 registers a thread let several programs
-share a multiprocessor, and while one computes the others load.
+share a multiprocessor, and while one computes the others load.  Each loads its next steps while it computes, too.
+
+The target's column is one in thousands, so no step looks for it: its share of the gradient is put in at the end.
 
 Exponentials are powers of two of `z * log2(e) - shift`, one fused multiply-add a column.  `shift` is the maximum times
 log2(e), rounded.  All columns lose the same by that rounding; `residue` puts it back where it counts.  `shift` is
@@ -11,28 +13,37 @@ itself a fused multiply-add, of 0: so no compiler fuses its product, unrounded, 
 Online softmax: Milakov & Gimelshein, arXiv 1805.02867.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy import LossOptions, RowResults
-from .launch import HIP, launch, power_of_2
+from .launch import launch, power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-BLOCK_VOCAB = 4096  # columns of a step of plain rows that end where the vocabulary does; `step_of` has the others
-NUM_WARPS = 8
+INT32_MAX: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def tanh(x):
-    decay = tl.exp(-2.0 * tl.abs(x))
-    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-    square = x * x  # 1 - decay cancels for small x: the series is exact to float32 there
-    small = x * (
-        1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)))
-    )
-    return tl.where(square < 0.09, small, large)
+    """x P(x^2) / Q(x^2), within 3 ulp; beyond 7.9 it rounds to 1.  No exponential: those limit the pass.
+
+    The coefficients are Eigen's (generic_fast_tanh_float).
+    """
+    x = tl.minimum(tl.maximum(x, -7.90531110763549805), 7.90531110763549805)
+    square = x * x
+    p = tl.fma(square, -2.76076847742355e-16, 2.00018790482477e-13)
+    p = tl.fma(p, square, -8.60467152213735e-11)
+    p = tl.fma(p, square, 5.12229709037114e-08)
+    p = tl.fma(p, square, 1.48572235717979e-05)
+    p = tl.fma(p, square, 6.37261928875436e-04)
+    p = tl.fma(p, square, 4.89352455891786e-03)
+    q = tl.fma(square, 1.19825839466702e-06, 1.18534705686654e-04)
+    q = tl.fma(q, square, 2.26843463243900e-03)
+    q = tl.fma(q, square, 4.89352518554385e-03)
+    return x * p / q
 
 
 @triton.jit
@@ -46,7 +57,7 @@ def load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap):
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
     if softcap is not None:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1.0 / softcap))
     return tl.where(in_columns, z, float("-inf"))
 
 
@@ -57,64 +68,108 @@ def target_logit(logits_row, bias_ptr, target, in_range, softcap):
     if bias_ptr is not None:
         z += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
     if softcap is not None:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1.0 / softcap))
     return z
 
 
 @triton.jit
-def summed(logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap):
-    """The first read of a row: maximum, `shift`, sum_j exp2(z_j * log2(e) - shift), a pivot and sum_j (z_j - pivot).
+def summed(
+    logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap,
+    STATISTICS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The first read of a row: maximum, `shift`, sum_j exp2(z_j * log2(e) - shift), a pivot, sum_j (z_j - pivot), best.
 
-    The pivot is the first block's maximum, so that sums of z - pivot stay exact.  The last sum is formed for smoothing.
+    The pivot is the first step's maximum, so that sums of z - pivot stay exact.  That sum is formed for smoothing.
+    best, the first column of the maximum, is found with STATISTICS; their steps are short, so that each lane has its
+    own sum until the end.
     """
     BLOCK_VOCAB: tl.constexpr = block_column.shape[0]
     maximum = tl.full((), -1.0e38, tl.float32)
     shift = tl.fma(maximum, LOG2E, 0.0)
-    total = tl.zeros((), tl.float32)
+    total = tl.zeros((BLOCK_VOCAB,) if STATISTICS else (), tl.float32)
     pivot = maximum
     sum_z = tl.zeros((), tl.float32)
-    for start in range(0, n_columns, BLOCK_VOCAB):
+    best_step = tl.zeros((), tl.int32)
+    for start in tl.range(0, n_columns, BLOCK_VOCAB, num_stages=STAGES):
         column = start + block_column
         z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-        maximum = tl.maximum(maximum, tl.max(z, axis=0))
+        largest = tl.max(z, axis=0)
+        if STATISTICS:
+            best_step = tl.where(largest > maximum, start, best_step)
+        maximum = tl.maximum(maximum, largest)
         new_shift = tl.fma(maximum, LOG2E, 0.0)
-        total = total * tl.exp2(shift - new_shift) + tl.sum(tl.exp2(tl.fma(z, LOG2E, -new_shift)), axis=0)
+        e = tl.exp2(tl.fma(z, LOG2E, -new_shift))
+        total = total * tl.exp2(shift - new_shift) + (e if STATISTICS else tl.sum(e, axis=0))
         shift = new_shift
         if smoothing is not None:
             pivot = tl.where(start == 0, maximum, pivot)
             sum_z += tl.sum(tl.where(column < n_columns, z - pivot, 0.0), axis=0)
-    return maximum, shift, total, pivot, sum_z
+    best = best_step
+    if STATISTICS:
+        total = tl.sum(total, axis=0)
+        column = best_step + block_column
+        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
+        best = tl.min(tl.where(z == maximum, column, INT32_MAX), axis=0)
+    return maximum, shift, total, pivot, sum_z, best
 
 
 @triton.jit
-def measured(z, e, below, column, moment, top1, top2, best):
-    """Each lane's moment sum e * below, its largest and second largest z, and the largest one's column, a step on."""
-    moment += tl.where(e > 0, e * below, 0.0)
-    top2 = tl.maximum(top2, tl.minimum(top1, z))
-    best = tl.where(z > top1, column, best)
-    return moment, tl.maximum(top1, z), top2, best
-
-
-@triton.jit
-def top2_of_lanes(lane_top1, lane_top2, lane_best):
-    """A row's largest z, the first column of it, and the second largest."""
-    top1 = tl.max(lane_top1, axis=0)
-    best = tl.min(tl.where(lane_top1 == top1, lane_best, 2147483647), axis=0)
-    return top1, best, tl.max(tl.where(lane_best == best, lane_top2, lane_top1), axis=0)
-
-
-@triton.jit
-def gradient_of(e, z, scale, column, target, n_columns, n_words, smoothing, softcap, counts):
-    """dCE/dx [BLOCK_VOCAB] of e = exp(z - maximum), whose `scale` makes it the softmax; 0 past n_columns of n_words."""
-    hit = tl.where(column == target, -1.0, 0.0)
+def gradient_of(e, z, factor, n_words, smoothing, softcap, TARGET: tl.constexpr):
+    """dCE/dx of e = exp(z - maximum), which `factor` makes the softmax, z-loss included.  TARGET: of the target's z."""
+    g = e * factor
     if smoothing is not None:
-        hit = hit * (1.0 - smoothing) - smoothing / n_words
-    g = tl.fma(e, scale, hit)
+        g -= smoothing / n_words
+        if TARGET:
+            g -= 1.0 - smoothing
+    elif TARGET:
+        g -= 1.0
     if softcap is not None:
-        g *= 1.0 - (z / softcap) * (z / softcap)
-    if smoothing is not None or softcap is not None:
-        g = tl.where(column < n_columns, g, 0.0)
-    return tl.where(counts, g, 0.0)
+        capped = z * (1.0 / softcap)
+        g *= 1.0 - capped * capped
+    return g
+
+
+@triton.jit
+def finished(
+    logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, best, smoothing, softcap,
+    GRADIENT: tl.constexpr, STATISTICS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The second read of a row.  It leaves the gradient, but for the target's share: `with_target` puts that in.
+
+    With STATISTICS: sum_j e_j * log2(e_j) of e_j = exp2(z_j * log2(e) - shift), and the largest z but `best`'s.
+    """
+    moment = tl.zeros(block_column.shape, tl.float32)
+    second = tl.full(block_column.shape, float("-inf"), tl.float32)
+    for start in tl.range(0, n_columns, block_column.shape[0], num_stages=STAGES):
+        column = start + block_column
+        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
+        exponent = tl.fma(z, LOG2E, -shift)
+        e = tl.exp2(exponent)
+        if STATISTICS:
+            moment = tl.fma(e, tl.maximum(exponent, -1000.0), moment)  # -inf * 0 would be nan
+            second = tl.maximum(second, tl.where(column == best, float("-inf"), z))
+        if GRADIENT:
+            g = gradient_of(e, z, factor, n_words, smoothing, softcap, False)
+            if smoothing is not None or softcap is not None:
+                g = tl.where(column < n_columns, g, 0.0)
+            tl.store(logits_row + column, g.to(logits_row.dtype.element_ty), mask=column < row_length)
+    return tl.sum(moment, axis=0), tl.max(second, axis=0)
+
+
+@triton.jit
+def with_target(
+    logits_row, block_column, n_columns, row_length, n_words, shift, factor, target, is_here, z_target, counts,
+    smoothing, softcap,
+):  # fmt: skip
+    """The target's share of the gradient, where its column `is_here`; and zeros in a row that does not count."""
+    e = tl.exp2(tl.fma(z_target, LOG2E, -shift))
+    g = gradient_of(e, z_target, factor, n_words, smoothing, softcap, True)
+    tl.debug_barrier()  # every thread has stored its columns
+    tl.store(logits_row + target, g.to(logits_row.dtype.element_ty), mask=is_here & counts)
+    if counts == 0:
+        zeros = tl.zeros(block_column.shape, logits_row.dtype.element_ty)
+        for start in range(0, n_columns, block_column.shape[0]):
+            tl.store(logits_row + start + block_column, zeros, mask=start + block_column < row_length)
 
 
 @triton.jit
@@ -140,8 +195,9 @@ def store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, mar
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, loss_ptr, statistics_ptr, top1_ptr,
     n_columns, row_length, n_tokens, n_results, first_row, ignore_index, smoothing, softcap,
-    GRADIENT: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK_VOCAB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    STATISTICS: tl.constexpr = statistics_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     out = first_row + row  # among all rows of all loops, whose targets repeat every n_tokens
     logits_row = logits_ptr + row * row_length
@@ -155,8 +211,8 @@ def cross_entropy_kernel(
     # the target's logit, loaded before any gradient is stored
     z_target = target_logit(logits_row, bias_ptr, target, in_range, softcap)
 
-    maximum, shift, total, pivot, sum_z = summed(
-        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap
+    maximum, shift, total, pivot, sum_z, best = summed(
+        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES
     )
     residue = tl.fma(maximum, LOG2E, -shift)
     log_total = LN2 * (tl.log2(total) - residue)  # log sum_j exp(z_j - maximum)
@@ -171,43 +227,33 @@ def cross_entropy_kernel(
     loss = tl.where(in_range, loss, float("nan"))
     tl.store(loss_ptr + out, tl.where(target == ignore_index, 0.0, loss))
 
-    lane_top1 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
-    lane_top2 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
-    lane_best = tl.full((BLOCK_VOCAB,), 2147483647, tl.int32)
-    lane_moment = tl.zeros((BLOCK_VOCAB,), tl.float32)
     tl.debug_barrier()  # every thread has read the target's logit
-    if GRADIENT or statistics_ptr is not None:
-        for start in range(0, n_columns, BLOCK_VOCAB):
-            column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-            exponent = tl.fma(z, LOG2E, -shift)
-            e = tl.exp2(exponent)
-            if statistics_ptr is not None:
-                lane_moment, lane_top1, lane_top2, lane_best = measured(
-                    z, e, exponent - residue, column, lane_moment, lane_top1, lane_top2, lane_best
-                )
-            if GRADIENT:
-                g = gradient_of(e, z, scale / total, column, target, n_columns, n_columns, smoothing, softcap, counts)
-                tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
-
-    if statistics_ptr is not None:
-        top1, best, top2 = top2_of_lanes(lane_top1, lane_top2, lane_best)
-        entropy = log_total - LN2 * tl.sum(lane_moment, axis=0) / total
-        store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, top1 - top2, best)
+    if GRADIENT or STATISTICS:
+        factor = scale / total
+        moment, second = finished(
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, factor, best, smoothing,
+            softcap, GRADIENT, STATISTICS, STAGES,
+        )  # fmt: skip
+        if GRADIENT:
+            with_target(
+                logits_row, block_column, n_columns, row_length, n_columns, shift, factor, target, in_range, z_target,
+                counts, smoothing, softcap,
+            )  # fmt: skip
+        if STATISTICS:
+            entropy = LN2 * (tl.log2(total) - moment / total)
+            store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, maximum - second, best)
 
 
-def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int, dict[str, int]]:
-    """Columns of a step over a row of logits, and how the kernel is launched.
+def step_of(options: LossOptions, n_columns: int, statistics: bool) -> tuple[int, int, int]:
+    """Columns of a step over a row of logits, how many steps are loaded ahead (and one), and the program's warps.
 
-    What needs more registers a column gets fewer columns, so that at least 16 warps of any kind are resident: rows with
-    a bias or a softcap, with statistics, or longer in memory than the vocabulary.
+    Measured on an H200: what keeps more in registers a column has shorter steps.  A bias is read in every row, from
+    cache: to load it ahead costs more than it gains, as for a softcap, whose arithmetic takes longer than the memory.
     """
-    n_columns = logits.shape[1]
-    finished, padded = options.bias is not None or options.softcap is not None, logits.stride(0) > n_columns
-    block = max(128, min(BLOCK_VOCAB >> max(finished + statistics, padded), power_of_2(n_columns)))
-    # left alone, NVIDIA's assembler spills a word or two of the elaborate rows to fit one more program
-    elaborate = (options.bias is not None or statistics) and logits.is_cuda and not HIP
-    return block, {"num_warps": max(1, min(NUM_WARPS, block // 128))} | ({"maxnreg": 128} if elaborate else {})
+    block, num_warps = (1024, 4) if statistics else (4096, 8) if options.softcap is None else (2048, 4)
+    block = max(128, min(block, power_of_2(n_columns)))
+    simple = options.bias is None and options.softcap is None and not torch.version.hip
+    return block, 3 if simple else 1, max(1, min(num_warps, block // 128))
 
 
 def cross_entropy(
@@ -215,11 +261,11 @@ def cross_entropy(
     first_row: int, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, launched = step_of(logits, options, results.statistics is not None)
+    block, stages, num_warps = step_of(options, n_columns, results.statistics is not None)
     launch(
         cross_entropy_kernel, (n_rows,),
         (logits, targets, row_weight, options.bias, options.z_loss, *results),
         n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
-        options.label_smoothing or None, options.softcap, gradient, block,
-        **launched,
+        options.label_smoothing or None, options.softcap, gradient, block, stages,
+        num_warps=num_warps,
     )  # fmt: skip

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-HIP = torch.version.hip is not None  # there Triton also compiles for the size of a tensor's storage
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 COMPILED: dict[tuple[Any, ...], Any] = {}  # kernels by everything that Triton compiles for
 MAX_COMPILED = 4096
@@ -43,7 +42,7 @@ def launch(
             launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
         return
     plain = type(on) in PLAIN and isinstance(kernel, triton.JITFunction)
-    if not plain or HIP:
+    if not plain or torch.version.hip:  # for AMD Triton also compiles for the size of a tensor's storage
         kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
         return
     aligned = addresses % 16 == 0 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -37,7 +37,7 @@ from .out_of_memory import halve, within_memory
 from .products import form_gradients, form_logits, head_accumulator, logits_space
 from .readout_call import PARAMETERS, ReadoutCall, ReadoutResults, ReadoutTensors
 from .registration import register
-from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
+from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 from .row_weights import LossScales, loss_sums, row_weights, scaled
 from .sharded_readout import read_out_shard, weigh_all
 
@@ -236,7 +236,7 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
         used = used or (n_tokens > 0 and (dweight is not None or dbias_ is not None))
     of_norm = (
         dy.new_empty(0) if partial is None or like is None
-        else partial.sum(0).to(like.dtype) if used
+        else summed(partial, like.dtype) if used
         else torch.zeros_like(like)
         for partial, like in zip(partials, parameters.values(), strict=True)
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import check_eps, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
 from .registration import register
-from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
+from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 
 
 class RMSNormPenalty(NamedTuple):
@@ -72,7 +72,7 @@ def _backward(
     norm_backward(tensors, eps, "rmsnorm")
     results = [dh] if dx is None else [dh, dx]
     if dweight is not None and weight is not None:
-        results.append(dweight.sum(0, dtype=weight.dtype))
+        results.append(summed(dweight, weight.dtype))
     return results
 
 

@@ -55,7 +55,7 @@ class NormBackward(NamedTuple):
     dmean_square [...], which may be expanded from a scalar, and dtotal [..., d]: the other results' gradients.
     What is written, where it is given:
     dh and dx [..., d]: the gradient of h, in two dtypes.
-    dweight, dbias [programs, d] float32, made by `partial_sums`.  The caller sums them over their first dimension.
+    dweight, dbias [programs, d] float32, made by `partial_sums`, and added up by `summed`.
     radial_dot, radial_fraction [rows]: <g, h> and the radial fraction of the gradient g that comes through y alone.
     """
 
@@ -204,6 +204,15 @@ def partial_sums(h: Tensor) -> Tensor:
     if uses_triton(h):
         n_programs = implementation("row_norm_triton").backward_programs(n_rows, d, h.device)
     return h.new_empty((n_programs, d), dtype=accumulator(h.dtype))
+
+
+def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum [d] of partial sums [programs, d]."""
+    if not uses_triton(partial):
+        return partial.sum(0, dtype=dtype)
+    out = partial.new_empty(partial.shape[1], dtype=dtype)
+    implementation("row_norm_triton").sum_rows(partial, out)
+    return out
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -14,9 +14,12 @@ from .launch import cdiv, launch, power_of_2, radial_fraction
 from .row_norm import NormBackward, NormForward
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
-TILE = 2048  # elements of rows that a program holds, where a row is no longer than that
-REGISTERS = 80  # of a thread of a backward program: NVIDIA's assembler, left alone, takes more or spills to take fewer
-RESIDENT_WARPS = {32: 24, 64: 20}  # of so many threads, that 80 and 88 registers a thread let be on a multiprocessor
+TILE = 1024  # elements of rows that a program holds, where a row is no longer than that
+WARP_ELEMENTS = 512  # of a tile: 16 a thread of NVIDIA's
+RESIDENT_WARPS = 12  # of a backward pass: its programs stay on their multiprocessor and share its registers
+REGISTERS = 65_536
+ROWS_AHEAD_BYTES = 128 * 1024  # of rows loaded ahead by all of them: the A100 has 164 KiB, the least of NVIDIA's
+SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 256, 16, 8
 
 
 @triton.jit
@@ -89,7 +92,7 @@ def norm_backward_kernel(
     dy_ptr, h_ptr, weight_ptr, row_weight_ptr, scale_ptr, dmean_square_ptr, dsum_ptr,
     dh_ptr, dx_ptr, dweight_ptr, dbias_ptr, dot_ptr, fraction_ptr,
     n_rows, n_columns, eps, stride_dmean_square,
-    NORM: tl.constexpr, ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
     in_columns = column < n_columns
@@ -103,7 +106,7 @@ def norm_backward_kernel(
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
 
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         in_rows = row < n_rows
         inside = in_rows[:, None] & in_columns[None, :]
@@ -145,6 +148,18 @@ def norm_backward_kernel(
         store_sum(dbias, dbias_ptr + partial, in_columns, ADD)
 
 
+@triton.jit
+def sum_rows_kernel(x_ptr, out_ptr, n_rows, n_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
+    in_columns = column < n_columns
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, n_rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        inside = (row < n_rows)[:, None] & in_columns[None, :]
+        total += tl.load(x_ptr + row[:, None] * n_columns + column[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=in_columns)
+
+
 @functools.cache
 def norm_tile(n_columns: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, for rows of `n_columns`."""
@@ -154,27 +169,35 @@ def norm_tile(n_columns: int) -> tuple[int, int]:
 
 @functools.cache
 def tile_warps(n_columns: int) -> int:
-    """Warps of a program that takes one tile alone, of rows of `n_columns`."""
+    """Warps of a program, for rows of `n_columns`."""
     rows, columns = norm_tile(n_columns)
-    return min(16, max(4, rows * columns // 512))
-
-
-def threads_of_a_warp() -> int:
-    return 64 if torch.version.hip else 32
+    return min(16, max(1, rows * columns // WARP_ELEMENTS))
 
 
 @functools.cache
-def backward_warps(n_columns: int, threads: int) -> int:
-    """Warps of a backward program, of so many threads each: a thread has eight elements, which 80 registers hold."""
-    rows, columns = norm_tile(n_columns)
-    return min(16, max(1, rows * columns // (8 * threads)))
+def resident_programs(n_columns: int) -> int:
+    """Programs of a backward pass on a multiprocessor: two at least, unless one is as large as can be."""
+    warps = tile_warps(n_columns)
+    return max(RESIDENT_WARPS // warps, 2 if warps < 16 else 1)
 
 
 def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
     """How many programs share the rows of a backward pass: as many as are resident at once."""
-    threads = threads_of_a_warp()
-    resident = RESIDENT_WARPS[threads] // backward_warps(n_columns, threads)
-    return min(cdiv(n_rows, norm_tile(n_columns)[0]), resident * multiprocessors(device))
+    return min(cdiv(n_rows, norm_tile(n_columns)[0]), resident_programs(n_columns) * multiprocessors(device))
+
+
+@functools.cache
+def backward_options(n_columns: int, column_bytes: int) -> tuple[int, dict[str, int]]:
+    """One and how many tiles a backward program loads ahead, two at most; and how NVIDIA's compiler makes its kernel.
+
+    column_bytes: of a row's column, in all that is loaded.  A thread has the registers that let all programs be
+    resident.  The assembler, left alone, takes more.
+    """
+    rows, columns = norm_tile(n_columns)
+    resident = resident_programs(n_columns)
+    registers = REGISTERS // (resident * tile_warps(n_columns) * 32) // 8 * 8
+    stages = 1 + min(2, ROWS_AHEAD_BYTES // (resident * rows * columns * column_bytes))
+    return stages, {"maxnreg": min(255, registers)}
 
 
 def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
@@ -195,8 +218,17 @@ def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> No
     stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
     partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
-    registers = {"maxnreg": REGISTERS} if h.is_cuda and not torch.version.hip else {}
+    column_bytes = sum([t.element_size() for t in (tensors.dy, h, tensors.dtotal) if t is not None])
+    stages, options = (1, {}) if torch.version.hip else backward_options(n_columns, column_bytes)
     launch(
         norm_backward_kernel, (n_programs,), tensors, n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
-        num_warps=backward_warps(n_columns, threads_of_a_warp()), **registers,
+        stages, num_warps=tile_warps(n_columns), **(options if h.is_cuda else {}),
+    )  # fmt: skip
+
+
+def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    n_rows, n_columns = x.shape
+    launch(
+        sum_rows_kernel, (cdiv(n_columns, SUMMED_COLUMNS),), (x, out), n_rows, n_columns, SUMMED_ROWS, SUMMED_COLUMNS,
+        num_warps=SUMMING_WARPS,
     )  # fmt: skip

@@ -12,14 +12,12 @@ from .cross_entropy import LossOptions, RowResults
 from .cross_entropy_triton import (
     LN2,
     LOG2E,
-    gradient_of,
-    load_logits,
-    measured,
+    finished,
     step_of,
     store_statistics,
     summed,
     target_logit,
-    top2_of_lanes,
+    with_target,
     with_z_loss,
 )
 from .launch import launch, power_of_2
@@ -30,7 +28,7 @@ from .vocabulary_shard import VocabularyShard
 def parts_kernel(
     logits_ptr, targets_ptr, bias_ptr, parts_ptr,
     n_columns, row_length, n_rows, first_column, smoothing, softcap,
-    STATISTICS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * row_length
@@ -40,8 +38,8 @@ def parts_kernel(
     here = (target >= 0) & (target < n_columns)
 
     z_target = target_logit(logits_row, bias_ptr, target, here, softcap)
-    maximum, shift, total, pivot, sum_z = summed(
-        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap
+    maximum, shift, total, pivot, sum_z, best = summed(
+        logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES
     )
     residue = tl.fma(maximum, LOG2E, -shift)
     unshift = tl.exp2(-residue)  # total is relative to shift, and goes out relative to the maximum
@@ -54,20 +52,12 @@ def parts_kernel(
         tl.store(out + 3 * n_rows, 0.0)
 
     if STATISTICS:
-        lane_top1 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
-        lane_top2 = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
-        lane_best = tl.full((BLOCK_VOCAB,), 2147483647, tl.int32)
-        lane_moment = tl.zeros((BLOCK_VOCAB,), tl.float32)
-        for start in range(0, n_columns, BLOCK_VOCAB):
-            column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-            exponent = tl.fma(z, LOG2E, -shift)
-            lane_moment, lane_top1, lane_top2, lane_best = measured(
-                z, tl.exp2(exponent), exponent - residue, column, lane_moment, lane_top1, lane_top2, lane_best
-            )
-        _, best, top2 = top2_of_lanes(lane_top1, lane_top2, lane_best)
-        tl.store(out + 4 * n_rows, tl.sum(lane_moment, axis=0) * unshift * LN2)
-        tl.store(out + 5 * n_rows, top2)
+        moment, second = finished(
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, 0.0, best, smoothing, softcap,
+            False, True, STAGES,
+        )  # fmt: skip
+        tl.store(out + 4 * n_rows, (moment - residue * total) * unshift * LN2)
+        tl.store(out + 5 * n_rows, second)
         tl.store(out + 6 * n_rows, best.to(tl.float32))
 
 
@@ -75,7 +65,7 @@ def parts_kernel(
 def finish_kernel(
     logits_ptr, targets_ptr, row_weight_ptr, bias_ptr, z_loss_ptr, parts_ptr, loss_ptr, statistics_ptr, top1_ptr,
     n_columns, row_length, n_rows, n_parts, first_column, n_words, most_rows, n_ranks, ignore_index, smoothing, softcap,
-    GRADIENT: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK_RANKS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * row_length
@@ -123,26 +113,28 @@ def finish_kernel(
     if GRADIENT:
         if row_weight_ptr is not None:
             counts = counts & (tl.load(row_weight_ptr + row) != 0.0)
-        here = target - first_column
-        here = tl.where(here < n_columns, here, -1)  # the next rank's may be past V_p in memory
-        for start in range(0, n_columns, BLOCK_VOCAB):
-            column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-            e = tl.exp2(tl.fma(z, LOG2E, -shift))
-            g = gradient_of(e, z, scale / total, column, here, n_columns, n_words, smoothing, softcap, counts)
-            tl.store(logits_row + column, g.to(logits_ptr.dtype.element_ty), mask=column < row_length)
+        column = target - first_column
+        is_here = (column >= 0) & (column < n_columns)
+        finished(
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, scale / total, 0, smoothing,
+            softcap, True, False, STAGES,
+        )  # fmt: skip
+        with_target(
+            logits_row, block_column, n_columns, row_length, n_words, shift, scale / total, column, is_here, z_target,
+            counts, smoothing, softcap,
+        )  # fmt: skip
 
 
 def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, parts: Tensor) -> None:
     n_rows, n_columns = logits.shape
     statistics = len(parts) > 4
-    block, launched = step_of(logits, options, statistics)
+    block, stages, num_warps = step_of(options, n_columns, statistics)
     launch(
         parts_kernel, (n_rows,),
         (logits, targets, options.bias, parts),
         n_columns, logits.stride(0), n_rows, shard.rows.start, options.label_smoothing or None, options.softcap,
-        statistics, block,
-        **launched,
+        statistics, block, stages,
+        num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -151,12 +143,12 @@ def finish_rows(
     parts: Tensor, results: RowResults, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, launched = step_of(logits, options, statistics=False)
+    block, stages, num_warps = step_of(options, n_columns, statistics=False)
     launch(
         finish_kernel, (n_rows,),
         (logits, targets, row_weight, options.bias, options.z_loss, parts, *results),
         n_columns, logits.stride(0), n_rows, parts.shape[1], shard.rows.start, shard.n_words, shard.most_rows,
         shard.n_ranks, options.ignore_index, options.label_smoothing or None, options.softcap,
-        gradient, power_of_2(shard.n_ranks), block,
-        **launched,
+        gradient, power_of_2(shard.n_ranks), block, stages,
+        num_warps=num_warps,
     )  # fmt: skip

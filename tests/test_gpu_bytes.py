@@ -14,7 +14,7 @@ import torch
 from bench.offline.accesses import Audit, Launch, View
 from looped.kernels import radial_gradient, swiglu
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
-from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums
+from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 from looped.kernels.row_norm_triton import norm_tile
 from looped.kernels.row_weights import LossScales, loss_sums, row_weights, scaled
 from looped.kernels.row_weights_triton import BLOCK_TOKENS
@@ -115,6 +115,16 @@ def test_norm_backward(audit, dtype, norm, add):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_programs", [3, 600])
+def test_sum_of_partial_sums(audit, n_programs, dtype):
+    partial = torch.randn(n_programs, 100)
+    out = summed(partial, dtype)
+    (launch,) = audit.launches
+    check_safe(launch)
+    assert total(launch) == n_bytes(partial, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_radial(audit, dtype):
     h, grad = torch.randn(ROWS, 100).to(dtype).requires_grad_(), torch.randn(ROWS, 100).to(dtype).requires_grad_()
     sum(radial_gradient(h, grad)).sum().backward()
@@ -180,13 +190,15 @@ def cross_entropy_launch(
 def test_cross_entropy(audit, n_columns, gradient, statistics, dtype):
     """The logits read twice, the second time from cache, and written once; without gradient and statistics once.
 
-    A row to its end in memory, a multiple of 16 words.
+    A row to its end in memory, a multiple of 16 words.  The target's word is read, and written, once more; for the
+    statistics that step of the row is read again which holds its maximum.
     """
     n_rows = 3
     launch = cross_entropy_launch(audit, n_rows, n_columns, dtype, statistics=statistics, gradient=gradient)
     row, passes = -(-n_columns // 16) * 16 * dtype.itemsize, 1 + (gradient or statistics)
-    assert launch.loaded["logits_ptr"] == n_rows * (passes * row + dtype.itemsize)  # and the target's
-    assert launch.stored["logits_ptr"] == n_rows * row * gradient
+    again = launch.loaded["logits_ptr"] - n_rows * (passes * row + dtype.itemsize)
+    assert (0 < again <= n_rows * 1024 * dtype.itemsize) if statistics else again == 0
+    assert launch.stored["logits_ptr"] == n_rows * (row + dtype.itemsize) * gradient
     assert sum(launch.stored.values()) - launch.stored["logits_ptr"] == n_rows * (4 + 20 * statistics)
 
 
@@ -200,7 +212,7 @@ def test_cross_entropy_with_bias_and_softcap(audit, softcap, n_columns, gradient
     )
     assert launch.loaded["logits_ptr"] == n_rows * 4 * (passes * row_length + 1)
     assert launch.loaded["bias_ptr"] == n_rows * 4 * (passes * n_columns + 1)
-    assert launch.stored["logits_ptr"] == n_rows * 4 * row_length * gradient
+    assert launch.stored["logits_ptr"] == n_rows * 4 * (row_length + 1) * gradient
 
 
 # The losses' weights and sums: one program each -----------------------------------------------------------------------

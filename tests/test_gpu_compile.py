@@ -18,6 +18,7 @@ ODD_TOKENS = "of 2047 tokens"  # in the name of a case
 KERNELS = {
     "norm_forward_kernel",
     "norm_backward_kernel",
+    "sum_rows_kernel",
     "radial_forward_kernel",
     "radial_backward_kernel",
     "swiglu_forward_kernel",

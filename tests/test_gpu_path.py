@@ -46,12 +46,16 @@ def test_flops_are_those_the_model_states(report, name):
 
 
 def test_launches_of_a_fused_step(report):
-    """Two norms and a SwiGLU a block and loop, a norm a readout, each way, and a softmax a chunk of the readout."""
+    """Two norms and a SwiGLU a block and loop, a norm a readout, each way, and a softmax a chunk of the readout.
+
+    A norm's weight has a sum of partial sums for every backward pass of its own, but that of the readout one for all.
+    """
     norms = 2 * CONFIG.n_layers * CONFIG.n_loops
     n_chunks = CONFIG.n_loops * N_TOKENS // CHUNK_ROWS
     assert report["fused"]["triton_launches"] == {
         "norm_forward_kernel": norms + CONFIG.n_loops,
         "norm_backward_kernel": norms + CONFIG.n_loops,
+        "sum_rows_kernel": norms + 1,
         "swiglu_forward_kernel": CONFIG.n_layers * CONFIG.n_loops,
         "swiglu_backward_kernel": CONFIG.n_layers * CONFIG.n_loops,
         "cross_entropy_kernel": n_chunks,
@@ -116,6 +120,6 @@ def test_readout_makes_four_launches_a_chunk(report, name):
     launches = readout["triton_launches"]
     assert launches == {
         "norm_forward_kernel": 4, "cross_entropy_kernel": n_chunks, "norm_backward_kernel": 4,
-        "row_weights_kernel": 1, "scaled_kernel": 1, "loss_sums_kernel": 1,
+        "sum_rows_kernel": 1, "row_weights_kernel": 1, "scaled_kernel": 1, "loss_sums_kernel": 1,
     }  # fmt: skip
     assert readout["launches"] <= 4 * n_chunks + 2 * 4 + SMALL_LAUNCHES == 49

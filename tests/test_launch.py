@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton
 
-from looped.kernels import launch as launch_module
 from looped.kernels.launch import launch
 
 
@@ -29,8 +28,7 @@ class Kernel(triton.JITFunction):
 
 
 @pytest.fixture
-def kernel(monkeypatch) -> Kernel:
-    monkeypatch.setattr(launch_module, "HIP", False)
+def kernel() -> Kernel:
     return Kernel()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.competitors.graphs import Replay
+from bench.measure.graphs import Replay
 from bench.measure.implementation import Implementation, by_name, is_ours
 from bench.measure.roofs import Roof, projection_roof
 from bench.measure.timing import Prepare
@@ -92,7 +92,7 @@ def stepping(case: Case[DecoderShape], variant: str, supervision: Supervision) -
         return training_step(model, optimizer, inputs, targets, supervision=supervision, penalty=0.0, dtype=case.dtype)
 
     step()  # creates the optimiser's state
-    call = Replay(step) if graphed else step
+    call = Replay(lambda: step) if graphed else step
     return lambda: call
 
 

@@ -1,4 +1,7 @@
-"""Operations that work on rows alone, one direction at a time: GB/s of moving every tensor once."""
+"""Operations that work on rows alone, one direction at a time: GB/s of moving every tensor once.
+
+On a GPU each is a CUDA graph, for their kernels are shorter than the host takes to launch them; bench_host.py has that.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +12,12 @@ import torch
 from torch import Tensor
 
 from bench.measure.accuracy import Errors, relative_errors, truth_dtype
+from bench.measure.graphs import Replay
 from bench.measure.implementation import Implementation
 from bench.measure.measurement import Work
 from bench.measure.roofs import copy_roof
 from bench.measure.timing import Call, Prepare
-from bench.shapes import Case, RowsShape
+from bench.shapes import DEVICE, Case, RowsShape
 
 Direction = Literal["forward", "backward"]
 
@@ -35,17 +39,20 @@ class Operands:
 
 
 def make_round(function: Callable[..., Any], operands: Operands, direction: Direction) -> Prepare:
-    """The forward pass, of which no graph is recorded, or the backward pass alone."""
+    """The forward pass, of which autograd records nothing, or the backward pass alone."""
+    on_gpu = DEVICE.type == "cuda"
 
     def forward() -> Any:
         with torch.set_grad_enabled(not any(x.requires_grad for x in operands.inputs)):
             return function(*operands.inputs)
 
     def backward() -> Call:
-        results = function(*operands.inputs)
-        return lambda: torch.autograd.grad(results, operands.inputs, operands.gradients)
+        with torch._functorch.config.patch(donated_buffer=not on_gpu):  # which torch.compile's backward may use up
+            results = function(*operands.inputs)
+        return lambda: torch.autograd.grad(results, operands.inputs, operands.gradients, retain_graph=on_gpu)
 
-    return backward if direction == "backward" else lambda: forward
+    prepare = backward if direction == "backward" else lambda: forward
+    return cache(lambda: Replay(prepare)) if on_gpu else prepare
 
 
 def of_rows(

@@ -104,7 +104,7 @@ class Graph:
         self.calls: list[Call] = []
 
     @contextlib.contextmanager
-    def capture(self, pool: Any = None) -> Iterator[None]:
+    def capture(self, pool: Any = None, stream: Any = None) -> Iterator[None]:
         """torch.cuda.graph: it waits for the device once, and what is captured must not."""
         self.record.host_copies.append(f"capture, {caller()}")
         n_calls, n_waits = len(self.record.calls), len(self.record.host_copies)
