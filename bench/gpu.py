@@ -122,8 +122,8 @@ READOUT = "K4-N8192-d768-V20000-bf16"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
     "host": Part(45, run_host),
-    "step": Part(120, benchmarks("bench_step.py", "paper-129m-32x256-K4-bf16-per-loop")),
-    "readout": Part(115, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16")),
+    "step": Part(125, benchmarks("bench_step.py", "129m-32x256-K4-bf16-per-loop or 129m-4x256-K4-bf16-per-loop")),
+    "readout": Part(110, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16")),
     "forward only": Part(40, benchmarks("bench_statistics.py", READOUT)),
     "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16")),
 }

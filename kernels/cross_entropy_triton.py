@@ -157,13 +157,15 @@ def finished(
 
 
 @triton.jit
-def with_target(
-    logits_row, block_column, n_columns, row_length, n_words, shift, factor, target, is_here, z_target, counts,
-    smoothing, softcap,
-):  # fmt: skip
-    """The target's share of the gradient, where its column `is_here`; and zeros in a row that does not count."""
+def gradient_of_target(z_target, n_words, shift, factor, smoothing, softcap):
+    """dCE/dx of the target's column, whose z after bias and softcap is given."""
     e = tl.exp2(tl.fma(z_target, LOG2E, -shift))
-    g = gradient_of(e, z_target, factor, n_words, smoothing, softcap, True)
+    return gradient_of(e, z_target, factor, n_words, smoothing, softcap, True)
+
+
+@triton.jit
+def with_target(logits_row, block_column, n_columns, row_length, target, is_here, g, counts):
+    """Put in the target's gradient g, where its column `is_here`; and zeros in a row that does not count."""
     tl.debug_barrier()  # every thread has stored its columns
     tl.store(logits_row + target, g.to(logits_row.dtype.element_ty), mask=is_here & counts)
     if counts == 0:
@@ -230,30 +232,32 @@ def cross_entropy_kernel(
     tl.debug_barrier()  # every thread has read the target's logit
     if GRADIENT or STATISTICS:
         factor = scale / total
+        g_target = gradient_of_target(z_target, n_columns, shift, factor, smoothing, softcap)
         moment, second = finished(
             logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, factor, best, smoothing,
             softcap, GRADIENT, STATISTICS, STAGES,
         )  # fmt: skip
         if GRADIENT:
-            with_target(
-                logits_row, block_column, n_columns, row_length, n_columns, shift, factor, target, in_range, z_target,
-                counts, smoothing, softcap,
-            )  # fmt: skip
+            with_target(logits_row, block_column, n_columns, row_length, target, in_range, g_target, counts)
         if STATISTICS:
             entropy = LN2 * (tl.log2(total) - moment / total)
             store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, maximum - second, best)
 
 
-def step_of(options: LossOptions, n_columns: int, statistics: bool) -> tuple[int, int, int]:
-    """Columns of a step over a row of logits, how many steps are loaded ahead (and one), and the program's warps.
+def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int, int, dict[str, int]]:
+    """Columns of a step over a row of logits, one and how many steps are loaded ahead, and how the kernel is launched.
 
     Measured on an H200: what keeps more in registers a column has shorter steps.  A bias is read in every row, from
     cache: to load it ahead costs more than it gains, as for a softcap, whose arithmetic takes longer than the memory.
     """
     block, num_warps = (1024, 4) if statistics else (4096, 8) if options.softcap is None else (2048, 4)
-    block = max(128, min(block, power_of_2(n_columns)))
-    simple = options.bias is None and options.softcap is None and not torch.version.hip
-    return block, 3 if simple else 1, max(1, min(num_warps, block // 128))
+    block = max(128, min(block, power_of_2(logits.shape[1])))
+    launched = {"num_warps": max(1, min(num_warps, block // 128))}
+    if torch.version.hip:
+        return block, 1, launched
+    if logits.is_cuda:  # left alone, the assembler takes more than lets four programs be resident, or spills
+        launched["maxnreg"] = 64 if options.bias is None and not statistics else 128
+    return block, 3 if options.bias is None and options.softcap is None else 1, launched
 
 
 def cross_entropy(
@@ -261,11 +265,11 @@ def cross_entropy(
     first_row: int, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, stages, num_warps = step_of(options, n_columns, results.statistics is not None)
+    block, stages, launched = step_of(logits, options, results.statistics is not None)
     launch(
         cross_entropy_kernel, (n_rows,),
         (logits, targets, row_weight, options.bias, options.z_loss, *results),
         n_columns, logits.stride(0), targets.shape[0], results.loss.shape[0], first_row, options.ignore_index,
         options.label_smoothing or None, options.softcap, gradient, block, stages,
-        num_warps=num_warps,
+        **launched,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from .cross_entropy_triton import (
     LN2,
     LOG2E,
     finished,
+    gradient_of_target,
     step_of,
     store_statistics,
     summed,
@@ -82,8 +83,8 @@ def finish_kernel(
     maximum = tl.max(largest, axis=0)
     shift = tl.fma(maximum, LOG2E, 0.0)
     residue = tl.fma(maximum, LOG2E, -shift)
-    factor = tl.exp2(tl.fma(largest, LOG2E, -shift))
-    total = tl.sum(factor * sums, axis=0)
+    share = tl.exp2(tl.fma(largest, LOG2E, -shift))  # of a rank's sum in the whole
+    total = tl.sum(share * sums, axis=0)
     log_total = LN2 * (tl.log2(total) - residue)  # log sum_j exp(z_j - maximum)
     lse = maximum + log_total
 
@@ -105,7 +106,7 @@ def finish_kernel(
         winner = tl.min(tl.where(largest == maximum, rank, BLOCK_RANKS), axis=0)
         others = tl.where(sums == 0, float("-inf"), largest)
         second = tl.max(tl.where(rank == winner, seconds, others), axis=0)
-        moment = tl.sum(factor * (moments + sums * (largest - maximum)), axis=0)
+        moment = tl.sum(share * (moments + sums * (largest - maximum)), axis=0)
         entropy = log_total - moment / total
         top1 = winner * most_rows + tl.sum(tl.where(rank == winner, best, 0), axis=0)
         store_statistics(statistics_ptr, top1_ptr, row, n_rows, lse, entropy, maximum - second, top1)
@@ -115,26 +116,25 @@ def finish_kernel(
             counts = counts & (tl.load(row_weight_ptr + row) != 0.0)
         column = target - first_column
         is_here = (column >= 0) & (column < n_columns)
+        factor = scale / total
+        g_target = gradient_of_target(z_target, n_words, shift, factor, smoothing, softcap)
         finished(
-            logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, scale / total, 0, smoothing,
-            softcap, True, False, STAGES,
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, 0, smoothing, softcap,
+            True, False, STAGES,
         )  # fmt: skip
-        with_target(
-            logits_row, block_column, n_columns, row_length, n_words, shift, scale / total, column, is_here, z_target,
-            counts, smoothing, softcap,
-        )  # fmt: skip
+        with_target(logits_row, block_column, n_columns, row_length, column, is_here, g_target, counts)
 
 
 def form_parts(logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, parts: Tensor) -> None:
     n_rows, n_columns = logits.shape
     statistics = len(parts) > 4
-    block, stages, num_warps = step_of(options, n_columns, statistics)
+    block, stages, launched = step_of(logits, options, statistics)
     launch(
         parts_kernel, (n_rows,),
         (logits, targets, options.bias, parts),
         n_columns, logits.stride(0), n_rows, shard.rows.start, options.label_smoothing or None, options.softcap,
         statistics, block, stages,
-        num_warps=num_warps,
+        **launched,
     )  # fmt: skip
 
 
@@ -143,12 +143,12 @@ def finish_rows(
     parts: Tensor, results: RowResults, gradient: bool,
 ) -> None:  # fmt: skip
     n_rows, n_columns = logits.shape
-    block, stages, num_warps = step_of(options, n_columns, statistics=False)
+    block, stages, launched = step_of(logits, options, statistics=False)
     launch(
         finish_kernel, (n_rows,),
         (logits, targets, row_weight, options.bias, options.z_loss, parts, *results),
         n_columns, logits.stride(0), n_rows, parts.shape[1], shard.rows.start, shard.n_words, shard.most_rows,
         shard.n_ranks, options.ignore_index, options.label_smoothing or None, options.softcap,
         gradient, power_of_2(shard.n_ranks), block, stages,
-        num_warps=num_warps,
+        **launched,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def narrow_limit(kernel: dict, target: str) -> int:
         return 4 + given("penalty", "n_targets") + 20 * given("weights")
     if name == "loss_sums_kernel":
         return 5  # three factors, two results
-    assert name == "scaled_kernel"
+    assert name in ("scaled_kernel", "sum_rows_kernel")
     return 1
 
 
@@ -136,15 +136,8 @@ def test_every_kernel_is_compiled(compiled):
     assert {kernel["kernel"] for kernel in compiled} == KERNELS
 
 
-def test_no_stack_and_no_spills(compiled, target):
-    """But for norms on Blackwell, where a thread may keep 8 bytes: with two registers more, fewer programs fit."""
-    kept = 8 if target == "sm_100" else 0
-    norms = [kernel for kernel in compiled if kernel["kernel"] in ("norm_forward_kernel", "norm_backward_kernel")]
-    others = [kernel for kernel in compiled if kernel not in norms]
-    assert not offenders(others, lambda kernel: kernel["stack_bytes"] == kernel["spilled_registers"] == 0)
-    assert not offenders(
-        norms, lambda kernel: kernel["stack_bytes"] <= kept and kernel["spilled_registers"] <= kept / 2
-    )
+def test_no_stack_and_no_spills(compiled):
+    assert not offenders(compiled, lambda kernel: kernel["stack_bytes"] == kernel["spilled_registers"] == 0)
 
 
 def test_shared_memory_within_limit(compiled, target):
@@ -162,18 +155,22 @@ def in_flight(kernel: dict) -> int:
 
 
 def test_a_pass_bound_by_memory_keeps_two_programs_and_16_warps_resident(compiled, target):
-    """Else nothing loads while a program computes.  16 warps are those of 32 threads; AMD's have 64.
+    """Else nothing loads while a program computes; 12 warps where each loads ahead.  Of 32 threads: AMD's have 64.
 
-    A pass has a program a multiprocessor at least.  A row of a norm of 4,096 columns takes a program of 16 warps.
+    A pass has a program a multiprocessor at least.  Rows of a norm beyond 4,096 columns take a program of 16 warps.
     """
     passes = [kernel for kernel in compiled if kernel["programs"] >= TARGETS[target].multiprocessors]
     assert passes
-    of_shorter_rows = [kernel for kernel in passes if kernel["constants"].get("BLOCK_COLUMNS", 0) < 4096]
+    of_shorter_rows = [kernel for kernel in passes if kernel["constants"].get("BLOCK_COLUMNS", 0) <= 4096]
     assert not offenders(of_shorter_rows, lambda kernel: in_flight(kernel) >= 2)
-    assert not offenders(passes, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 16 * 32)
+
+    def needed(kernel: dict) -> int:
+        return 16 if kernel["constants"].get("STAGES", 1) == 1 else 12
+
+    assert not offenders(passes, lambda kernel: in_flight(kernel) * threads(kernel, target) >= needed(kernel) * 32)
 
 
-def test_plain_rows_of_logits_keep_48_warps_resident(compiled, target):
+def test_plain_rows_of_logits_keep_32_warps_resident(compiled, target):
     """The pass over the logits moves most of the bytes, and most trainings have neither bias nor softcap.
 
     A row of 128 words is a program of one warp, of which a multiprocessor holds 32.
@@ -186,7 +183,7 @@ def test_plain_rows_of_logits_keep_48_warps_resident(compiled, target):
     assert plain
     most = MULTIPROCESSORS[target].programs
     assert not offenders(
-        plain, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 48 * 32 or in_flight(kernel) == most
+        plain, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 32 * 32 or in_flight(kernel) == most
     )
 
 
