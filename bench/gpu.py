@@ -4,8 +4,9 @@
     python -m bench.gpu [PART ...]            # some of its parts
     python -m bench.gpu --table RECORD.jsonl  # the short table of a record
 
-The parts: the kernels' tests; the host's time a call; the training step, launched kernel by kernel and as one CUDA
-graph, fused and plain, compiled or not; the readout, forward only and with gradients; the norms.  Each is a process
+The parts: the kernels' tests; the host's time a call; the kernels that memory limits, each alone; the training step,
+launched kernel by kernel and as one CUDA graph, fused and plain, compiled or not; the readout, forward only and with
+gradients; the norms.  Each is a process
 of its own with a time limit, and what it finds is written at once: a part that is stopped loses only its rest.
 Competitors that are not installed are named.  The record is a file of bench/results.
 """
@@ -100,6 +101,14 @@ def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     return 0
 
 
+def run_kernels(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
+    from bench import kernel_rates
+
+    for rate in kernel_rates.measured(1, 1024) if smoke else kernel_rates.measured():
+        note(results, f"{rate.kernel}, {rate.case}", **rate._asdict())
+    return 0
+
+
 def benchmarks(file: str, chosen: str) -> Callable[[Path, bool, Sequence[object]], int]:
     """A part that runs the benchmarks of a file that pytest's -k chooses, or tiny ones."""
 
@@ -121,11 +130,12 @@ class Part(NamedTuple):
 READOUT = "K4-N8192-d768-V20000-bf16"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
-    "host": Part(45, run_host),
-    "step": Part(125, benchmarks("bench_step.py", "129m-32x256-K4-bf16-per-loop or 129m-4x256-K4-bf16-per-loop")),
-    "readout": Part(110, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16")),
-    "forward only": Part(40, benchmarks("bench_statistics.py", READOUT)),
-    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16")),
+    "host": Part(30, run_host),
+    "kernels": Part(40, run_kernels),
+    "step": Part(120, benchmarks("bench_step.py", "129m-32x256-K4-bf16-per-loop or 129m-4x256-K4-bf16-per-loop")),
+    "readout": Part(100, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16")),
+    "forward only": Part(35, benchmarks("bench_statistics.py", READOUT)),
+    "norms": Part(55, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16")),
 }
 
 

@@ -255,8 +255,8 @@ def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int
     launched = {"num_warps": max(1, min(num_warps, block // 128))}
     if torch.version.hip:
         return block, 1, launched
-    if logits.is_cuda:  # left alone, the assembler takes more than lets four programs be resident, or spills
-        launched["maxnreg"] = 64 if options.bias is None and not statistics else 128
+    if options.bias is not None and logits.is_cuda:
+        launched["maxnreg"] = 128  # left alone, the assembler spills a word or two to fit one more program
     return block, 3 if options.bias is None and options.softcap is None else 1, launched
 
 

@@ -105,7 +105,7 @@ with fake_gpu(TARGETS["sm_90"], answers):
     others = "smoke and (radial or swiglu or forward) and not compiled"
     run_pytest(["bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k", others], plugins=[outcomes])
     with patch("pytest.main", collect):
-        for name in gpu.PARTS.keys() - {"tests", "host"}:
+        for name in gpu.PARTS.keys() - {"tests", "host", "kernels"}:
             gpu.PARTS[name].run(results, False, [])
             names[name] = chosen.names
     record = gpu.record_of_today(results)
@@ -158,15 +158,36 @@ def test_every_part_of_the_command_runs_and_writes(smoke):
     assert kinds == {"place", "measurement", "fact", "skipped", "session"}
     for name in ("fused-graphed", "quack-concatenated", "quack + penalty", "rms_norm_penalty, residual"):
         assert f"\n| {name} | " in smoke["table"]
-    for unit in (" GB/s", " MiB", " tokens/s, MFU "):
+    assert "\n| norm backward | " in smoke["table"]
+    for unit in (" GB/s", " MiB", " tokens/s, MFU ", " copies"):
         assert unit in smoke["table"]
+
+
+def test_a_replay_holds_what_its_graph_reads():
+    program = """
+import gc, weakref
+import torch
+from bench.offline.fake_gpu import TARGETS, fake_gpu
+
+def prepare():
+    read = torch.ones(3, device="cuda")
+    prepare.read = weakref.ref(read)
+    return lambda: read + 1
+
+with fake_gpu(TARGETS["sm_90"]):
+    from bench.measure.graphs import Replay
+    replay = Replay(prepare)
+    gc.collect()
+    print(prepare.read() is not None)
+"""
+    assert run(program) == "True\n"
 
 
 @needs_peers
 def test_the_command_chooses_cases_that_are_there(smoke):
-    """Ten steps; twelve readouts of two shapes; six norms each way, with and without an add, of two widths."""
+    """Ten steps of two batches; twelve readouts of two shapes; six norms each way, with and without an add, twice."""
     counts = {name: len(names) for name, names in smoke["chosen"].items()}
-    assert counts == {"step": 10, "readout": 24, "forward only": 7, "norms": 48}
+    assert counts == {"step": 20, "readout": 24, "forward only": 7, "norms": 48}
     assert not any("smoke" in name for names in smoke["chosen"].values() for name in names)
 
 

@@ -80,7 +80,8 @@ def narrow_limit(kernel: dict, target: str) -> int:
         if name == "norm_forward_kernel":
             return narrow + rows * given("mean_square")
         sums = (1 + on["ADD"]) * given("dweight", "dbias") if few else 0
-        return narrow + 2 * sums + given("scale") + rows * given("row_weight", "dmean_square", "dot", "fraction")
+        loaded = on["STAGES"] * given("row_weight", "dmean_square")  # ahead of the loop, and in it
+        return narrow + 2 * sums + given("scale") + rows * (loaded + given("dot", "fraction"))
     if name == "radial_forward_kernel":
         return 4 * rows
     if name == "radial_backward_kernel":
@@ -88,17 +89,18 @@ def narrow_limit(kernel: dict, target: str) -> int:
     if name in ("swiglu_forward_kernel", "swiglu_backward_kernel"):
         return 0
     if name == "cross_entropy_kernel":
-        passes = 1 + (on["GRADIENT"] or given("statistics"))
+        passes = 1 + (on["GRADIENT"] or given("statistics")) + given("statistics")  # and the step of the maximum
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
-        numbers = 3 + given("row_weight", "z_loss") + 4 * given("statistics")  # the target, its logit, the loss
-        return numbers + (1 + words) * given("bias")
+        numbers = 3 + on["GRADIENT"] + given("row_weight", "z_loss") + 4 * given("statistics")
+        return numbers + (1 + words) * given("bias")  # the numbers: the target, its logit and gradient, the loss
     if name in ("parts_kernel", "finish_kernel"):
-        passes = 1 + on.get("STATISTICS", 0)
+        passes = 1 + 2 * on.get("STATISTICS", 0)
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
         of_bias = (1 + words) * given("bias")  # the target's, or what label smoothing sums, which these cases have then
         if name == "parts_kernel":
             return 2 + (7 if on["STATISTICS"] else 4) + of_bias  # the target, its logit, what is sent
-        return 5 + given("row_weight", "z_loss") + 7 * given("statistics") + of_bias  # three of what all have sent
+        # the target, its gradient, the loss, and three of what all have sent
+        return 5 + on["GRADIENT"] + given("row_weight", "z_loss") + 7 * given("statistics") + of_bias
     if name == "row_weights_kernel":  # four results; weights under the mask of the ignored
         return 4 + given("penalty", "n_targets") + 20 * given("weights")
     if name == "loss_sums_kernel":
@@ -137,7 +139,19 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_no_stack_and_no_spills(compiled):
-    assert not offenders(compiled, lambda kernel: kernel["stack_bytes"] == kernel["spilled_registers"] == 0)
+    """But for a norm's backward pass over 4,096 columns, two programs of which are quicker than one of twice the warps.
+
+    They fill the registers, and a thread may keep 32 bytes of a hundred values.
+    """
+
+    def kept(kernel: dict) -> int:
+        full = kernel["kernel"] == "norm_backward_kernel" and kernel["constants"]["BLOCK_COLUMNS"] == 4096
+        return 32 if full else 0
+
+    assert not offenders(
+        compiled,
+        lambda kernel: kernel["stack_bytes"] <= kept(kernel) and kernel["spilled_registers"] <= kept(kernel) / 2,
+    )
 
 
 def test_shared_memory_within_limit(compiled, target):
@@ -173,7 +187,8 @@ def test_a_pass_bound_by_memory_keeps_two_programs_and_16_warps_resident(compile
 def test_plain_rows_of_logits_keep_32_warps_resident(compiled, target):
     """The pass over the logits moves most of the bytes, and most trainings have neither bias nor softcap.
 
-    A row of 128 words is a program of one warp, of which a multiprocessor holds 32.
+    Of float32, whose words are twice as long, 24.  A row of 128 words is a program of one warp, of which a
+    multiprocessor holds 32.
     """
     plain = [
         kernel
@@ -182,8 +197,13 @@ def test_plain_rows_of_logits_keep_32_warps_resident(compiled, target):
     ]
     assert plain
     most = MULTIPROCESSORS[target].programs
+
+    def warps(kernel: dict) -> int:
+        return 24 if kernel["dtypes"]["logits"] == "torch.float32" else 32
+
     assert not offenders(
-        plain, lambda kernel: in_flight(kernel) * threads(kernel, target) >= 32 * 32 or in_flight(kernel) == most
+        plain,
+        lambda kernel: in_flight(kernel) * threads(kernel, target) >= warps(kernel) * 32 or in_flight(kernel) == most,
     )
 
 
@@ -233,8 +253,8 @@ def test_the_limits_of_narrow_accesses_follow_the_tensors_that_are_given():
     assert narrow_limit(kernel | {"dtypes": {"weight": "torch.float32"}, "warps": 16}, "sm_90") == 2
     rows = {"kernel": "cross_entropy_kernel", "constants": {"BLOCK_VOCAB": 2048, "GRADIENT": True}, "warps": 8}
     rows |= {"dtypes": {"logits": "torch.bfloat16", "bias": "torch.float32"}}
-    assert narrow_limit(rows | {"case": "losses d=512 V=20000"}, "sm_90") == 4
-    assert narrow_limit(rows | {"case": "losses d=512 V=50257"}, "sm_90") == 4 + 2 * 8
+    assert narrow_limit(rows | {"case": "losses d=512 V=20000"}, "sm_90") == 5
+    assert narrow_limit(rows | {"case": "losses d=512 V=50257"}, "sm_90") == 5 + 2 * 8
 
 
 # A kernel that spills on purpose: thousands of sums that live until the end.

@@ -21,16 +21,16 @@ class Replay:
         self.stream = torch.cuda.Stream()  # autograd runs a backward pass on the stream of the forward pass
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            call = prepare()
+            self.call: Call = prepare()  # held, as the graph reads what it holds, such as a forward pass's results
             for _ in range(WARM_UPS):
-                call()
+                self.call()
         torch.cuda.current_stream().wait_stream(self.stream)
         self.graph = torch.cuda.CUDAGraph()
-        self.peak_bytes, self.result = peak_memory(lambda: self._capture(call))
+        self.peak_bytes, self.result = peak_memory(self._capture)
 
-    def _capture(self, call: Call) -> Any:
+    def _capture(self) -> Any:
         with torch.cuda.graph(self.graph, stream=self.stream):
-            return call()
+            return self.call()
 
     def __call__(self) -> Any:
         self.graph.replay()

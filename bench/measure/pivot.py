@@ -17,6 +17,9 @@ def table(found: Results) -> str:
     host = {(f["subject"], f["mode"]): f"{f['microseconds']:.1f}" for f in found.facts if "microseconds" in f}
     if host:
         lines += [*crossed("host, microseconds a call", host), ""]
+    alone = {(f["kernel"], f["case"]): _rate(f) for f in found.facts if "kernel" in f}
+    if alone:
+        lines += [*crossed("kernel alone", alone), ""]
     for fact in found.facts:
         if "passed" in fact:
             counts = f"{fact['passed']} passed, {len(fact['failed'])} failed, {fact['not_run']} not run"
@@ -25,6 +28,10 @@ def table(found: Results) -> str:
             lines.append(f"{fact['name']}: {fact['outcome']}")
     reasons = {(skip["implementation"], skip["reason"]): None for skip in found.skipped}
     return "\n".join([*lines, *(f"missing: {name}: {reason}" for name, reason in reasons)])
+
+
+def _rate(fact: Record) -> str:
+    return "{kernel_microseconds:.1f} us, {terabytes_per_second:.2f} TB/s, {copies:.2f} copies".format_map(fact)
 
 
 def _cell(record: Record) -> str:
