@@ -34,7 +34,9 @@ def environment(device: torch.device = DEVICE) -> Record:
 
 def _architecture() -> str:
     properties = torch.cuda.get_device_properties(DEVICE)
-    return getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm-{properties.major}{properties.minor}"
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm-{properties.major}{properties.minor}"
 
 
 def _gpu_memory() -> Record:
