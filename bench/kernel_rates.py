@@ -69,7 +69,7 @@ def _norm(n_rows: int, d: int, in_step: bool, backward: bool) -> Call:
 
     def call() -> Tensor:
         norm_backward(of_norm, 1e-6, "rmsnorm")
-        return summed(sums, stream)
+        return summed(sums, weight)
 
     return call
 

@@ -236,7 +236,7 @@ def _backward(states: list[Tensor], *others: Any) -> tuple[Tensor, ...]:
         used = used or (n_tokens > 0 and (dweight is not None or dbias_ is not None))
     of_norm = (
         dy.new_empty(0) if partial is None or like is None
-        else summed(partial, like.dtype) if used
+        else summed(partial, like) if used
         else torch.zeros_like(like)
         for partial, like in zip(partials, parameters.values(), strict=True)
     )  # fmt: skip

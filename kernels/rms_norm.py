@@ -72,7 +72,7 @@ def _backward(
     norm_backward(tensors, eps, "rmsnorm")
     results = [dh] if dx is None else [dh, dx]
     if dweight is not None and weight is not None:
-        results.append(summed(dweight, weight.dtype))
+        results.append(summed(dweight, weight))
     return results
 
 

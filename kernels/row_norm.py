@@ -206,11 +206,11 @@ def partial_sums(h: Tensor) -> Tensor:
     return h.new_empty((n_programs, d), dtype=accumulator(h.dtype))
 
 
-def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum [d] of partial sums [programs, d]."""
+def summed(partial: Tensor, like: Tensor) -> Tensor:
+    """The sum of partial sums [programs, d], in the dtype of the parameter [d] whose gradient it is."""
     if not uses_triton(partial):
-        return partial.sum(0, dtype=dtype)
-    out = partial.new_empty(partial.shape[1], dtype=dtype)
+        return partial.sum(0, dtype=like.dtype)
+    out = torch.empty_like(like)
     implementation("row_norm_triton").sum_rows(partial, out)
     return out
 
