@@ -32,7 +32,7 @@ def tanh(x):
 
     The coefficients are Eigen's (generic_fast_tanh_float).
     """
-    x = tl.minimum(tl.maximum(x, -7.90531110763549805), 7.90531110763549805)
+    x = tl.clamp(x, -7.90531110763549805, 7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
     square = x * x
     p = tl.fma(square, -2.76076847742355e-16, 2.00018790482477e-13)
     p = tl.fma(p, square, -8.60467152213735e-11)
@@ -116,13 +116,10 @@ def summed(
 @triton.jit
 def gradient_of(e, z, factor, n_words, smoothing, softcap, TARGET: tl.constexpr):
     """dCE/dx of e = exp(z - maximum), which `factor` makes the softmax, z-loss included.  TARGET: of the target's z."""
-    g = e * factor
+    hit = -1.0 if TARGET else 0.0
     if smoothing is not None:
-        g -= smoothing / n_words
-        if TARGET:
-            g -= 1.0 - smoothing
-    elif TARGET:
-        g -= 1.0
+        hit = hit * (1.0 - smoothing) - smoothing / n_words
+    g = tl.fma(e, factor, hit)
     if softcap is not None:
         capped = z * (1.0 / softcap)
         g *= 1.0 - capped * capped

@@ -192,6 +192,20 @@ def test_trap_nothing_lies_beyond_the_vocabulary(device, backend, shape, options
     Case(shape, device, torch.bfloat16, "raw", **options).check()
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_trap_a_logit_that_is_nan_makes_its_row_nan(device, backend, gradient, softcap):
+    """However the softcap bounds it: a step with such a loss is not taken."""
+    logits = torch.randn(4, 48, device=device)
+    logits[1, 5] = torch.nan
+    targets = torch.tensor([3, 7, 11, 40], device=device)
+    results = RowResults(torch.empty(4, device=device))
+    cross_entropy_(logits, targets, None, LossOptions(softcap=softcap), results, 0, gradient=gradient)
+    assert results.loss.isnan().tolist() == [False, True, False, False]
+    if gradient:
+        assert logits.isnan().any(1).tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("readout", ["rmsnorm", "layernorm", "final-only"])
 @pytest.mark.parametrize("n_tokens", [1, 5, 19])
 def test_trap_no_eps(device, backend, readout, n_tokens):
