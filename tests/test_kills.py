@@ -6,7 +6,7 @@ import sys
 import kills
 import pytest
 
-SEED = "5"  # of one process: killed between the two renames of a save, then while the files of one are written
+SEED = "16"  # of one process: killed between the two renames of a save, then while the files of one are written
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,7 @@ def _stand_ins(target: Target, record: Record, autocast: Autocast) -> dict[str, 
         "torch.cuda.memory_allocated": lambda *_: record.live_bytes,
         "torch.cuda.max_memory_allocated": lambda *_: record.peak_bytes,
         "torch.cuda.reset_peak_memory_stats": lambda *_: setattr(record, "peak_bytes", record.live_bytes),
+        "torch.accelerator.current_accelerator": lambda *_, **__: None,  # a build with CUDA asks the driver here
         "torch.cuda.Event": Event,
         **graph_patches(record),
         "torch.cuda.synchronize": lambda *_: record.host_copies.append(f"synchronize, {caller()}"),

@@ -102,6 +102,7 @@ def host_only(target: Target = TARGETS["sm_90"]) -> Iterator[None]:
             stack.enter_context(patch.object(torch._C, name, stand_in, create=True))
         for name in CREATORS:
             stack.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         stack.enter_context(patch.object(F, "rms_norm", _one_operation))
         stack.enter_context(patch.object(torch, "_assert_async", lambda condition, _: condition.logical_not()))
         stack.callback(setattr, driver, "_active", previous)
