@@ -6,9 +6,8 @@
 
 The parts: the kernels' tests; the host's time a call; the kernels that memory limits, each alone; the training step,
 launched kernel by kernel and as one CUDA graph, fused and plain, compiled or not; the readout, forward only and with
-gradients; the norms.  Each is a process
-of its own with a time limit, and what it finds is written at once: a part that is stopped loses only its rest.
-Competitors that are not installed are named.  The record is a file of bench/results.
+gradients; the norms.  Each is a process of its own with a time limit, and what it finds is written at once: a part that
+is stopped loses only its rest.  Competitors that are not installed are named.  The record is a file of bench/results.
 """
 
 import argparse

@@ -23,27 +23,17 @@ from .launch import launch, power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-INT32_MAX: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def tanh(x):
-    """x P(x^2) / Q(x^2), within 3 ulp; beyond 7.9 it rounds to 1.  No exponential: those limit the pass.
-
-    The coefficients are Eigen's (generic_fast_tanh_float).
-    """
-    x = tl.clamp(x, -7.90531110763549805, 7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
-    square = x * x
-    p = tl.fma(square, -2.76076847742355e-16, 2.00018790482477e-13)
-    p = tl.fma(p, square, -8.60467152213735e-11)
-    p = tl.fma(p, square, 5.12229709037114e-08)
-    p = tl.fma(p, square, 1.48572235717979e-05)
-    p = tl.fma(p, square, 6.37261928875436e-04)
-    p = tl.fma(p, square, 4.89352455891786e-03)
-    q = tl.fma(square, 1.19825839466702e-06, 1.18534705686654e-04)
-    q = tl.fma(q, square, 2.26843463243900e-03)
-    q = tl.fma(q, square, 4.89352518554385e-03)
-    return x * p / q
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+    square = x * x  # 1 - decay cancels for small x: the series is exact to float32 there
+    small = x * (
+        1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)))
+    )
+    return tl.where(square < 0.09, small, large)
 
 
 @triton.jit
@@ -77,11 +67,11 @@ def summed(
     logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap,
     STATISTICS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first read of a row: maximum, `shift`, sum_j exp2(z_j * log2(e) - shift), a pivot, sum_j (z_j - pivot), best.
+    """The first read of a row: maximum, `shift`, sum_j exp2(z_j * log2(e) - shift), a pivot, sum_j (z_j - pivot).
 
-    The pivot is the first step's maximum, so that sums of z - pivot stay exact.  That sum is formed for smoothing.
-    best, the first column of the maximum, is found with STATISTICS; their steps are short, so that each lane has its
-    own sum until the end.
+    The maximum is -1e38 at least: a row of -inf has a shift all the same.  The pivot is the first step's maximum, so
+    that sums of z - pivot stay exact.  That sum is formed for smoothing.
+    And, with STATISTICS, the largest z and its first column.  Their steps are short: each lane has its own sum.
     """
     BLOCK_VOCAB: tl.constexpr = block_column.shape[0]
     maximum = tl.full((), -1.0e38, tl.float32)
@@ -89,13 +79,15 @@ def summed(
     total = tl.zeros((BLOCK_VOCAB,) if STATISTICS else (), tl.float32)
     pivot = maximum
     sum_z = tl.zeros((), tl.float32)
-    best_step = tl.zeros((), tl.int32)
+    top = tl.full((), float("-inf"), tl.float32)
+    top_step = tl.zeros((), tl.int32)
     for start in tl.range(0, n_columns, BLOCK_VOCAB, num_stages=STAGES):
         column = start + block_column
         z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
         largest = tl.max(z, axis=0)
         if STATISTICS:
-            best_step = tl.where(largest > maximum, start, best_step)
+            top_step = tl.where(largest > top, start, top_step)
+            top = tl.maximum(top, largest)
         maximum = tl.maximum(maximum, largest)
         new_shift = tl.fma(maximum, LOG2E, 0.0)
         e = tl.exp2(tl.fma(z, LOG2E, -new_shift))
@@ -104,13 +96,13 @@ def summed(
         if smoothing is not None:
             pivot = tl.where(start == 0, maximum, pivot)
             sum_z += tl.sum(tl.where(column < n_columns, z - pivot, 0.0), axis=0)
-    best = best_step
+    best = top_step
     if STATISTICS:
         total = tl.sum(total, axis=0)
-        column = best_step + block_column
+        column = top_step + block_column
         z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-        best = tl.min(tl.where(z == maximum, column, INT32_MAX), axis=0)
-    return maximum, shift, total, pivot, sum_z, best
+        best = tl.min(tl.where(z == top, column, top_step + BLOCK_VOCAB - 1), axis=0)  # none is, where all are nan
+    return maximum, shift, total, pivot, sum_z, top, best
 
 
 @triton.jit
@@ -128,16 +120,18 @@ def gradient_of(e, z, factor, n_words, smoothing, softcap, TARGET: tl.constexpr)
 
 @triton.jit
 def finished(
-    logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, best, smoothing, softcap,
+    logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, best, counts, smoothing, softcap,
     GRADIENT: tl.constexpr, STATISTICS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The second read of a row.  It leaves the gradient, but for the target's share: `with_target` puts that in.
 
     With STATISTICS: sum_j e_j * log2(e_j) of e_j = exp2(z_j * log2(e) - shift), and the largest z but `best`'s.
+    Without, a row that does not count is not read.
     """
     moment = tl.zeros(block_column.shape, tl.float32)
     second = tl.full(block_column.shape, float("-inf"), tl.float32)
-    for start in tl.range(0, n_columns, block_column.shape[0], num_stages=STAGES):
+    n_read = n_columns if STATISTICS else tl.where(counts, n_columns, 0)
+    for start in tl.range(0, n_read, block_column.shape[0], num_stages=STAGES):
         column = start + block_column
         z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
         exponent = tl.fma(z, LOG2E, -shift)
@@ -210,7 +204,7 @@ def cross_entropy_kernel(
     # the target's logit, loaded before any gradient is stored
     z_target = target_logit(logits_row, bias_ptr, target, in_range, softcap)
 
-    maximum, shift, total, pivot, sum_z, best = summed(
+    maximum, shift, total, pivot, sum_z, top, best = summed(
         logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES
     )
     residue = tl.fma(maximum, LOG2E, -shift)
@@ -231,18 +225,19 @@ def cross_entropy_kernel(
         factor = scale / total
         g_target = gradient_of_target(z_target, n_columns, shift, factor, smoothing, softcap)
         moment, second = finished(
-            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, factor, best, smoothing,
-            softcap, GRADIENT, STATISTICS, STAGES,
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, factor, best, counts,
+            smoothing, softcap, GRADIENT, STATISTICS, STAGES,
         )  # fmt: skip
         if GRADIENT:
             with_target(logits_row, block_column, n_columns, row_length, target, in_range, g_target, counts)
         if STATISTICS:
             entropy = LN2 * (tl.log2(total) - moment / total)
-            store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, maximum - second, best)
+            margin = tl.where(lse == lse, top - second, float("nan"))
+            store_statistics(statistics_ptr, top1_ptr, out, n_results, lse, entropy, margin, best)
 
 
 def step_of(logits: Tensor, options: LossOptions, statistics: bool) -> tuple[int, int, dict[str, int]]:
-    """Columns of a step over a row of logits, one and how many steps are loaded ahead, and how the kernel is launched.
+    """Columns of a step over a row, Triton's num_stages (one more than steps loaded ahead), how the kernel is launched.
 
     Measured on an H200: what keeps more in registers a column has shorter steps.  A bias is read in every row, from
     cache: to load it ahead costs more than it gains, as for a softcap, whose arithmetic takes longer than the memory.

@@ -18,7 +18,7 @@ TILE = 1024  # elements of rows that a program holds, where a row is no longer t
 WARP_ELEMENTS = 512  # of a tile: 16 a thread of NVIDIA's
 RESIDENT_WARPS = 12  # of a backward pass: its programs stay on their multiprocessor and share its registers
 REGISTERS = 65_536
-ROWS_AHEAD_BYTES = 128 * 1024  # of rows loaded ahead by all of them: the A100 has 164 KiB, the least of NVIDIA's
+ROWS_AHEAD_BYTES = 88 * 1024  # that all of them load ahead into shared memory; the L4 and its like have 100 KiB
 SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 256, 16, 8
 
 
@@ -188,7 +188,7 @@ def backward_programs(n_rows: int, n_columns: int, device: torch.device) -> int:
 
 @functools.cache
 def backward_options(n_columns: int, column_bytes: int) -> tuple[int, dict[str, int]]:
-    """One and how many tiles a backward program loads ahead, two at most; and how NVIDIA's compiler makes its kernel.
+    """Triton's num_stages (one more than the tiles loaded ahead, two at most); and how NVIDIA's kernel is compiled.
 
     column_bytes: of a row's column, in all that is loaded.  A thread has the registers that let all programs be
     resident.  The assembler, left alone, takes more.

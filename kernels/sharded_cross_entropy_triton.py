@@ -39,7 +39,7 @@ def parts_kernel(
     here = (target >= 0) & (target < n_columns)
 
     z_target = target_logit(logits_row, bias_ptr, target, here, softcap)
-    maximum, shift, total, pivot, sum_z, best = summed(
+    maximum, shift, total, pivot, sum_z, _, best = summed(
         logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES
     )
     residue = tl.fma(maximum, LOG2E, -shift)
@@ -54,8 +54,8 @@ def parts_kernel(
 
     if STATISTICS:
         moment, second = finished(
-            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, 0.0, best, smoothing, softcap,
-            False, True, STAGES,
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_columns, shift, 0.0, best, True, smoothing,
+            softcap, False, True, STAGES,
         )  # fmt: skip
         tl.store(out + 4 * n_rows, (moment - residue * total) * unshift * LN2)
         tl.store(out + 5 * n_rows, second)
@@ -119,8 +119,8 @@ def finish_kernel(
         factor = scale / total
         g_target = gradient_of_target(z_target, n_words, shift, factor, smoothing, softcap)
         finished(
-            logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, 0, smoothing, softcap,
-            True, False, STAGES,
+            logits_row, bias_ptr, block_column, n_columns, row_length, n_words, shift, factor, 0, counts, smoothing,
+            softcap, True, False, STAGES,
         )  # fmt: skip
         with_target(logits_row, block_column, n_columns, row_length, column, is_here, g_target, counts)
 
