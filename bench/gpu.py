@@ -77,7 +77,7 @@ def tested(tests: Sequence[str], seconds: float) -> dict[str, Any]:
 def run_kernel_tests(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     """On the GPU, many processes beside each other: most of the time goes into compiling."""
     tests = kernel_tests()
-    n_processes = max(2, (os.cpu_count() or 2) * 3 // 4)
+    n_processes = os.cpu_count() or 2
     size = -(-len(tests) // n_processes)
     blocks = [tests[start : start + size] for start in range(0, len(tests), size)]
     if smoke:
@@ -129,12 +129,12 @@ class Part(NamedTuple):
 READOUT = "K4-N8192-d768-V20000-bf16"
 PARTS = {
     "tests": Part(95, run_kernel_tests),
-    "host": Part(30, run_host),
-    "kernels": Part(40, run_kernels),
-    "step": Part(120, benchmarks("bench_step.py", "129m-32x256-K4-bf16-per-loop or 129m-4x256-K4-bf16-per-loop")),
+    "host": Part(25, run_host),
+    "kernels": Part(35, run_kernels),
+    "step": Part(115, benchmarks("bench_step.py", "129m-32x256-K4-bf16-per-loop or 129m-4x256-K4-bf16-per-loop")),
     "readout": Part(100, benchmarks("bench_readout.py", f"{READOUT} or K4-N8192-d2048-V128256-bf16")),
-    "forward only": Part(35, benchmarks("bench_statistics.py", READOUT)),
-    "norms": Part(55, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16")),
+    "forward only": Part(45, benchmarks("bench_statistics.py", READOUT)),
+    "norms": Part(60, benchmarks("bench_norm.py", "32768x768-bf16 or 32768x4096-bf16")),
 }
 
 
