@@ -101,7 +101,7 @@ def summed(
         total = tl.sum(total, axis=0)
         column = top_step + block_column
         z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap)
-        best = tl.min(tl.where(z == top, column, top_step + BLOCK_VOCAB - 1), axis=0)  # none is, where all are nan
+        best = tl.min(tl.where(z == top, column, n_columns - 1), axis=0)  # none is, where all are nan
     return maximum, shift, total, pivot, sum_z, top, best
 
 
