@@ -29,6 +29,8 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the C
         ([4, 6], 0),  # all of it is results
         ([4, 6, -4, 2], 2),  # 4 + 6 at the highest, 6 + 2 stay
         ([4, -4, 6, -6, 5, -5], 6),
+        ([-8], 0),  # allocated in an earlier profile
+        ([-8, 4, -4], 4),
     ],
 )
 def test_peak_beyond_results(changes, expected):

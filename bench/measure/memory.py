@@ -15,9 +15,9 @@ def peak_beyond_results(changes: Iterable[int]) -> int:
     """Bytes at the highest point of a sequence of allocations (> 0) and frees (< 0), less those never freed.
 
     Inputs, weights and optimiser state were allocated before and do not occur; outputs and gradients are what is
-    never freed.
+    never freed. What an earlier profile saw allocated may be freed in this one: it cannot make less than nothing live.
     """
-    live = [0, *accumulate(changes)]
+    live = list(accumulate(changes, lambda total, change: max(0, total + change), initial=0))
     return max(live) - live[-1]
 
 
