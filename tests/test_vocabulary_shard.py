@@ -315,3 +315,20 @@ def test_a_row_of_equal_logits_has_the_first_word_of_all_ranks():
     assert margin.tolist() == [0, torch.inf]
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy().nan_to_num(0.0))
     torch.testing.assert_close(g, logits.softmax(-1)[:, :2])
+
+
+def test_a_common_offset_of_the_logits_leaves_the_entropy(monkeypatch):
+    """Of 20,000, whose product with log2(e) float32 rounds by a thousandth."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    logits = 20_000.0 + torch.randn(4, 30)
+    targets, options = torch.arange(4), LossOptions()
+    shards = [VocabularyShard(30, "", rank, 3) for rank in range(3)]
+    parts = torch.empty(3, n_parts(statistics=True), 4)
+    for shard in shards:
+        form_parts(logits[:, shard.rows].clone(), targets, options, shard, parts[shard.rank])
+    results = RowResults(torch.empty(4), torch.empty(3, 4), torch.empty(4, dtype=torch.int64))
+    own = logits[:, shards[0].rows].clone()
+    finish_rows(own, targets, None, options, shards[0], parts, results, gradient=False)
+    p = logits.double().softmax(-1)
+    assert results.statistics is not None
+    assert (results.statistics[1] + (p * p.log()).sum(-1)).abs().max() < 2e-5
