@@ -317,16 +317,16 @@ def test_a_row_of_equal_logits_has_the_first_word_of_all_ranks():
     torch.testing.assert_close(g, logits.softmax(-1)[:, :2])
 
 
-def test_a_common_offset_of_the_logits_leaves_the_entropy(monkeypatch):
+def test_a_common_offset_of_the_logits_leaves_the_entropy(backend, device):
     """Of 20,000, whose product with log2(e) float32 rounds by a thousandth."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    logits = 20_000.0 + torch.randn(4, 30)
-    targets, options = torch.arange(4), LossOptions()
+    logits = 20_000.0 + torch.randn(4, 30, device=device)
+    targets, options = torch.arange(4, device=device), LossOptions()
     shards = [VocabularyShard(30, "", rank, 3) for rank in range(3)]
-    parts = torch.empty(3, n_parts(statistics=True), 4)
+    parts = torch.empty(3, n_parts(statistics=True), 4, device=device)
     for shard in shards:
         form_parts(logits[:, shard.rows].clone(), targets, options, shard, parts[shard.rank])
-    results = RowResults(torch.empty(4), torch.empty(3, 4), torch.empty(4, dtype=torch.int64))
+    space = torch.empty(3, 4, device=device)
+    results = RowResults(torch.empty(4, device=device), space, torch.empty(4, dtype=torch.int64, device=device))
     own = logits[:, shards[0].rows].clone()
     finish_rows(own, targets, None, options, shards[0], parts, results, gradient=False)
     p = logits.double().softmax(-1)
