@@ -74,13 +74,13 @@ def _norm(n_rows: int, d: int, in_step: bool, backward: bool) -> Call:
     return call
 
 
-def _pass(n_rows: int, vocabulary: int, options: LossOptions, statistics: bool) -> Call:
+def _pass(n_rows: int, vocabulary: int, kind: str) -> Call:
     logits = _random(n_rows, -(-vocabulary // 16) * 16)[:, :vocabulary]
-    if options.bias is not None:
-        options = options._replace(bias=_random(vocabulary, dtype=FP32))
     targets = torch.randint(vocabulary, (n_rows,), device=DEVICE)
+    bias = _random(vocabulary, dtype=FP32) if kind == "bias" else None
+    options = LossOptions(softcap=30.0 if kind == "softcap" else None, bias=bias)
     results = RowResults(torch.empty(n_rows, device=DEVICE))
-    if statistics:
+    if kind == "statistics":
         space = torch.empty(3, n_rows, device=DEVICE)
         results = RowResults(results.loss, space, torch.empty(n_rows, dtype=torch.int64, device=DEVICE))
     return partial(cross_entropy_, logits, targets, None, options, results, 0, gradient=True)
@@ -102,15 +102,11 @@ def subjects(shrink: int) -> Iterator[Subject]:
         of_forward, of_backward = (12, 16) if in_step else (4, 6)
         yield Subject("norm forward", case, partial(_norm, rows, d, in_step, False), rows * d * of_forward)
         yield Subject("norm backward", case, partial(_norm, rows, d, in_step, True), rows * d * of_backward)
-    bias = torch.empty(0, device=DEVICE)  # stands for one of the vocabulary's length
-    kinds = {"": LossOptions(), "bias": LossOptions(bias=bias), "softcap": LossOptions(softcap=30.0)}
+    rows = 4096 // shrink
     for vocabulary in (20_000, 128_256):
-        for kind, options in kinds.items():
-            name = f"pass over logits, {kind}" if kind else "pass over logits"
-            rows, case = 4096 // shrink, f"4096 x {vocabulary}"
-            yield Subject(name, case, partial(_pass, rows, vocabulary, options, False), 4 * rows * vocabulary)
-        with_statistics = partial(_pass, rows, vocabulary, LossOptions(), True)
-        yield Subject("pass over logits, statistics", case, with_statistics, 4 * rows * vocabulary)
+        for kind in ("plain", "bias", "softcap", "statistics"):
+            make = partial(_pass, rows, vocabulary, kind)
+            yield Subject(f"pass over logits, {kind}", f"4096 x {vocabulary}", make, 4 * rows * vocabulary)
     rows = 8192 // shrink
     yield Subject("SwiGLU forward", "8192 x 3072", partial(_swiglu, rows, 3072, False), rows * 3072 * 6)
     yield Subject("SwiGLU backward", "8192 x 3072", partial(_swiglu, rows, 3072, True), rows * 3072 * 10)

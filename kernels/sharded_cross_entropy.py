@@ -12,7 +12,7 @@ and from all ranks' each rank finds, with m = max_p m_p and f_p = exp(m_p - m), 
 
     S = sum_p f_p S_p    lse = m + log S    z_t = sum_p t_p    mean_j (m - z_j) = sum_p (G_p + V_p (m - m_p)) / V
     entropy = log S - sum_p f_p (E_p + S_p (m_p - m)) / S
-    margin = m - the largest of: the second of the first rank with m_p = m, the m_p of the others
+    margin = m - the largest of: the second of the first rank with m_p = m, the m_p of the others; nan unless S > 0
 
 The gradient of its columns then needs m, S and the target alone.  One exchange of 4 floats a row and rank, with
 statistics 7.  A rank whose columns are all -inf sends m_p = -1e38 and S_p = 0.
@@ -132,7 +132,7 @@ def _combined(
         results.statistics[1] = log_total - (factors * (moments + sums * below)).sum(0) / total
         winner = (largest == maximum).byte().argmax(0, keepdim=True)  # the first
         others = torch.where(sums == 0, -torch.inf, largest).scatter(0, winner, seconds.gather(0, winner))
-        results.statistics[2] = maximum - others.amax(0)
+        results.statistics[2] = torch.where(total > 0, maximum - others.amax(0), torch.nan)
         results.top1.copy_(best.gather(0, winner).squeeze(0).long() + winner.squeeze(0) * shard.most_rows)
     return maximum, total, lse
 

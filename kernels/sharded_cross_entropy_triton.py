@@ -109,7 +109,8 @@ def finish_kernel(
         moment = tl.sum(share * (moments + sums * (largest - maximum)), axis=0)
         entropy = log_total - moment / total
         top1 = winner * most_rows + tl.sum(tl.where(rank == winner, best, 0), axis=0)
-        store_statistics(statistics_ptr, top1_ptr, row, n_rows, lse, entropy, maximum - second, top1)
+        margin = tl.where(total > 0, maximum - second, float("nan"))
+        store_statistics(statistics_ptr, top1_ptr, row, n_rows, lse, entropy, margin, top1)
 
     if GRADIENT:
         if row_weight_ptr is not None:

@@ -317,6 +317,22 @@ def test_a_row_of_equal_logits_has_the_first_word_of_all_ranks():
     torch.testing.assert_close(g, logits.softmax(-1)[:, :2])
 
 
+def test_a_margin_that_is_not_known_is_nan(backend, device):
+    """Of a row of -inf, or with a nan, on whichever rank; its top-1 token is one of the vocabulary."""
+    logits = torch.randn(4, 9, device=device)
+    logits[0], logits[1], logits[2, 4] = -torch.inf, torch.nan, torch.nan
+    targets, options = torch.zeros(4, dtype=torch.int64, device=device), LossOptions()
+    shards = [VocabularyShard(9, "", rank, 3) for rank in range(3)]
+    parts = torch.empty(3, n_parts(statistics=True), 4, device=device)
+    for shard in shards:
+        form_parts(logits[:, shard.rows].clone(), targets, options, shard, parts[shard.rank])
+    top1, space = torch.empty(4, dtype=torch.int64, device=device), torch.empty(3, 4, device=device)
+    results, own = RowResults(torch.empty(4, device=device), space, top1), logits[:, shards[0].rows].clone()
+    finish_rows(own, targets, None, options, shards[0], parts, results, gradient=False)
+    assert space[2].isnan().tolist() == [True, True, True, False]
+    assert ((top1 >= 0) & (top1 < 9)).all()
+
+
 def test_a_common_offset_of_the_logits_leaves_the_entropy(backend, device):
     """Of 20,000, whose product with log2(e) float32 rounds by a thousandth."""
     logits = 20_000.0 + torch.randn(4, 30, device=device)
