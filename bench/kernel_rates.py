@@ -88,7 +88,8 @@ def _pass(n_rows: int, vocabulary: int, kind: str) -> Call:
 
 def _swiglu(n_rows: int, d_ff: int, backward: bool) -> Call:
     dy, gate, up, dgate, dup = (_random(1, n_rows * d_ff) for _ in range(5))
-    return partial(swiglu_backward, dy, gate, up, dgate, dup) if backward else partial(swiglu_forward, gate, up, dy)
+    kernel, tensors = (swiglu_backward, (dy, gate, up, dgate, dup)) if backward else (swiglu_forward, (gate, up, dy))
+    return partial(kernel, tensors, n_rows * d_ff, n_rows * d_ff)
 
 
 def _scaled(n_rows: int, d: int) -> Call:

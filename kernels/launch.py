@@ -1,62 +1,75 @@
 """What every Triton module here shares: the launch of a kernel, and the radial fraction of a row."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-COMPILED: dict[tuple[Any, ...], Any] = {}  # kernels by everything that Triton compiles for
-MAX_COMPILED = 4096
+Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_KEPT = 4096  # launches that are remembered: shapes may differ from call to call
+
+
+class Launch:
+    """A kernel, with its grid, the numbers that are its last arguments, and how it is compiled.
+
+    Called with tensors, the kernel's first arguments, it runs on their GPU.  Triton itself launches on the current GPU,
+    whatever tensors it is given, and looks a kernel up by arguments that it classifies anew each time.  Here a compiled
+    kernel is looked up by the GPU, the tensors' dtypes, and which addresses are multiples of 16, where not all are.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, num_warps: int, **options: Any) -> None:
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.options = {"num_warps": num_warps, **options}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        addresses, on = 0, None
+        key: list[Any] = []
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            else:
+                on = tensor
+                addresses |= tensor.data_ptr()
+                key.append(tensor.dtype)
+        assert on is not None  # every kernel writes a tensor
+        device = on.device.index if on.is_cuda else None
+        if device is not None and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(tensors)
+            return
+        if type(on) not in PLAIN or torch.version.hip or not isinstance(self.kernel, triton.JITFunction):
+            # for AMD Triton also compiles for the size of a tensor's storage
+            self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+            return
+        key.append(device)
+        key.append(addresses % 16 == 0 or tuple([tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors]))
+        run = self.compiled.get(tuple(key))
+        if run is not None:
+            run(*tensors, *self.numbers)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+        if compiled is not None:  # a hook of Triton's may hold a kernel back
+            self.compiled[tuple(key)] = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def remembered(function: Function) -> Function:
+    """Remember a function's results by its arguments and their types: to a dict, 1 is 1.0 and True."""
+    return functools.lru_cache(MAX_KEPT, typed=True)(function)  # type: ignore[return-value]
+
+
+_launch = remembered(Launch)
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor | None],
-    *numbers: Any,
-    num_warps: int,
-    **options: Any,
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[torch.Tensor | None], *numbers: Any, **options: Any
 ) -> None:
-    """Run a kernel, whose arguments are the tensors and then the numbers, on the tensors' GPU.
-
-    Triton itself launches on the current GPU, whatever tensors it is given, and looks a kernel up by arguments that it
-    classifies anew each time.  Here a kernel is looked up by its grid, the numbers, the tensors' dtypes, and which
-    addresses are multiples of 16, where not all are.
-    """
-    addresses, on = 0, None
-    dtypes: list[torch.dtype | None] = []
-    for tensor in tensors:
-        if tensor is None:
-            dtypes.append(None)
-        else:
-            on = tensor
-            addresses |= tensor.data_ptr()
-            dtypes.append(tensor.dtype)
-    assert on is not None  # every kernel writes a tensor
-    device = on.device.index if on.is_cuda else None
-    if device is not None and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tensors, *numbers, num_warps=num_warps, **options)
-        return
-    plain = type(on) in PLAIN and isinstance(kernel, triton.JITFunction)
-    if not plain or torch.version.hip:  # for AMD Triton also compiles for the size of a tensor's storage
-        kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
-        return
-    aligned = addresses % 16 == 0 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    # to a dict, 1 is 1.0 and True
-    key = (kernel, device, grid, num_warps, aligned, numbers, *map(type, numbers), *dtypes)
-    run = COMPILED.get(key)
-    if run is not None:
-        run(*tensors, *numbers)
-        return
-    if len(COMPILED) >= MAX_COMPILED:
-        COMPILED.clear()
-    compiled = kernel[grid](*tensors, *numbers, num_warps=num_warps, **options)
-    if compiled is not None:  # a hook of Triton's may hold a kernel back
-        COMPILED[key] = compiled[(*grid, 1, 1)[:3]]
+    """Run a kernel, whose arguments are the tensors and then the numbers, on the tensors' GPU."""
+    _launch(kernel, grid, *numbers, **options)(tensors)
 
 
 def cdiv(n: int, size: int) -> int:

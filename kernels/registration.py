@@ -4,6 +4,8 @@
 torch.compile) at half of the host's time, which for small tensors is all the time there is.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,13 @@ LIBRARY = torch.library.Library("looped", "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # what runs on a device, by the op's name
 
 
-AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+    return functools.reduce(operator.or_, keys)
+
+
+AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
+AUTOGRAD = _keys("AutogradCPU", "AutogradCUDA")
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
 
 

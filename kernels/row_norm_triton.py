@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .device import multiprocessors
-from .launch import cdiv, launch, power_of_2, radial_fraction
+from .launch import Launch, cdiv, launch, power_of_2, radial_fraction, remembered
 from .row_norm import NormBackward, NormForward
 
 NORMS: dict[str, int] = {"none": 0, "rmsnorm": 1, "layernorm": 2}  # the kernels' constexpr NORM
@@ -200,30 +200,38 @@ def backward_options(n_columns: int, column_bytes: int) -> tuple[int, dict[str, 
     return stages, {"maxnreg": min(255, registers)}
 
 
+@remembered
+def _forward_launch(n_rows: int, n_columns: int, eps: float, norm: str) -> Launch:
+    rows, columns = norm_tile(n_columns)
+    numbers = n_rows, n_columns, eps, NORMS[norm], rows, columns
+    return Launch(norm_forward_kernel, (cdiv(n_rows, rows),), *numbers, num_warps=tile_warps(n_columns))
+
+
 def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
     n_columns = tensors.x.shape[-1]
-    n_rows = tensors.x.numel() // n_columns
-    rows, columns = norm_tile(n_columns)
-    launch(
-        norm_forward_kernel, (cdiv(n_rows, rows),), tensors, n_rows, n_columns, eps, NORMS[norm], rows, columns,
-        num_warps=tile_warps(n_columns),
-    )  # fmt: skip
+    _forward_launch(tensors.x.numel() // n_columns, n_columns, eps, norm)(tensors)
+
+
+@remembered
+def _backward_launch(
+    n_rows: int, n_columns: int, n_programs: int, column_bytes: int, stride: int, eps: float, norm: str, add: bool,
+    on_nvidia: bool,
+) -> Launch:  # fmt: skip
+    stages, options = (1, {}) if torch.version.hip else backward_options(n_columns, column_bytes)
+    numbers = n_rows, n_columns, eps, stride, NORMS[norm], add, *norm_tile(n_columns), stages
+    options = options if on_nvidia else {}
+    return Launch(norm_backward_kernel, (n_programs,), *numbers, num_warps=tile_warps(n_columns), **options)
 
 
 def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> None:
-    h, dmean_square = tensors.h, tensors.dmean_square
+    dy, h, dmean_square, dtotal = tensors.dy, tensors.h, tensors.dmean_square, tensors.dtotal
     n_columns = h.shape[-1]
     n_rows = h.numel() // n_columns
-    rows, columns = norm_tile(n_columns)
     stride = 0 if dmean_square is None or dmean_square.dim() == 0 else dmean_square.stride(-1)
     partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
-    column_bytes = sum([t.element_size() for t in (tensors.dy, h, tensors.dtotal) if t is not None])
-    stages, options = (1, {}) if torch.version.hip else backward_options(n_columns, column_bytes)
-    launch(
-        norm_backward_kernel, (n_programs,), tensors, n_rows, n_columns, eps, stride, NORMS[norm], add, rows, columns,
-        stages, num_warps=tile_warps(n_columns), **(options if h.is_cuda else {}),
-    )  # fmt: skip
+    column_bytes = sum([0 if t is None else t.element_size() for t in (dy, h, dtotal)])
+    _backward_launch(n_rows, n_columns, n_programs, column_bytes, stride, eps, norm, add, h.is_cuda)(tensors)
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:

@@ -26,22 +26,24 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _rows_of_both(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as [rows, columns] of one row stride, their columns contiguous; a copy only where the layout needs one.
+def _as_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Both as rows of one stride, whose columns are contiguous, and the columns and stride; a copy only where needed.
 
     Contiguous tensors are one long row.  The two halves of one [..., 2 f] are rows of f at a stride of 2 f.
     """
     if gate.stride() == up.stride() and not gate.is_contiguous() and gate.stride(-1) == 1:
-        return gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-    return gate.contiguous().view(1, -1), up.contiguous().view(1, -1)
+        gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        return gate, up, gate.shape[-1], gate.stride(0)
+    return gate.contiguous(), up.contiguous(), gate.numel(), gate.numel()
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     if not uses_triton(gate):
         return F.silu(gate).mul_(up).contiguous()
-    y = gate.new_empty(gate.shape)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel() > 0:
-        implementation("swiglu_triton").swiglu_forward(*_rows_of_both(gate, up), y)
+        gate, up, n_columns, stride = _as_rows(gate, up)
+        implementation("swiglu_triton").swiglu_forward((gate, up, y), n_columns, stride)
     return y
 
 
@@ -59,15 +61,15 @@ def _backward_cpu(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_d
     return dgate, dup
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
     """dgate and dup; empty where not needed."""
     if not uses_triton(gate):
         return _backward_cpu(dy, gate, up, need_dgate, need_dup)
     dgate, dup = (gate.new_empty(gate.shape if needed else 0) for needed in (need_dgate, need_dup))
     if gate.numel() > 0:
-        implementation("swiglu_triton").swiglu_backward(
-            dy.contiguous(), *_rows_of_both(gate, up), dgate if need_dgate else None, dup if need_dup else None
-        )
+        gate, up, n_columns, stride = _as_rows(gate, up)
+        tensors = dy.contiguous(), gate, up, dgate if need_dgate else None, dup if need_dup else None
+        implementation("swiglu_triton").swiglu_backward(tensors, n_columns, stride)
     return dgate, dup
 
 
@@ -88,10 +90,10 @@ class _SwiGLU(torch.autograd.Function):
         return dgate if need_dgate else None, dup if need_dup else None
 
 
-_swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", _forward, _forward_fake, _SwiGLU.apply)
+_swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, _forward_fake, _SwiGLU.apply)
 _swiglu_backward = register(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
-    _backward,
+    swiglu_backward,
     _backward_fake,
 )
 

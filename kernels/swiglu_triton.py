@@ -5,11 +5,13 @@ gradient that is not needed is None, which Triton compiles for.  A program's sta
 there are 32: sums of both in every element take up to 200 registers where a tensor's size is odd.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 
 BLOCK = 2048  # elements of a program: 16 a thread, which are two accesses of 16 bytes in 16 bits
 WARPS = 4
@@ -55,16 +57,19 @@ def swiglu_backward_kernel(
         tl.store(dgate_ptr + start + column, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
 
 
-def swiglu_forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
-    n_rows, n_columns = gate.shape
-    grid = (n_rows * cdiv(n_columns, BLOCK),)
-    launch(swiglu_forward_kernel, grid, (gate, up, y), n_columns, gate.stride(0), BLOCK, num_warps=WARPS)
+@remembered
+def _launch(backward: bool, n_elements: int, n_columns: int, stride_row: int) -> Launch:
+    kernel = swiglu_backward_kernel if backward else swiglu_forward_kernel
+    grid = (n_elements // n_columns * cdiv(n_columns, BLOCK),)
+    return Launch(kernel, grid, n_columns, stride_row, BLOCK, num_warps=WARPS)
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
-    n_rows, n_columns = gate.shape
-    grid = (n_rows * cdiv(n_columns, BLOCK),)
-    launch(
-        swiglu_backward_kernel, grid,
-        (dy, gate, up, dgate, dup), n_columns, gate.stride(0), BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+def swiglu_forward(tensors: Sequence[Tensor], n_columns: int, stride_row: int) -> None:
+    """tensors: gate and up, rows of `n_columns` at a stride; y, contiguous."""
+    _launch(False, tensors[0].numel(), n_columns, stride_row)(tensors)
+
+
+def swiglu_backward(tensors: Sequence[Tensor | None], n_columns: int, stride_row: int) -> None:
+    """tensors: dy; gate and up, as in the forward pass; dgate and dup, or None. The others are contiguous."""
+    assert tensors[0] is not None
+    _launch(True, tensors[0].numel(), n_columns, stride_row)(tensors)

@@ -23,6 +23,8 @@ from looped.flash_attention import (
     qualifies_for_flash_attention,
     sdpa_has_flash_3_or_4,
 )
+from looped.normed_products import normed_heads, product
+from looped.shared_weight import SharedWeight
 
 NOT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -101,14 +103,24 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: [B, T, d]. Returns [B, T, d]."""
+    def forward(
+        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: list[SharedWeight] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention makes of norm(x + delta), and x + delta; all [B, T, d]. delta may be None, which is 0.
+
+        weights: of norm, qkv and output, if the products are to be those of looped/normed_products.py.
+        """
         batch, seq_len, d_model = x.shape
-        q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
+        if weights is not None:
+            q, k, v, x = normed_heads(x, delta, norm.eps, weights[0], weights[1], self.n_heads)
+        else:
+            y, x = context.implementation.add_and_normalise(x, delta, norm)
+            q, k, v = self.qkv(y).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         if context.attend is not None:
             mixed = context.attend(q, k, v)
         else:
             mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.output(mixed.reshape(batch, seq_len, d_model))
+        mixed = mixed.reshape(batch, seq_len, d_model)
+        return self.output(mixed) if weights is None else product(mixed, weights[2]), x

@@ -8,10 +8,12 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.dropout import dropout
 from looped.implementation import Implementation
+from looped.normed_products import are_bare, normed_swiglu
+from looped.shared_weight import SharedWeight, shared
 
 
 class SwiGLU(nn.Module):
-    """`w2(silu(w1 x) * w3 x)`, no biases."""
+    """`w2(silu(w1 y) * w3 y)` of y = norm(x + delta), no biases."""
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__()
@@ -19,8 +21,17 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.w2(context.implementation.glu(self.w1(x), self.w3(x)))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: list[SharedWeight] | None
+    ) -> tuple[Tensor, Tensor]:
+        """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0.
+
+        weights: of norm, w1, w3 and w2, if the products are to be those of looped/normed_products.py.
+        """
+        if weights is not None:
+            return normed_swiglu(x, delta, norm.eps, *weights)
+        y, x = context.implementation.add_and_normalise(x, delta, norm)
+        return self.w2(context.implementation.glu(self.w1(y), self.w3(y))), x
 
 
 class Block(nn.Module):
@@ -47,16 +58,29 @@ class Block(nn.Module):
             self.mlp_output_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        add_and_normalise = context.implementation.add_and_normalise
-        normalised, x = add_and_normalise(x, delta, self.attention_norm)
-        delta = self.attention(normalised, context)
+        weights = context.shared_weights(self, self._share)
+        delta, x = self.attention(x, delta, self.attention_norm, context, weights and weights[:3])
         if self.block_norm != "pre":
             x, delta = self._second_norm(x, delta, self.attention_output_norm, context)
-        normalised, x = add_and_normalise(x, delta, self.mlp_norm)
-        delta = dropout(self.mlp(normalised, context), self.dropout if self.training else 0.0)
+        delta, x = self.mlp(x, delta, self.mlp_norm, context, weights and weights[3:])
+        delta = dropout(delta, self.dropout if self.training else 0.0)
         if self.block_norm != "pre":
             x, delta = self._second_norm(x, delta, self.mlp_output_norm, context)
         return x, delta
+
+    def _share(self) -> list[SharedWeight] | None:
+        """The weights of attention, then of SwiGLU, each after its norm's; None if a layer does more than its product.
+
+        FSDP2, which gathers weights as a part of the block is called, makes a class of its own of that part.
+        """
+        attention, mlp = self.attention, self.mlp
+        if type(attention) is not SelfAttention or type(mlp) is not SwiGLU:
+            return None
+        linears = [attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2]
+        if not are_bare(linears):
+            return None
+        qkv, output, *of_mlp = [linear.weight for linear in linears]
+        return shared([self.attention_norm.weight, qkv, output, self.mlp_norm.weight, *of_mlp])
 
     def _second_norm(
         self, x: Tensor, delta: Tensor, norm: nn.RMSNorm, context: Context

@@ -1,12 +1,14 @@
 """What every block of a forward pass is told beside its input."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from looped.implementation import Implementation
+from looped.shared_weight import SharedWeight
 
 Part = Literal["prelude", "loop", "coda"]
 # q, k, v of the rows at hand, each [B, T, H, head_dim] -> what attention makes of them, in the same shape.
@@ -29,13 +31,27 @@ class Context:
     rotary: the tables of `rotary_table` for the rows' positions, or None without rotary positions.
     cache: None where every row attends to the rows at hand that are not after it.
     attend: how the layer at hand attends; None without a cache.
+    weights: what `shared_weights` has given, by block.
     """
 
     implementation: Implementation
     rotary: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None
     attend: Attend | None = None
+    weights: dict[nn.Module, list[SharedWeight] | None] = field(default_factory=dict)
 
     def at(self, part: Part, loop: int, layer: int) -> "Context":
         """The context of one layer."""
         return self if self.cache is None else replace(self, attend=self.cache.at(part, loop, layer))
+
+    def shared_weights(self, block: nn.Module, share: Callable[[], list[SharedWeight] | None]) -> Any:
+        """What `share` gives for a block, once for all loops: its weights for looped/normed_products.py.
+
+        None where operations are to be one by one: without a gradient, in plain PyTorch, and while torch.compile
+        traces, which joins them itself.
+        """
+        if not self.implementation.joins or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if block not in self.weights:
+            self.weights[block] = share()
+        return self.weights[block]

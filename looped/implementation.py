@@ -31,6 +31,7 @@ class Implementation:
     add_and_normalise: (x, delta, norm) -> (RMSNorm(x + delta), x + delta), each [B, T, d]. delta may be None, which
         stands for 0. The sum keeps x's dtype.
     glu: (gate, up) -> silu(gate) * up, each [..., d_ff].
+    joins: whether a norm and the products that read it are one node of autograd's graph (looped/normed_products.py).
     product_context: the context in which products of a tensor are formed. The fused one turns autocast off on a CPU
         that gains nothing by its dtype.
     readout_loss: takes the arguments of `kernels.looped_cross_entropy`.
@@ -39,6 +40,7 @@ class Implementation:
 
     add_and_normalise: Callable[[Tensor, Tensor | None, nn.RMSNorm], tuple[Tensor, Tensor]]
     glu: Callable[[Tensor, Tensor], Tensor]
+    joins: bool
     product_context: Callable[[Tensor], AbstractContextManager[object]]
     readout_loss: Callable[..., LoopedCrossEntropy]
     readout_statistics: Callable[..., ReadoutStatistics]
@@ -66,6 +68,7 @@ def _no_context(x: Tensor) -> AbstractContextManager[object]:
 FUSED = Implementation(
     add_and_normalise=_add_and_normalise_fused,
     glu=swiglu,
+    joins=True,
     product_context=product_autocast,
     readout_loss=looped_cross_entropy,
     readout_statistics=readout_statistics,
@@ -73,6 +76,7 @@ FUSED = Implementation(
 PLAIN = Implementation(
     add_and_normalise=_add_and_normalise,
     glu=swiglu_reference,
+    joins=False,
     product_context=_no_context,
     readout_loss=looped_cross_entropy_reference,
     readout_statistics=readout_statistics_reference,

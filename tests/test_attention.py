@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_case import explicit_attention, random_qkv
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -177,7 +177,9 @@ def test_projection_holds_q_then_k_then_v_with_heads_inside() -> None:
         for part in range(3)
     )
     expected = explicit_attention(q, k, v).reshape(2, 7, 24) @ module.output.weight.T
-    torch.testing.assert_close(module(x, Context(PLAIN)), expected, atol=1e-6, rtol=1e-5)
+    mixed, stream = module(x, None, nn.Identity(), Context(PLAIN), None)
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-5)
+    assert stream is x
 
 
 def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +192,6 @@ def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(attention, "causal_attention", record)
     module = SelfAttention(small_config())
-    module(torch.randn(1, 4, 24), Context(PLAIN))
-    module.eval()(torch.randn(1, 4, 24), Context(PLAIN))
+    for training in (True, False):
+        module.train(training)(torch.randn(1, 4, 24), None, nn.Identity(), Context(PLAIN), None)
     assert seen == [0.5, 0.0]

@@ -195,5 +195,5 @@ def test_a_bad_step_is_located_where_it_was_read():
     decoder.embedding.weight.data[:] *= 1e30
     assert located(decoder, penalty=0.0, **options).startswith("in the readout of loop 4")
     decoder = make()
-    decoder.blocks[1].mlp.register_forward_hook(lambda module, given, y: y * math.inf)
+    decoder.blocks[1].mlp.register_forward_hook(lambda module, given, y: (y[0] * math.inf, y[1]))
     assert located(decoder, **options) == "in the forward pass at loop 1, layer 2"

@@ -42,21 +42,26 @@ class Nth:
         return self.change(output) if self.calls - 1 == self.n else None
 
 
+def infinite(results):
+    """What a sublayer gives, and the stream that it was given."""
+    return results[0] * math.inf, results[1]
+
+
 @pytest.mark.parametrize(("part", "checkpoint_loops"), [(0, False), (1, False), (0, True)])
 @pytest.mark.parametrize(("loop", "layer"), [(0, 1), (2, 0)])
 def test_a_number_of_the_forward_pass_is_located(part, checkpoint_loops, loop, layer):
     model = make()
     model.checkpoint_loops = checkpoint_loops
-    model.blocks[layer].mlp.register_forward_hook(Nth(3 * part + loop, lambda y: y * math.inf))
+    model.blocks[layer].mlp.register_forward_hook(Nth(3 * part + loop, infinite))
     assert located(model) == f"in the forward pass at loop {loop + 1}, layer {layer + 1}"
 
 
 def test_a_number_of_the_backward_pass_is_located():
     model = make()
 
-    def poison(y):
-        y.register_hook(lambda gradient: gradient * math.nan)
-        return y
+    def poison(results):
+        results[0].register_hook(lambda gradient: gradient * math.nan)
+        return results
 
     # The gradient of the second layer's output is whole; what it sends to its input, the first layer's, is not.
     model.blocks[1].attention.register_forward_hook(Nth(1, poison))
@@ -83,7 +88,7 @@ def test_what_is_not_in_a_block_is_located():
 def test_what_is_beside_the_loops_is_located():
     for part in ("prelude", "coda"):
         model = make(n_prelude=1, n_coda=2)
-        getattr(model, part)[-1].mlp.register_forward_hook(Nth(0, lambda y: y * math.inf))
+        getattr(model, part)[-1].mlp.register_forward_hook(Nth(0, infinite))
         assert located(model) == f"in the forward pass at the {part}, layer {len(getattr(model, part))}"
     model = make(exit_gate=True)
     model.exit_gate.register_forward_hook(Nth(1, lambda g: g * math.nan))

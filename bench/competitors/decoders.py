@@ -33,13 +33,16 @@ class EagerAttention(nn.Module):
         self.n_heads, self.dropout = attention.n_heads, attention.dropout
         self.qkv, self.output = attention.qkv, attention.output
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: None
+    ) -> tuple[Tensor, Tensor]:
         batch, seq_len, d_model = x.shape
-        q, k, v = self.qkv(x).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        y, x = context.implementation.add_and_normalise(x, delta, norm)
+        q, k, v = self.qkv(y).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=x.device).triu(1)
         probabilities = F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.dropout, self.training)
-        return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model))
+        return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model)), x
 
 
 VARIANTS = ("fused", "plain", "fused-blocks-compiled", "plain-blocks-compiled", "eager")
