@@ -87,9 +87,11 @@ def _pass(n_rows: int, vocabulary: int, kind: str) -> Call:
 
 
 def _swiglu(n_rows: int, d_ff: int, backward: bool) -> Call:
-    dy, gate, up, dgate, dup = (_random(1, n_rows * d_ff) for _ in range(5))
-    kernel, tensors = (swiglu_backward, (dy, gate, up, dgate, dup)) if backward else (swiglu_forward, (gate, up, dy))
-    return partial(kernel, tensors, n_rows * d_ff, n_rows * d_ff)
+    """As in the decoder, whose W1 and W3 are one matrix."""
+    dy, both, gradients = _random(n_rows, d_ff), _random(n_rows, 2 * d_ff), _random(n_rows, 2 * d_ff)
+    if backward:
+        return partial(swiglu_backward, (dy, *both.chunk(2, -1), *gradients.chunk(2, -1)), d_ff, 2 * d_ff, 2 * d_ff)
+    return partial(swiglu_forward, (*both.chunk(2, -1), dy), d_ff, 2 * d_ff)
 
 
 def _scaled(n_rows: int, d: int) -> Call:

@@ -51,25 +51,25 @@ def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def _backward_cpu(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
-    dgate, dup = gate.new_empty(0), gate.new_empty(0)
-    if need_dgate:
-        dsilu = dy * up
-        dgate = torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu).contiguous()
-    if need_dup:
-        dup = F.silu(gate).mul_(dy).contiguous()
-    return dgate, dup
-
-
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
-    """dgate and dup; empty where not needed."""
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
+    """Write those gradients that are given: both contiguous, or both the halves of one [rows, 2 f]."""
     if not uses_triton(gate):
-        return _backward_cpu(dy, gate, up, need_dgate, need_dup)
-    dgate, dup = (gate.new_empty(gate.shape if needed else 0) for needed in (need_dgate, need_dup))
-    if gate.numel() > 0:
+        if dgate is not None:
+            torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        if dup is not None:
+            torch.mul(F.silu(gate), dy, out=dup)
+    elif gate.numel() > 0:
         gate, up, n_columns, stride = _as_rows(gate, up)
-        tensors = dy.contiguous(), gate, up, dgate if need_dgate else None, dup if need_dup else None
-        implementation("swiglu_triton").swiglu_backward(tensors, n_columns, stride)
+        written = dup if dgate is None else dgate
+        stride_gradient = n_columns if written is None or written.is_contiguous() else written.stride(0)
+        tensors = dy.contiguous(), gate, up, dgate, dup
+        implementation("swiglu_triton").swiglu_backward(tensors, n_columns, stride, stride_gradient)
+
+
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool):
+    """dgate and dup; empty where not needed."""
+    dgate, dup = (gate.new_empty(gate.shape if needed else 0) for needed in (need_dgate, need_dup))
+    swiglu_backward(dy, gate, up, dgate if need_dgate else None, dup if need_dup else None)
     return dgate, dup
 
 
@@ -93,7 +93,7 @@ class _SwiGLU(torch.autograd.Function):
 _swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, _forward_fake, _SwiGLU.apply)
 _swiglu_backward = register(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
-    swiglu_backward,
+    _backward,
     _backward_fake,
 )
 

@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0.
 
-        weights: of norm, w1, w3 and w2, if the products are to be those of looped/normed_products.py.
+        weights: of norm, of w1 and w3, and of w2, if the products are to be those of looped/normed_products.py.
         """
         if weights is not None:
             return normed_swiglu(x, delta, norm.eps, *weights)
@@ -79,8 +79,8 @@ class Block(nn.Module):
         linears = [attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2]
         if not are_bare(linears):
             return None
-        qkv, output, *of_mlp = [linear.weight for linear in linears]
-        return shared([self.attention_norm.weight, qkv, output, self.mlp_norm.weight, *of_mlp])
+        qkv, output, w1, w3, w2 = [linear.weight for linear in linears]
+        return shared([[self.attention_norm.weight], [qkv], [output], [self.mlp_norm.weight], [w1, w3], [w2]])
 
     def _second_norm(
         self, x: Tensor, delta: Tensor, norm: nn.RMSNorm, context: Context

@@ -2,7 +2,7 @@
 
     h = x + delta,   y = RMSNorm(h)
     heads:    q, k, v = y W^T,   W = (Wq; Wk; Wv)
-    SwiGLU:   z = (silu(y W1^T) * y W3^T) W2^T
+    SwiGLU:   (gate, up) = y (W1; W3)^T,   z = (silu(gate) * up) W2^T
 
 The kernels, the products and what is saved are those of the operations one by one: `rms_norm_penalty`, linear layers,
 `swiglu`.  It is the host's time that is saved.  A node that is written in Python takes the host as long as three or
@@ -10,7 +10,7 @@ four launches, recorded and run backward; with one for each norm and each SwiGLU
 a third longer than plain PyTorch's.  A node that has the products in it stands for those of PyTorch, too.
 TransformerEngine draws the same lines (LayerNormLinear, LayerNormMLP).
 
-Fewer bytes: dy = dgate W1 + dup W3 is summed by its second product, dx through h and past it by the norm's kernel, and
+Fewer products and bytes: W1 and W3 are read as one matrix, dx through h and past it is summed by the norm's kernel, and
 the weights' gradients over the loops by their products (looped/shared_weight.py).
 
 x, the residual stream, and delta, which may be None for 0, are [B, T, d] and need not have one dtype.  Products are in
@@ -106,30 +106,29 @@ class _Heads(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, norm_weight, w1, w3, w2, norm_gradient, gradients, eps):
-        y, h = _normalise(ctx, x, delta, norm_weight, eps, w1.dtype)
-        gate, up = F.linear(y, w1), F.linear(y, w3)
-        hidden = swiglu_forward(gate, up)
-        ctx.norm_gradient, ctx.gradients = norm_gradient, gradients
-        ctx.save_for_backward(y, h, norm_weight, w1, w3, w2, gate, up, hidden)
+    def forward(ctx, x, delta, norm_weight, w13, w2, norm_gradient, gradient13, gradient2, eps):
+        y, h = _normalise(ctx, x, delta, norm_weight, eps, w13.dtype)
+        both = F.linear(y, w13)
+        hidden = swiglu_forward(*both.chunk(2, -1))
+        ctx.norm_gradient, ctx.gradient13, ctx.gradient2 = norm_gradient, gradient13, gradient2
+        ctx.save_for_backward(y, h, norm_weight, w13, w2, both, hidden)
         return F.linear(hidden, w2).view(x.shape), h
 
     @staticmethod
     def backward(ctx, dz, dh):
-        y, h, norm_weight, w1, w3, w2, gate, up, hidden = ctx.saved_tensors
+        y, h, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        need_dy = any(needs[:3])
         dx = ddelta = None
         with without(BELOW):
             dz = dz.reshape(len(y), -1)
-            dgate, dup = swiglu_backward(torch.mm(dz, w2), gate, up, need_dy or needs[3], need_dy or needs[4])
-            factors = (dgate, y), (dup, y), (dz, hidden)
-            for need_dweight, gradient, (g, rows) in zip(needs[3:6], ctx.gradients, factors, strict=True):
-                if need_dweight:
-                    gradient.add_product(g, rows)
-            if need_dy:
-                dy = torch.mm(dgate, w1).addmm_(dup, w3)
-                dx, ddelta = _normalise_backward(ctx, dy, dh, h, norm_weight, needs[2])
+            if needs[4]:
+                ctx.gradient2.add_product(dz, hidden)
+            g = torch.empty_like(both)
+            swiglu_backward(torch.mm(dz, w2), *both.chunk(2, -1), *g.chunk(2, -1))
+            if needs[3]:
+                ctx.gradient13.add_product(g, y)
+            if any(needs[:3]):
+                dx, ddelta = _normalise_backward(ctx, torch.mm(g, w13), dh, h, norm_weight, needs[2])
         return dx, ddelta, None, None, None, None, None, None, None
 
 
@@ -159,12 +158,11 @@ def normed_heads(
 
 
 def normed_swiglu(
-    x: Tensor, delta: Tensor | None, eps: float | None, norm: SharedWeight, w1: SharedWeight, w3: SharedWeight,
-    w2: SharedWeight,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SwiGLU of norm(x + delta), [B, T, d], and x + delta in x's dtype. w1, w3: [d_ff, d]; w2: [d, d_ff]."""
-    gradients = w1.gradient, w3.gradient, w2.gradient
-    return _SwiGLU.apply(x, delta, norm.read, w1.read, w3.read, w2.read, norm.gradient, gradients, eps)
+    x: Tensor, delta: Tensor | None, eps: float | None, norm: SharedWeight, w13: SharedWeight, w2: SharedWeight
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU of norm(x + delta), [B, T, d], and x + delta in x's dtype. w13: (W1; W3) [2 d_ff, d]; w2: [d, d_ff]."""
+    gradients = norm.gradient, w13.gradient, w2.gradient
+    return _SwiGLU.apply(x, delta, norm.read, w13.read, w2.read, *gradients, eps)
 
 
 def product(x: Tensor, weight: SharedWeight) -> Tensor:
