@@ -197,16 +197,20 @@ def _weights(config: LoopedConfig, step: Step) -> _Weights:
     head = count.head / (step.gpus if step.shard_head else 1)
     total = count.total - count.head + head
     rest = total - count.blocks
-    # A weight in bf16 sums its gradient over the loops in bf16, unless each loop, recomputed, casts it anew.
-    summed = h * count.blocks
     if step.shard == "fsdp2":
         cast = h * head if step.half else 0
         held = 4 * total / step.gpus
-        gathered = h * count.blocks + 4 * rest + cast
+        gathered, summed = h * count.blocks + 4 * rest + cast, h * count.blocks
         return _Weights(held, gathered, 4 * head, summed + 4 * rest, held + summed + 4 * rest)
-    cast = h * (count.blocks + head) if step.half else 0
-    of_loops = 4 * rest + (4 * count.blocks if step.checkpoint_loops else summed)
-    return _Weights(4 * total, cast, 4 * head, of_loops, 4 * total)
+    if step.half:
+        copied = h * (count.blocks + head)
+    else:  # W1 and W3 as one matrix
+        n_blocks = config.n_prelude + config.n_layers + config.n_coda
+        copied = h * n_blocks * 2 * config.d_model * config.d_ff if step.fused else 0
+    # The fused path sums a weight's gradient over the loops in fp32. Plain PyTorch sums it in the weight's dtype, bf16,
+    # unless each loop, recomputed, casts it anew.
+    summed = 4 * count.blocks if step.fused or step.checkpoint_loops else h * count.blocks
+    return _Weights(4 * total, copied, 4 * head, 4 * rest + summed, 4 * total)
 
 
 def trained_loops(config: LoopedConfig, step: Step) -> tuple[int, int]:
