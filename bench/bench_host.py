@@ -5,7 +5,8 @@
 
 It needs no GPU; where one is there, it is used.  Three columns: the forward pass without gradients, the forward pass
 that records its graph, and the backward pass alone (`torch.autograd.grad`, the graph kept).  A fourth one has a whole
-training step of a decoder with the loops and layers of paper-129m and almost no channels, fused and plain.
+training step of a decoder with the loops and layers of paper-129m and almost no channels, fused and plain, in float32
+and under autocast, as training runs.
 
 **Included**, with and without a GPU: the public function with its checks, torch.library's dispatch, autograd, the
 allocation of results, every launcher, and Triton's own path of a launch with its binder and cache.
@@ -30,7 +31,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,21 +118,27 @@ def subjects() -> dict[str, Subject]:
         "readout_statistics": Subject(
             lambda *loops: readout_statistics(loops, head, targets, norm_weight=weight), tuple(states), False
         ),
-        "decoder, fused": Subject(lambda: stepping(fused=True)),
-        "decoder, plain": Subject(lambda: stepping(fused=False)),
+        **{
+            f"decoder, {'fused' if fused else 'plain'}, {name}": Subject(partial(stepping, fused, dtype))
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+            for fused in (True, False)
+        },
     }
 
 
-def stepping(*, fused: bool) -> Call:
-    """A training step in float32 without dropout, whose mask a CPU makes in operations that a GPU has not."""
+def stepping(fused: bool, dtype: torch.dtype) -> Call:
+    """A training step without dropout, whose mask a CPU makes in operations that a GPU has not."""
     small = {"d_model": D, "n_heads": 2, "d_ff": D, "vocab_size": VOCABULARY, "max_seq_len": 8, "dropout": 0.0}
     with torch.device(PLACE):
         model = LoopedLM(replace(PRESETS["paper-129m"], **small), fused=fused)
         tokens = torch.zeros(1, 8, dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return lambda: training_step(
-        model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32
-    )
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):  # without a GPU
+            training_step(model, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=dtype)
+
+    return step
 
 
 def prepared(subject: Subject, mode: str) -> Call:

@@ -4,9 +4,7 @@
 torch.compile) at half of the host's time, which for small tensors is all the time there is.
 """
 
-import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,13 +13,9 @@ LIBRARY = torch.library.Library("looped", "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # what runs on a device, by the op's name
 
 
-def _keys(*names: str) -> torch._C.DispatchKeySet:
-    keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
-    return functools.reduce(operator.or_, keys)
-
-
-AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
-AUTOGRAD = _keys("AutogradCPU", "AutogradCUDA")
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
 
 
@@ -40,7 +34,7 @@ class Op:
         self.body, self.differentiated, self.carrier = body, differentiated, carrier
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(arguments, self.carrier):
+        if torch.compiler.is_compiling() or not is_plain(arguments, self.carrier):
             return self.registered(*self.flat(arguments))
         if self.differentiated is not None and torch.is_grad_enabled():
             return self.differentiated(*arguments)
@@ -48,7 +42,7 @@ class Op:
 
     def below_autograd(self, *arguments: Any) -> Any:
         """Run the op without recording it for differentiation."""
-        if torch.compiler.is_compiling() or not _is_plain(arguments, self.carrier):
+        if torch.compiler.is_compiling() or not is_plain(arguments, self.carrier):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.registered(*self.flat(arguments))
         return self._run(arguments)
@@ -68,7 +62,7 @@ class Op:
         return arguments if self.carrier is None else (*arguments[:-2], self.carrier.of(*arguments[-2:]))  # type: ignore
 
 
-def _is_plain(arguments: tuple[Any, ...], carrier: type | None) -> bool:
+def is_plain(arguments: Iterable[Any], carrier: type | None = None) -> bool:
     """Whether no mode or transform is active and all tensors are PyTorch's own."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -215,11 +215,11 @@ def norm_forward(tensors: NormForward, eps: float, norm: str) -> None:
 @remembered
 def _backward_launch(
     n_rows: int, n_columns: int, n_programs: int, column_bytes: int, stride: int, eps: float, norm: str, add: bool,
-    on_nvidia: bool,
+    hip: bool, compiled: bool,
 ) -> Launch:  # fmt: skip
-    stages, options = (1, {}) if torch.version.hip else backward_options(n_columns, column_bytes)
+    stages, options = (1, {}) if hip else backward_options(n_columns, column_bytes)
     numbers = n_rows, n_columns, eps, stride, NORMS[norm], add, *norm_tile(n_columns), stages
-    options = options if on_nvidia else {}
+    options = options if compiled else {}
     return Launch(norm_backward_kernel, (n_programs,), *numbers, num_warps=tile_warps(n_columns), **options)
 
 
@@ -231,7 +231,8 @@ def norm_backward(tensors: NormBackward, eps: float, norm: str, add: bool) -> No
     partial = tensors.dweight if tensors.dbias is None else tensors.dbias
     n_programs = backward_programs(n_rows, n_columns, h.device) if partial is None else partial.shape[0]
     column_bytes = sum([0 if t is None else t.element_size() for t in (dy, h, dtotal)])
-    _backward_launch(n_rows, n_columns, n_programs, column_bytes, stride, eps, norm, add, h.is_cuda)(tensors)
+    hip = torch.version.hip is not None
+    _backward_launch(n_rows, n_columns, n_programs, column_bytes, stride, eps, norm, add, hip, h.is_cuda)(tensors)
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:

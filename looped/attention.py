@@ -23,8 +23,7 @@ from looped.flash_attention import (
     qualifies_for_flash_attention,
     sdpa_has_flash_3_or_4,
 )
-from looped.normed_products import normed_heads, product
-from looped.shared_weight import SharedWeight
+from looped.normed_products import AttentionWeights, normed_heads, product
 
 NOT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -104,15 +103,16 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: list[SharedWeight] | None
+        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: AttentionWeights | None
     ) -> tuple[Tensor, Tensor]:
         """What attention makes of norm(x + delta), and x + delta; all [B, T, d]. delta may be None, which is 0.
 
-        weights: of norm, qkv and output, if the products are to be those of looped/normed_products.py.
+        weights: norm's and its own, where norm and projection are one node of autograd's graph
+        (looped/normed_products.py).
         """
         batch, seq_len, d_model = x.shape
         if weights is not None:
-            q, k, v, x = normed_heads(x, delta, norm.eps, weights[0], weights[1], self.n_heads)
+            q, k, v, x = normed_heads(x, delta, weights, norm.eps, self.n_heads)
         else:
             y, x = context.implementation.add_and_normalise(x, delta, norm)
             q, k, v = self.qkv(y).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
@@ -123,4 +123,4 @@ class SelfAttention(nn.Module):
         else:
             mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         mixed = mixed.reshape(batch, seq_len, d_model)
-        return self.output(mixed) if weights is None else product(mixed, weights[2]), x
+        return self.output(mixed) if weights is None else product(mixed, weights.output), x

@@ -8,8 +8,9 @@ from looped.config import LoopedConfig
 from looped.context import Context
 from looped.dropout import dropout
 from looped.implementation import Implementation
-from looped.normed_products import are_bare, normed_swiglu
-from looped.shared_weight import SharedWeight, shared
+from looped.kernels.registration import is_plain
+from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_swiglu
+from looped.shared_weight import shared
 
 
 class SwiGLU(nn.Module):
@@ -22,14 +23,14 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: list[SharedWeight] | None
+        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: SwiGLUWeights | None
     ) -> tuple[Tensor, Tensor]:
         """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0.
 
-        weights: of norm, of w1 and w3, and of w2, if the products are to be those of looped/normed_products.py.
+        weights: norm's and its own, where the two are one node of autograd's graph (looped/normed_products.py).
         """
         if weights is not None:
-            return normed_swiglu(x, delta, norm.eps, *weights)
+            return normed_swiglu(x, delta, weights, norm.eps)
         y, x = context.implementation.add_and_normalise(x, delta, norm)
         return self.w2(context.implementation.glu(self.w1(y), self.w3(y))), x
 
@@ -58,29 +59,33 @@ class Block(nn.Module):
             self.mlp_output_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        weights = context.shared_weights(self, self._share)
-        delta, x = self.attention(x, delta, self.attention_norm, context, weights and weights[:3])
+        of_attention, of_mlp = context.shared_weights(self, self._share) or (None, None)
+        delta, x = self.attention(x, delta, self.attention_norm, context, of_attention)
         if self.block_norm != "pre":
             x, delta = self._second_norm(x, delta, self.attention_output_norm, context)
-        delta, x = self.mlp(x, delta, self.mlp_norm, context, weights and weights[3:])
+        delta, x = self.mlp(x, delta, self.mlp_norm, context, of_mlp)
         delta = dropout(delta, self.dropout if self.training else 0.0)
         if self.block_norm != "pre":
             x, delta = self._second_norm(x, delta, self.mlp_output_norm, context)
         return x, delta
 
-    def _share(self) -> list[SharedWeight] | None:
-        """The weights of attention, then of SwiGLU, each after its norm's; None if a layer does more than its product.
+    def _share(self) -> tuple[AttentionWeights, SwiGLUWeights] | None:
+        """The weights as all loops read them; None where a part is asked for more than PyTorch's own operations.
 
-        FSDP2, which gathers weights as a part of the block is called, makes a class of its own of that part.
+        FSDP2, which gathers weights when a part of the block is called, makes a class of its own of that part.
         """
-        attention, mlp = self.attention, self.mlp
+        attention, mlp, norms = self.attention, self.mlp, [self.attention_norm, self.mlp_norm]
         if type(attention) is not SelfAttention or type(mlp) is not SwiGLU:
             return None
         linears = [attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2]
-        if not are_bare(linears):
+        if not all(map(_is_bare, [*linears, *norms])):
             return None
-        qkv, output, w1, w3, w2 = [linear.weight for linear in linears]
-        return shared([[self.attention_norm.weight], [qkv], [output], [self.mlp_norm.weight], [w1, w3], [w2]])
+        qkv, output, w1, w3, w2 = weights = [linear.weight for linear in linears]
+        of_norms = [norm.weight for norm in norms]
+        if not is_plain([*weights, *of_norms]):
+            return None
+        (attention_norm, mlp_norm), products = shared(of_norms, [[qkv], [output], [w1, w3], [w2]])
+        return AttentionWeights(attention_norm, *products[:2]), SwiGLUWeights(mlp_norm, *products[2:])
 
     def _second_norm(
         self, x: Tensor, delta: Tensor, norm: nn.RMSNorm, context: Context
@@ -95,3 +100,13 @@ def normalised_stream(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, impleme
     """RMSNorm(x + delta) as the residual stream itself: in x's dtype, which autocast must not round."""
     with torch.autocast(x.device.type, enabled=False):
         return implementation.add_and_normalise(x, None if delta is None else delta.to(x.dtype), norm)[0]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling the module multiplies by its weight, or normalises with it, and does nothing else."""
+    if type(module) is nn.Linear:
+        bare = module.bias is None
+    else:
+        bare = type(module) is nn.RMSNorm
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bare and not hooks and "forward" not in vars(module) and not torch.nn.modules.module._has_any_global_hook()

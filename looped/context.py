@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from looped.implementation import Implementation
-from looped.shared_weight import SharedWeight
 
 Part = Literal["prelude", "loop", "coda"]
+Weights = TypeVar("Weights")
 # q, k, v of the rows at hand, each [B, T, H, head_dim] -> what attention makes of them, in the same shape.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -25,7 +25,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """The same for all loops and layers of one forward pass, but for `attend`.
+    """The same for all loops and layers of one forward pass, but for `attend`. Weights do not change in one.
 
     implementation: what the block computes with.
     rotary: the tables of `rotary_table` for the rows' positions, or None without rotary positions.
@@ -38,14 +38,14 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None
     attend: Attend | None = None
-    weights: dict[nn.Module, list[SharedWeight] | None] = field(default_factory=dict)
+    weights: dict[nn.Module, Any] = field(default_factory=dict, compare=False)
 
     def at(self, part: Part, loop: int, layer: int) -> "Context":
         """The context of one layer."""
         return self if self.cache is None else replace(self, attend=self.cache.at(part, loop, layer))
 
-    def shared_weights(self, block: nn.Module, share: Callable[[], list[SharedWeight] | None]) -> Any:
-        """What `share` gives for a block, once for all loops: its weights for looped/normed_products.py.
+    def shared_weights(self, block: nn.Module, share: Callable[[], Weights | None]) -> Weights | None:
+        """What `share` gives for a block, asked once for all loops: its weights for looped/normed_products.py.
 
         None where operations are to be one by one: without a gradient, in plain PyTorch, and while torch.compile
         traces, which joins them itself.
@@ -54,4 +54,5 @@ class Context:
             return None
         if block not in self.weights:
             self.weights[block] = share()
-        return self.weights[block]
+        weights: Weights | None = self.weights[block]
+        return weights

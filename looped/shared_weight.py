@@ -4,9 +4,10 @@
 
 Autograd would hold the first product, form the next one in a tensor of its own and add it: in the products' dtype,
 which under autocast has 8 bits.  Here each loop's backward pass adds its product to one float32 sum, inside the product
-itself where the library can (`accumulate_head`), and it is rounded once, to the weight's dtype.  For autograd a weight
-is read once: one node stands between it and all loops, which give that node no gradient, only its turn.  It runs after
-them and hands on the sum.
+itself where the library can (`accumulate_head`), and the sum is rounded once, to the weight's dtype.
+
+A node of autograd's graph, `_Read`, stands between a weight and all that reads it.  The loops' nodes return None as the
+weight's gradient; autograd runs `_Read` when all of them have run, and it returns the sum.
 
 Matrices that multiply the same rows are read as one, (W1; W3), so that one product takes the place of two.
 """
@@ -21,84 +22,104 @@ from looped.kernels.device import accumulator, autocast_dtype
 from looped.kernels.products import accumulate_head
 from looped.kernels.row_norm import partial_sums, summed
 
-Weights = Sequence[Tensor]  # of one product: a norm's weight [d], or matrices [V_1, d], [V_2, d], ...
+# A graph may be run backward more than once, in parts, or fail midway: every backward pass has sums of its own.
+backward_pass = torch._C._current_graph_task_id
 
 
-class GradientSum:
-    """The gradient of the weights of one product, so far.
+class NormSum:
+    """The gradient of a norm's weight [d] so far, as partial sums [programs, d]."""
 
-    total: None before the first loop has added to it; then float32 like the matrices, [V_1 + V_2 + ..., d], or partial
-    sums [programs, d] of a norm's weight.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.total: Tensor | None = None
-
-    def add_product(self, g: Tensor, y: Tensor) -> None:
-        """Add g^T y, for g [rows, V] and y [rows, d] of one dtype."""
-        first = self.total is None
-        if self.total is None:
-            self.total = y.new_empty((g.shape[1], y.shape[1]), dtype=accumulator(y.dtype))
-        accumulate_head(self.total, g, y, first)
+    def __init__(self, weight: Tensor) -> None:
+        self.weights = (weight,)
+        self.totals: dict[int, Tensor] = {}
 
     def partial_sums(self, h: Tensor) -> tuple[Tensor, bool]:
-        """Of the norm of h [..., d]: where they are, and whether there is something to add to."""
-        add = self.total is not None
-        if self.total is None:
-            self.total = partial_sums(h)
-        return self.total, add
+        """For the norm of h [..., d]: where they are, and whether there is something to add to."""
+        add = backward_pass() in self.totals
+        if not add:
+            self.totals[backward_pass()] = partial_sums(h)
+        return self.totals[backward_pass()], add
 
     def taken(self) -> Sequence[Tensor | None]:
-        """The sum for each of the weights, in its dtype, or None; a next backward pass starts anew."""
-        total, self.total = self.total, None
+        """This backward pass's gradient, or None."""
+        total = self.totals.pop(backward_pass(), None)
+        return [None if total is None else summed(total, self.weights[0])]
+
+
+class ProductSum:
+    """The gradient of the matrices [V_1, d], [V_2, d], ... of one product so far, float32 [V_1 + V_2 + ..., d]."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+        self.totals: dict[int, Tensor] = {}
+
+    def add(self, g: Tensor, y: Tensor) -> None:
+        """Add g^T y, for g [rows, V_1 + V_2 + ...] and y [rows, d] of one dtype."""
+        total = self.totals.get(backward_pass())
+        first = total is None
+        if total is None:
+            total = self.totals[backward_pass()] = y.new_empty((g.shape[1], y.shape[1]), dtype=accumulator(y.dtype))
+        accumulate_head(total, g, y, first)
+
+    def taken(self) -> Sequence[Tensor | None]:
+        """This backward pass's gradient of each matrix, or None."""
+        total = self.totals.pop(backward_pass(), None)
         if total is None:
             return [None] * len(self.weights)
-        first = self.weights[0]
-        if first.dim() == 1:
-            return [summed(total, first)]
-        total = total.to(first.dtype)
+        total = total.to(self.weights[0].dtype)
         return [total] if len(self.weights) == 1 else total.split(list(map(len, self.weights)))
 
 
-class SharedWeight(NamedTuple):
-    """read: the weights as their product takes them. gradient: the sum of what the loops' products give."""
+class SharedNorm(NamedTuple):
+    """A norm's weight [d], and the sum of its gradient."""
 
     read: Tensor
-    gradient: GradientSum
+    gradient: NormSum
 
 
-def _as_read(weights: Weights) -> Tensor:
-    """Matrices in the dtype of their product, below each other; a norm's weight as it is."""
-    first = weights[0]
-    if first.dim() == 1:
-        return first
-    if len(weights) == 1:
-        return first.to(autocast_dtype(first))
-    read = first.new_empty((sum(map(len, weights)), first.shape[1]), dtype=autocast_dtype(first))
-    for part, weight in zip(read.split(list(map(len, weights))), weights, strict=True):
-        part.copy_(weight)
-    return read
+class SharedProduct(NamedTuple):
+    """The matrices of one product below each other, in its dtype; and the sum of their gradients."""
+
+    read: Tensor
+    gradient: ProductSum
+
+
+def _as_read(weights: Sequence[Tensor]) -> Tensor:
+    if weights[0].dim() == 1:
+        return weights[0]
+    cast = [weight.to(autocast_dtype(weight)) for weight in weights]
+    return cast[0] if len(cast) == 1 else torch.cat(cast)
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradients: list[GradientSum], *weights: Tensor) -> Any:
-        ctx.gradients = gradients
+    def forward(ctx: Any, sums: Sequence[NormSum | ProductSum], *weights: Tensor) -> Any:
+        ctx.sums = sums
         ctx.set_materialize_grads(False)
-        return tuple([_as_read(gradient.weights) for gradient in gradients])
+        return tuple([_as_read(sum.weights) for sum in sums])
 
     @staticmethod
     def backward(ctx: Any, *others: Tensor | None) -> Any:
-        return None, *[taken for gradient in ctx.gradients for taken in gradient.taken()]
+        return None, *[gradient for sum in ctx.sums for gradient in sum.taken()]
 
 
-def shared(groups: Sequence[Weights]) -> list[SharedWeight]:
-    """The weights of some products as all loops read them, in the dtype in which products are formed now."""
-    gradients = list(map(GradientSum, groups))
-    weights = [weight for group in groups for weight in group]
+def _read(sums: Sequence[NormSum | ProductSum]) -> Sequence[Tensor]:
+    weights = [weight for sum in sums for weight in sum.weights]
     if all(weight.requires_grad for weight in weights):
-        read = _Read.apply(gradients, *weights)
-    else:  # by themselves, so that those of which all are frozen have no gradient
-        read = [_Read.apply([gradient], *gradient.weights)[0] for gradient in gradients]
-    return list(map(SharedWeight, read, gradients))
+        return _Read.apply(sums, *weights)
+    # each by itself, so that no gradient is formed of those of which all are frozen
+    return [_Read.apply([sum], *sum.weights)[0] for sum in sums]
+
+
+def shared(
+    norms: Sequence[Tensor], products: Sequence[Sequence[Tensor]]
+) -> tuple[list[SharedNorm], list[SharedProduct]]:
+    """Norms' weights, and the matrices of products, as all loops read them in one forward pass."""
+    norm_sums, product_sums = list(map(NormSum, norms)), list(map(ProductSum, products))
+    read = _read([*norm_sums, *product_sums])
+    return list(map(SharedNorm, read, norm_sums)), list(map(SharedProduct, read[len(norms) :], product_sums))
+
+
+def is_wanted(node: Any) -> bool:
+    """Whether this backward pass will run the `_Read` node of a weight, which is None for a frozen one."""
+    return node is not None and torch._C._will_engine_execute_node(node)

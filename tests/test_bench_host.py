@@ -45,7 +45,8 @@ def test_our_operations_launch_and_pytorchs_do_not(report):
 
 def test_a_step_launches_two_norms_a_block_and_loop_and_one_a_readout(report):
     """Forward and backward; twelve layers, four loops; and at least one launch a readout's chunk."""
-    assert report["launches"]["decoder, fused, training step"] > 2 * (2 * 12 * 4 + 4)
+    for dtype in ("fp32", "bf16"):
+        assert report["launches"][f"decoder, fused, {dtype}, training step"] > 2 * (2 * 12 * 4 + 4)
 
 
 def test_a_chunk_more_is_a_launch_more(report):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from tiny_decoder import gradients, model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from looped import block
+from looped import attention, block
 from looped.kernels import rms_norm_penalty, swiglu
-from looped.normed_products import normed_heads, normed_swiglu, product
-from looped.shared_weight import GradientSum, shared
+from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_heads, normed_swiglu, product
+from looped.shared_weight import ProductSum, shared
 
 EPS = 1e-6
 D, D_FF, HEADS = 24, 40, 3
 
 
-class Once(TorchDispatchMode):
+class Calls(TorchDispatchMode):
     """Counts the calls of ATen's operations."""
 
     def __init__(self) -> None:
@@ -32,20 +33,21 @@ class Once(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def grouped(kind: str, weights: list[Tensor]) -> list[list[Tensor]]:
-    """Those of one product together: w1 and w3."""
+def read(kind: str, weights: list[Tensor]) -> AttentionWeights | SwiGLUWeights:
+    """As all loops read them: w1 and w3 together. Of attention the output's weight is left out."""
     norm, *matrices = weights
-    return [[norm], matrices] if kind == "heads" else [[norm], matrices[:2], matrices[2:]]
+    (norm,), products = shared([norm], [matrices] if kind == "heads" else [matrices[:2], matrices[2:]])
+    return AttentionWeights(norm, *products, None) if kind == "heads" else SwiGLUWeights(norm, *products)
 
 
 def two_loops(kind: str, x: Tensor, delta: Tensor | None, weights: list[Tensor], one_node: bool) -> list[Tensor]:
     """A sublayer applied twice to its own stream: its results in both loops, by one node a loop or by separate ones."""
-    results, read = [], shared(grouped(kind, weights)) if one_node else None
+    results, loops_read = [], read(kind, weights) if one_node else None
     for _ in range(2):
-        if read is not None and kind == "heads":
-            *outputs, x = normed_heads(x, delta, EPS, *read, HEADS)
-        elif read is not None:
-            *outputs, x = normed_swiglu(x, delta, EPS, *read)
+        if isinstance(loops_read, AttentionWeights):
+            *outputs, x = normed_heads(x, delta, loops_read, EPS, HEADS)
+        elif loops_read is not None:
+            *outputs, x = normed_swiglu(x, delta, loops_read, EPS)
         else:
             norm_weight, *matrices = weights
             y, x = plain_norm(x, delta, norm_weight)
@@ -78,9 +80,10 @@ def weights_of(kind: str) -> list[Tensor]:
 )
 @pytest.mark.usefixtures("poisoned")
 def test_results_and_gradients(backend, device, kind, with_delta, stream, dtype):
-    """Of two loops, of shapes that fit no block, with a stream as wide as the products and a wider one."""
+    """Of two loops, of shapes that fit no block, with a stream as wide as the products and a wider one, not in the
+    order of memory."""
     torch.manual_seed(0)
-    x, delta = torch.randn(2, 3, 7, D).unbind()
+    x, delta = (torch.randn(7, 3, D).transpose(0, 1) for _ in range(2))
     given = [x.to(stream), delta.to(dtype), *(weight.to(dtype) for weight in weights_of(kind))]
     upstream: list[Tensor] = []
 
@@ -88,7 +91,7 @@ def test_results_and_gradients(backend, device, kind, with_delta, stream, dtype)
         leaves = [tensor.to(device, wide or tensor.dtype).requires_grad_() for tensor in given]
         used = leaves if with_delta else [leaves[0], *leaves[2:]]
         results = two_loops(kind, leaves[0], leaves[1] if with_delta else None, leaves[2:], one_node)
-        upstream.extend(torch.randn(r.shape).to(dtype) for r in results[len(upstream) :])
+        upstream.extend(torch.randn(*r.mT.shape).mT.to(dtype) for r in results[len(upstream) :])
         dys = [g.to(r) for g, r in zip(upstream, results, strict=True)]
         return [r.detach() for r in results] + list(torch.autograd.grad(results, used, dys))
 
@@ -105,14 +108,14 @@ def test_the_operations_one_by_one_give_the_same():
     norm, qkv = weights_of("heads")
     w1, w3, w2 = weights_of("swiglu")[1:]
     y, _, total = rms_norm_penalty(delta, norm, eps=EPS, residual=x)
-    read = shared([[norm], [qkv], [w1, w3], [w2]])
-    *heads, h = normed_heads(x, delta, EPS, read[0], read[1], HEADS)
+    attention_weights = read("heads", [norm, qkv])
+    *heads, h = normed_heads(x, delta, attention_weights, EPS, HEADS)
     assert torch.equal(torch.stack(heads, 2).flatten(2), F.linear(y, qkv))
     assert torch.equal(h, total)
-    z, h = normed_swiglu(x, delta, EPS, read[0], *read[2:])
+    z, h = normed_swiglu(x, delta, read("swiglu", [norm, w1, w3, w2]), EPS)
     assert torch.equal(z, F.linear(swiglu(F.linear(y, w1), F.linear(y, w3)), w2))
     assert torch.equal(h, total)
-    assert torch.equal(product(x, read[1]), F.linear(x, qkv))
+    assert torch.equal(product(x, attention_weights.qkv), F.linear(x, qkv))
 
 
 # The gradient of a weight ---------------------------------------------------------------------------------------------
@@ -122,23 +125,25 @@ def test_a_sum_over_loops_is_rounded_once():
     """256 + 1 + 1 is 256 in bfloat16 from left to right, and 258 in a wider sum."""
     weight = torch.zeros(1, 1, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        (read,) = shared([[weight]])
-    assert read.read.dtype == torch.bfloat16
+        (shared_weight,) = shared([], [[weight]])[1]
+    assert shared_weight.read.dtype == torch.bfloat16
     scales = torch.tensor([1.0, 1.0, 256.0], dtype=torch.bfloat16)  # the backward pass begins with the last
-    sum(product(scale.view(1, 1, 1), read) for scale in scales).backward()
+    sum(product(scale.view(1, 1, 1), shared_weight) for scale in scales).backward()
     assert weight.grad.item() == 258
 
 
-def test_a_sum_of_low_precision_is_float32_for_every_dtype():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        total = GradientSum([torch.zeros(3, 2, dtype=dtype)])
-        total.add_product(torch.full((5, 3), 100.0, dtype=dtype), torch.full((5, 2), 100.0, dtype=dtype))
-        assert total.total.dtype == torch.float32
-        total.add_product(torch.ones((1, 3), dtype=dtype), torch.ones((1, 2), dtype=dtype))
-        (taken,) = total.taken()
-        assert taken.dtype == dtype
-        assert total.taken() == [None]
-        assert torch.equal(taken, torch.full((3, 2), 50_001.0).to(dtype))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_sum_of_low_precision_is_float32(dtype):
+    weights = [torch.zeros(1, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)]
+    total = ProductSum(weights)
+    for _ in range(2):  # what is taken is gone
+        total.add(torch.full((5, 3), 100.0, dtype=dtype), torch.full((5, 2), 100.0, dtype=dtype))
+        total.add(torch.ones((1, 3), dtype=dtype), torch.ones((1, 2), dtype=dtype))
+        assert [each.dtype for each in total.totals.values()] == [torch.float32]
+        for gradient, weight in zip(total.taken(), weights, strict=True):
+            assert gradient.dtype == dtype
+            assert torch.equal(gradient, torch.full(weight.shape, 50_001.0).to(dtype))
+    assert total.taken() == [None, None]
 
 
 @pytest.mark.parametrize("frozen", ["w1", "w1 and w3", "w2", "norm", "all", "all but the stream"])
@@ -149,11 +154,11 @@ def test_gradients_that_nobody_needs_are_not_formed(frozen):
     for name, weight in zip(names, weights, strict=True):
         weight.requires_grad_(name not in frozen and "all" not in frozen)
     x = torch.randn(2, 5, D, requires_grad=frozen != "all")
-    results = normed_swiglu(x, None, EPS, *shared(grouped("swiglu", weights)))
+    results = normed_swiglu(x, None, read("swiglu", weights), EPS)
     if frozen == "all":
         assert not any(result.requires_grad for result in results)
         return
-    with Once() as calls:
+    with Calls() as calls:
         sum(result.sum() for result in results).backward()
     for name, weight in zip(names, weights, strict=True):
         assert (weight.grad is not None) == weight.requires_grad, name
@@ -164,8 +169,8 @@ def test_gradients_that_nobody_needs_are_not_formed(frozen):
 def test_a_frozen_stream_and_norm_need_no_gradient_of_the_norm():
     weights = weights_of("heads")
     weights[1].requires_grad_()
-    *heads, _ = normed_heads(torch.randn(2, 5, D), None, EPS, *shared(grouped("heads", weights)), HEADS)
-    with Once() as calls:
+    *heads, _ = normed_heads(torch.randn(2, 5, D), None, read("heads", weights), EPS, HEADS)
+    with Calls() as calls:
         sum(head.sum() for head in heads).backward()
     assert calls.names.count("mm") == 1
     assert weights[1].grad is not None
@@ -180,23 +185,60 @@ def test_loops_that_a_loss_does_not_see_add_nothing():
         assert torch.equal(gradient, alone[name]), name
 
 
-def test_a_second_backward_pass_starts_anew():
+def fail(_: Tensor) -> None:
+    raise ArithmeticError
+
+
+def of_a_state(decoder: nn.Module, loss: Tensor, state: Tensor) -> None:
+    torch.autograd.grad(loss, state, retain_graph=True)
+
+
+def of_a_weight(decoder: nn.Module, loss: Tensor, state: Tensor) -> None:
+    torch.autograd.grad(loss, decoder.blocks[0].mlp.w3.weight, retain_graph=True)
+
+
+def of_the_embedding(decoder: nn.Module, loss: Tensor, state: Tensor) -> None:
+    loss.backward(inputs=[decoder.embedding.weight], retain_graph=True)
+
+
+def of_everything(decoder: nn.Module, loss: Tensor, state: Tensor) -> None:
+    torch.autograd.grad(loss, list(decoder.parameters()), retain_graph=True)
+
+
+def failing(decoder: nn.Module, loss: Tensor, state: Tensor) -> None:
+    hook = state.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        loss.backward(retain_graph=True)
+    hook.remove()
+    decoder.zero_grad()
+
+
+@pytest.mark.parametrize("before", [of_a_state, of_a_weight, of_the_embedding, of_everything, failing])
+@pytest.mark.parametrize("checkpoint_loops", [False, True])
+def test_a_backward_pass_knows_nothing_of_those_before(before, checkpoint_loops):
     decoder = model(fused=True)
-    loss = decoder(tokens(), tokens()).loss
-    first, second = (torch.autograd.grad(loss, list(decoder.parameters()), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    weight = decoder.blocks[0].mlp.w3.weight
-    (alone,) = torch.autograd.grad(loss, weight)
-    assert torch.equal(alone, first[[p is weight for p in decoder.parameters()].index(True)])
+    expected = torch.autograd.grad(decoder(tokens(), tokens()).loss, list(decoder.parameters()))
+    decoder.checkpoint_loops = checkpoint_loops
+    output = decoder(tokens(), tokens())
+    before(decoder, output.loss, output.states[0])
+    actual = torch.autograd.grad(output.loss, list(decoder.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_gradient_of_states_forms_none_of_weights():
+    decoder = model(fused=True, n_loops=1)
+    state = torch.randn(2, 5, D, requires_grad=True)
+    loss = decoder.apply_loop(state, 0).sum()
+    with Calls() as calls:
+        torch.autograd.grad(loss, state)
+    assert calls.names.count("mm") == 4 * len(decoder.blocks)
 
 
 def test_second_derivatives_are_refused():
     decoder = model(fused=True)
-    weight, state = decoder.blocks[0].attention.qkv.weight, torch.randn(2, 5, D, requires_grad=True)
-    first = torch.autograd.grad(decoder.apply_loop(state, 0).square().sum(), [weight, state], create_graph=True)
-    for gradient in first:
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(gradient.square().sum(), state)
+    loss = decoder.apply_loop(torch.randn(2, 5, D, requires_grad=True), 0).square().sum()
+    with pytest.raises(RuntimeError, match=r"create_graph must be False\. Got True"):
+        torch.autograd.grad(loss, decoder.blocks[0].mlp.w1.weight, create_graph=True)
 
 
 def test_a_backward_pass_under_autocast_is_the_same():
@@ -214,12 +256,12 @@ def test_nothing_of_a_step_is_kept():
     decoder = model(fused=True)
     context = decoder.context(tokens())
     loss = decoder.apply_loop(torch.randn(2, 5, D), 0, context=context).sum()
-    read = weakref.ref(context.weights[decoder.blocks[0]][1].read)
+    qkv = weakref.ref(context.weights[decoder.blocks[0]][0].qkv.read)
     gc.disable()
     try:
         loss.backward()
         del loss, context
-        assert read() is None
+        assert qkv() is None
     finally:
         gc.enable()
 
@@ -229,43 +271,34 @@ def test_nothing_of_a_step_is_kept():
 
 @pytest.fixture
 def joined(monkeypatch) -> list[str]:
-    """The sublayers that were one node."""
+    """The names of sublayers, as they are computed as one node."""
     names: list[str] = []
 
-    def note(function):
+    def note(module, function) -> None:
         def noted(*arguments):
             names.append(function.__name__)
             return function(*arguments)
 
-        return noted
+        monkeypatch.setattr(module, function.__name__, noted)
 
-    monkeypatch.setattr(block, "normed_swiglu", note(normed_swiglu))
+    note(block, normed_swiglu)
+    note(attention, normed_heads)
     return names
 
 
-class LowRank(nn.Module):
-    """What a library that adapts models puts in a linear layer's place."""
+BOTH = ["normed_heads", "normed_swiglu"]
+
+
+class Doubling(nn.Module):
+    """What a library that adapts models puts in a layer's place."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
         self.weight = linear.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.linear(x)
-
-
-def doubled(decoder: nn.Module, how: str) -> None:
-    """The first layer's w2 gives twice what it gave, by a way that is not its weight."""
-    mlp = decoder.blocks[0].mlp
-    if how == "hook":
-        mlp.w2.register_forward_hook(lambda module, given, output: 2 * output)
-    elif how == "hook before":
-        mlp.w2.register_forward_pre_hook(lambda module, given: 2 * given[0])
-    elif how == "another class":
-        mlp.w2 = LowRank(mlp.w2)
-    elif how == "parametrised":
-        nn.utils.parametrize.register_parametrization(mlp.w2, "weight", Twice())
+    def forward(self, *given: Tensor) -> Tensor:
+        return 2 * self.linear(*given)
 
 
 class Twice(nn.Module):
@@ -273,27 +306,106 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("how", ["hook", "hook before", "another class", "parametrised"])
-def test_a_layer_that_does_more_does_it(joined, how):
+class Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def double_by_a_class(module: nn.Module) -> None:
+    module.__class__ = Subclass
+
+
+def double_by_a_method(module: nn.Module) -> None:
+    own = module.forward
+    module.forward = lambda x: 2 * own(x)
+
+
+DOUBLED = {
+    "hook": lambda module: module.register_forward_hook(lambda _, given, output: 2 * output),
+    "hook before": lambda module: module.register_forward_pre_hook(lambda _, given: 2 * given[0]),
+    "parametrised": lambda module: nn.utils.parametrize.register_parametrization(module, "weight", Twice()),
+    "class": double_by_a_class,
+    "method": double_by_a_method,
+}
+
+
+@pytest.mark.parametrize("how", DOUBLED)
+@pytest.mark.parametrize("name", ["attention.qkv", "attention.output", "mlp.w1", "mlp.w2", "mlp.w3"])
+def test_a_layer_that_does_more_does_it(joined, name, how):
     decoder, expected = model(fused=True), model(fused=True)
-    expected.blocks[0].mlp.w2.weight.data.mul_(2)
-    doubled(decoder, how)
+    expected.blocks[0].get_submodule(name).weight.data.mul_(2)
+    DOUBLED[how](decoder.blocks[0].get_submodule(name))
     torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
-    assert len(joined) == 2 + 4  # the second layer alone, and both
+    assert joined == BOTH * (2 + 4)  # of the second layer alone, and of both
+
+
+def test_a_norm_that_does_more_does_it(joined):
+    """A hook on a norm is called by the plain path alone: the fused path reads its weight."""
+    decoder = model(fused=False)
+    decoder.blocks[0].mlp_norm.register_forward_hook(lambda _, given, output: 2 * output)
+    assert not torch.equal(decoder.unroll(tokens(), 1)[0], model(fused=False).unroll(tokens(), 1)[0])
+    decoder.fused = True
+    decoder.unroll(tokens(), 1)
+    assert joined == BOTH
+
+
+def test_a_layer_in_anothers_place_is_called(joined):
+    decoder, expected = model(fused=True), model(fused=True)
+    expected.blocks[1].mlp.w2.weight.data.mul_(2)
+    decoder.blocks[1].mlp.w2 = Doubling(decoder.blocks[1].mlp.w2)
+    torch.testing.assert_close(decoder.unroll(tokens(), 1), expected.unroll(tokens(), 1))
+    assert joined == BOTH * (1 + 2)
+
+
+def test_a_hook_on_all_modules_is_called(joined):
+    decoder, seen = model(fused=True), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: seen.append(type(module)))
+    decoder.unroll(tokens(), 1)
+    hook.remove()
+    assert seen.count(nn.Linear) == 5 * len(decoder.blocks)
+    assert joined == []
+
+
+def test_a_backward_hook_is_called(joined):
+    decoder, seen = model(fused=True), []
+    decoder.blocks[0].mlp.w3.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    decoder.unroll(tokens(), 2)[-1].sum().backward()
+    assert len(seen) == 2
+    assert joined == BOTH * 2
 
 
 def test_a_bias_is_added(joined):
-    decoder = model(fused=True)
-    decoder.blocks[1].mlp.w2.bias = nn.Parameter(torch.ones(D))
-    plain = model(fused=False)
-    plain.blocks[1].mlp.w2.bias = nn.Parameter(torch.ones(D))
+    decoder, plain = model(fused=True), model(fused=False)
+    for one in (decoder, plain):
+        one.blocks[1].mlp.w2.bias = nn.Parameter(torch.ones(D))
     torch.testing.assert_close(decoder.unroll(tokens(), 2), plain.unroll(tokens(), 2))
-    assert len(joined) == 2
+    assert joined == BOTH * 2
 
 
-@pytest.mark.parametrize("without", ["fused", "gradient"])
+class Wrapped(Tensor):
+    """A tensor of another kind."""
+
+
+def test_a_weight_of_another_kind_is_left_to_its_operations(joined):
+    decoder = model(fused=True)
+    linear = decoder.blocks[0].attention.output
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
+    decoder.unroll(tokens(), 1)
+    assert joined == BOTH
+
+
+def test_a_part_in_anothers_place(joined):
+    """As FSDP2 has it, whose parts gather their weights when they are called."""
+    decoder, expected = model(fused=True), model(fused=False).unroll(tokens(), 1)
+    for part in (decoder.blocks[0].mlp, decoder.blocks[1].attention):
+        part.__class__ = type("Gathering", (type(part),), {})
+    torch.testing.assert_close(decoder.unroll(tokens(), 1), expected)
+    assert joined == []
+
+
+@pytest.mark.parametrize("without", ["fused", "gradient", "mode"])
 def test_separate_operations(joined, without):
     decoder = model(fused=without != "fused")
-    with torch.set_grad_enabled(without != "gradient"):
+    with torch.set_grad_enabled(without != "gradient"), Calls() if without == "mode" else nullcontext():
         decoder.unroll(tokens(), 2)
     assert joined == []

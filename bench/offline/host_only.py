@@ -47,6 +47,20 @@ def _one_operation(x: Tensor, shape: Any, weight: Tensor | None = None, eps: flo
     return F.layer_norm(x, shape, weight, None, eps)
 
 
+def _product(
+    a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None, mm: Any = torch.mm
+) -> Tensor:
+    """torch.mm. A CPU has no product of low precision that gives float32: there is one in its own dtype, not written."""
+    return mm(a, b) if out_dtype is not None and out_dtype != a.dtype else mm(a, b, out=out)
+
+
+def _added_product(
+    total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, addmm: Any = torch.addmm, **given: Any
+) -> Tensor:
+    """torch.addmm, likewise."""
+    return _product(a, b, out_dtype=out_dtype) if out_dtype not in (None, a.dtype) else addmm(total, a, b, **given)
+
+
 def _on_cpu(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of torch that makes a tensor where it is told: here always on the CPU."""
 
@@ -104,6 +118,8 @@ def host_only(target: Target = TARGETS["sm_90"]) -> Iterator[None]:
             stack.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
         stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         stack.enter_context(patch.object(F, "rms_norm", _one_operation))
+        stack.enter_context(patch.object(torch, "mm", _product))
+        stack.enter_context(patch.object(torch, "addmm", _added_product))
         stack.enter_context(patch.object(torch, "_assert_async", lambda condition, _: condition.logical_not()))
         stack.callback(setattr, driver, "_active", previous)
         driver.set_active(HostDriver(target))
