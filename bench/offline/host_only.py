@@ -50,7 +50,7 @@ def _one_operation(x: Tensor, shape: Any, weight: Tensor | None = None, eps: flo
 def _product(
     a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None, mm: Any = torch.mm
 ) -> Tensor:
-    """torch.mm. A CPU has no product of low precision that gives float32: there is one in its own dtype, not written."""
+    """torch.mm. A CPU has no product of low precision that gives float32: one in its own dtype is formed, and lost."""
     return mm(a, b) if out_dtype is not None and out_dtype != a.dtype else mm(a, b, out=out)
 
 
