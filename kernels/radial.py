@@ -103,7 +103,7 @@ _radial_gradient = register(
     "radial_gradient(Tensor h, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    _RadialGradient.apply,
+    _RadialGradient,
 )
 _radial_gradient_backward = register(
     "radial_gradient_backward(Tensor h, Tensor grad, Tensor ddot, Tensor dgrad_square, Tensor dstate_square)"

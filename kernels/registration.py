@@ -19,6 +19,11 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
 
 
+def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for where functorch transforms nothing, without what takes the host 2 us to find that out."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class Op:
     """An op of this package; calling it is calling the op, by the shortest way that does the same.
 
@@ -80,7 +85,7 @@ def register(
     schema: str,
     body: Callable[..., Any],
     fake: Callable[..., Any],
-    differentiated: Callable[..., Any] | None = None,
+    differentiated: Callable[..., Any] | type[torch.autograd.Function] | None = None,
     carrier: type | None = None,
 ) -> Op:
     """Define the op looped::NAME of a schema "NAME(...) -> ...".
@@ -88,14 +93,17 @@ def register(
     body: computes the results on a CPU or GPU.  Neither autograd nor autocast reaches it, so that it is the same
     function wherever it is called.
     fake: gives results of the same shapes and dtypes, without values.
-    differentiated: what a call runs that autograd may record, for instance an `autograd.Function`'s `apply`; it calls
-    the op's `below_autograd`.  None: the op's results have no gradient.
+    differentiated: what a call runs that autograd may record: an `autograd.Function`, or what applies one; it calls the
+    op's `below_autograd`.  None: the op's results have no gradient.
     carrier: the class of the functions' last argument, if a schema cannot hold it.  Its `flat` gives the two last
     arguments of the schema, its `of` is the way back.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    op = Op(name, body, differentiated, carrier)
+    quickly = differentiated
+    if isinstance(differentiated, type) and issubclass(differentiated, torch.autograd.Function):
+        quickly, differentiated = recording(differentiated), differentiated.apply
+    op = Op(name, body, quickly, carrier)
 
     def on_device(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):

@@ -106,7 +106,7 @@ _rms_norm_penalty = register(
     "rms_norm_mean_square(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType y_dtype) -> Tensor[]",
     _forward,
     _forward_fake,
-    _RMSNormPenalty.apply,
+    _RMSNormPenalty,
 )
 _rms_norm_penalty_backward = register(
     "rms_norm_mean_square_backward(Tensor? dy, Tensor? dmean_square, Tensor? dtotal, Tensor h, Tensor? weight,"

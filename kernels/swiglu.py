@@ -32,7 +32,8 @@ def _as_rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int, int]:
     Contiguous tensors are one long row.  The two halves of one [..., 2 f] are rows of f at a stride of 2 f.
     """
     if gate.stride() == up.stride() and not gate.is_contiguous() and gate.stride(-1) == 1:
-        gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        if gate.dim() != 2:
+            gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
         return gate, up, gate.shape[-1], gate.stride(0)
     return gate.contiguous(), up.contiguous(), gate.numel(), gate.numel()
 
@@ -90,7 +91,7 @@ class _SwiGLU(torch.autograd.Function):
         return dgate if need_dgate else None, dup if need_dup else None
 
 
-_swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, _forward_fake, _SwiGLU.apply)
+_swiglu = register("swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_forward, _forward_fake, _SwiGLU)
 _swiglu_backward = register(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
     _backward,

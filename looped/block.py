@@ -74,17 +74,15 @@ class Block(nn.Module):
 
         FSDP2, which gathers weights when a part of the block is called, makes a class of its own of that part.
         """
-        attention, mlp, norms = self.attention, self.mlp, [self.attention_norm, self.mlp_norm]
+        attention, mlp = self.attention, self.mlp
         if type(attention) is not SelfAttention or type(mlp) is not SwiGLU:
             return None
-        linears = [attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2]
-        if not all(map(_is_bare, [*linears, *norms])):
+        modules = attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2, self.attention_norm, self.mlp_norm
+        weights = [weight for module in modules if (weight := _only_weight(module)) is not None]
+        if len(weights) < len(modules) or not is_plain(weights):
             return None
-        qkv, output, w1, w3, w2 = weights = [linear.weight for linear in linears]
-        of_norms = [norm.weight for norm in norms]
-        if not is_plain([*weights, *of_norms]):
-            return None
-        (attention_norm, mlp_norm), products = shared(of_norms, [[qkv], [output], [w1, w3], [w2]])
+        qkv, output, w1, w3, w2, *norms = weights
+        (attention_norm, mlp_norm), products = shared(norms, [[qkv], [output], [w1, w3], [w2]])
         return AttentionWeights(attention_norm, *products[:2]), SwiGLUWeights(mlp_norm, *products[2:])
 
     def _second_norm(
@@ -102,11 +100,10 @@ def normalised_stream(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, impleme
         return implementation.add_and_normalise(x, None if delta is None else delta.to(x.dtype), norm)[0]
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module multiplies by its weight, or normalises with it, and does nothing else."""
-    if type(module) is nn.Linear:
-        bare = module.bias is None
-    else:
-        bare = type(module) is nn.RMSNorm
+def _only_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a linear layer or norm, if calling it is to multiply with the weight, and nothing else."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(module) not in (nn.Linear, nn.RMSNorm) or bias is not None or "forward" in vars(module):
+        return None
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bare and not hooks and "forward" not in vars(module) and not torch.nn.modules.module._has_any_global_hook()
+    return None if hooks or torch.nn.modules.module._has_any_global_hook() else weight

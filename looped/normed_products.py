@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped.kernels.registration import AUTOCAST
+from looped.kernels.registration import AUTOCAST, recording
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward
 from looped.kernels.swiglu import swiglu_backward, swiglu_forward
 from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
@@ -139,6 +139,9 @@ class _Product(torch.autograd.Function):
             return torch.mm(dz, weight).view(x.shape) if ctx.needs_input_grad[0] else None, None, None
 
 
+_heads, _swiglu, _product = map(recording, (_Heads, _SwiGLU, _Product))
+
+
 class AttentionWeights(NamedTuple):
     """The weights of attention. qkv: (Wq; Wk; Wv) [3 d, d]; output: [d, d]."""
 
@@ -160,15 +163,15 @@ def normed_heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v [B, T, H, head_dim] of norm(x + delta), and x + delta in x's dtype."""
     norm, qkv, _ = weights
-    return _Heads.apply(x, delta, norm.read, qkv.read, norm.gradient, qkv.gradient, eps, n_heads)
+    return _heads(x, delta, norm.read, qkv.read, norm.gradient, qkv.gradient, eps, n_heads)
 
 
 def normed_swiglu(x: Tensor, delta: Tensor | None, weights: SwiGLUWeights, eps: float | None) -> tuple[Tensor, Tensor]:
     """SwiGLU of norm(x + delta), [B, T, d], and x + delta in x's dtype."""
     read, sums = zip(*weights, strict=True)
-    return _SwiGLU.apply(x, delta, *read, *sums, eps)
+    return _swiglu(x, delta, *read, *sums, eps)
 
 
 def product(x: Tensor, weight: SharedProduct) -> Tensor:
     """x W^T [..., out] of x [..., in] and W [out, in]."""
-    return _Product.apply(x, weight.read, weight.gradient)
+    return _product(x, weight.read, weight.gradient)
