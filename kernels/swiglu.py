@@ -56,9 +56,10 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, 
     """Write those gradients that are given: both contiguous, or both the halves of one [rows, 2 f]."""
     if not uses_triton(gate):
         if dgate is not None:
-            torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+            torch.mul(dy, up, out=dgate)
+            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         if dup is not None:
-            torch.mul(F.silu(gate), dy, out=dup)
+            torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
     elif gate.numel() > 0:
         gate, up, n_columns, stride = _as_rows(gate, up)
         written = dup if dgate is None else dgate

@@ -3,8 +3,9 @@
     dW = sum over loops k of g_k^T y_k
 
 Autograd would hold the first product, form the next one in a tensor of its own and add it: in the products' dtype,
-which under autocast has 8 bits.  Here each loop's backward pass adds its product to one float32 sum, inside the product
-itself where the library can (`accumulate_head`), and the sum is rounded once, to the weight's dtype.
+which under autocast has 8 bits.  Here each loop's backward pass adds its product to one sum, inside the product itself
+where the library can (`accumulate_head`).  On CUDA the sum is float32, and rounded once, to the weight's dtype.  Where
+no product of bfloat16 gives float32, on a CPU and ROCm, a sum of rounded products stays bfloat16, as autograd's would.
 
 A node of autograd's graph, `_Read`, stands between a weight and all that reads it.  The loops' nodes return None as the
 weight's gradient; autograd runs `_Read` when all of them have run, and it returns the sum.
@@ -47,7 +48,7 @@ class NormSum:
 
 
 class ProductSum:
-    """The gradient of the matrices [V_1, d], [V_2, d], ... of one product so far, float32 [V_1 + V_2 + ..., d]."""
+    """The gradient of the matrices [V_1, d], [V_2, d], ... of one product so far, [V_1 + V_2 + ..., d]."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = weights
@@ -58,7 +59,9 @@ class ProductSum:
         total = self.totals.get(backward_pass())
         first = total is None
         if total is None:
-            total = self.totals[backward_pass()] = y.new_empty((g.shape[1], y.shape[1]), dtype=accumulator(y.dtype))
+            rounded = y.dtype == torch.bfloat16 and (not y.is_cuda or torch.version.hip is not None)
+            dtype = y.dtype if rounded else accumulator(y.dtype)
+            total = self.totals[backward_pass()] = y.new_empty((g.shape[1], y.shape[1]), dtype=dtype)
         accumulate_head(total, g, y, first)
 
     def taken(self) -> Sequence[Tensor | None]:
@@ -85,10 +88,15 @@ class SharedProduct(NamedTuple):
 
 
 def _as_read(weights: Sequence[Tensor]) -> Tensor:
-    if weights[0].dim() == 1:
-        return weights[0]
-    cast = [weight.to(autocast_dtype(weight)) for weight in weights]
-    return cast[0] if len(cast) == 1 else torch.cat(cast)
+    first = weights[0]
+    if first.dim() == 1:
+        return first
+    if len(weights) == 1:
+        return first.to(autocast_dtype(first))
+    read = first.new_empty((sum(map(len, weights)), first.shape[1]), dtype=autocast_dtype(first))
+    for part, weight in zip(read.split(list(map(len, weights))), weights, strict=True):
+        part.copy_(weight)
+    return read
 
 
 class _Read(torch.autograd.Function):

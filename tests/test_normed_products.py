@@ -122,24 +122,28 @@ def test_the_operations_one_by_one_give_the_same():
 
 
 def test_a_sum_over_loops_is_rounded_once():
-    """256 + 1 + 1 is 256 in bfloat16 from left to right, and 258 in a wider sum."""
+    """2048 + 1 + 1 is 2048 in float16 from left to right, and 2050 in a wider sum."""
     weight = torch.zeros(1, 1, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         (shared_weight,) = shared([], [[weight]])[1]
-    assert shared_weight.read.dtype == torch.bfloat16
-    scales = torch.tensor([1.0, 1.0, 256.0], dtype=torch.bfloat16)  # the backward pass begins with the last
+    assert shared_weight.read.dtype == torch.float16
+    scales = torch.tensor([1.0, 1.0, 2048.0], dtype=torch.float16)  # the backward pass begins with the last
     sum(product(scale.view(1, 1, 1), shared_weight) for scale in scales).backward()
-    assert weight.grad.item() == 258
+    assert weight.grad.item() == 2050
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_sum_of_low_precision_is_float32(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "summed_in"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_sums_on_a_cpu(dtype, summed_in):
+    """No product of bfloat16 gives float32 there; one of float16 is formed in float32."""
     weights = [torch.zeros(1, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)]
     total = ProductSum(weights)
     for _ in range(2):  # what is taken is gone
         total.add(torch.full((5, 3), 100.0, dtype=dtype), torch.full((5, 2), 100.0, dtype=dtype))
         total.add(torch.ones((1, 3), dtype=dtype), torch.ones((1, 2), dtype=dtype))
-        assert [each.dtype for each in total.totals.values()] == [torch.float32]
+        assert [each.dtype for each in total.totals.values()] == [summed_in]
         for gradient, weight in zip(total.taken(), weights, strict=True):
             assert gradient.dtype == dtype
             assert torch.equal(gradient, torch.full(weight.shape, 50_001.0).to(dtype))
