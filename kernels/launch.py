@@ -1,15 +1,16 @@
 """What every Triton module here shares: the launch of a kernel, and the radial fraction of a row."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .device import Function
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_KEPT = 4096  # launches that are remembered: shapes may differ from call to call
 
 

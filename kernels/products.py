@@ -50,11 +50,16 @@ def form_logits(y: Tensor, head: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
+def gives_float32(y: Tensor) -> bool:
+    """Whether the library forms a float32 product of low-precision operands like y: on CUDA alone."""
+    return y.is_cuda and torch.version.hip is None
+
+
 def accumulate_head(total: Tensor, g: Tensor, y: Tensor, first: bool) -> None:
     """total [V, d] += g^T y for g [R, V], y [R, d], summed in total's float32; the first product is written over it."""
     if total.is_cuda and total.dtype == y.dtype:
         torch.mm(g.t(), y, out=total) if first else total.addmm_(g.t(), y)
-    elif total.is_cuda and torch.version.hip is None:  # a float32 result of low-precision operands: CUDA only
+    elif gives_float32(y):
         if first:
             torch.mm(g.t(), y, out_dtype=total.dtype, out=total)
         else:

@@ -32,8 +32,11 @@ from looped.kernels.swiglu import swiglu_backward, swiglu_forward
 from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
 
 
-def _without_autocast() -> Any:
-    """A backward pass may run under autocast; all is in the dtype that the forward pass has chosen."""
+def _first_derivative() -> Any:
+    """What a backward pass runs in: without autocast, as all is in the dtype that the forward pass has chosen.
+
+    A second derivative would take the first for a constant, so it is refused.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError("the fused decoder has no second derivatives, and create_graph must be False. Got True.")
     return torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
@@ -82,7 +85,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv, dh):
         dx = ddelta = None
-        with _without_autocast():
+        with _first_derivative():
             y, h, norm_weight, weight = ctx.saved_tensors
             need_dnorm, need_dweight = map(is_wanted, ctx.nodes)
             g = torch.stack((dq, dk, dv), -3).view(len(y), -1)
@@ -107,7 +110,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dh):
         dx = ddelta = None
-        with _without_autocast():
+        with _first_derivative():
             y, h, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
             need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
             dz = dz.reshape(len(y), -1)
@@ -131,7 +134,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        with _without_autocast():
+        with _first_derivative():
             x, weight = ctx.saved_tensors
             dz = dz.reshape(-1, len(weight))
             if is_wanted(ctx.node):

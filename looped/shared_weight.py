@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from looped.kernels.device import accumulator, autocast_dtype
-from looped.kernels.products import accumulate_head
+from looped.kernels.products import accumulate_head, gives_float32
 from looped.kernels.row_norm import partial_sums, summed
 
 # A graph may be run backward more than once, in parts, or fail midway: every backward pass has sums of its own.
@@ -59,7 +59,7 @@ class ProductSum:
         total = self.totals.get(backward_pass())
         first = total is None
         if total is None:
-            rounded = y.dtype == torch.bfloat16 and (not y.is_cuda or torch.version.hip is not None)
+            rounded = y.dtype == torch.bfloat16 and not gives_float32(y)
             dtype = y.dtype if rounded else accumulator(y.dtype)
             total = self.totals[backward_pass()] = y.new_empty((g.shape[1], y.shape[1]), dtype=dtype)
         accumulate_head(total, g, y, first)

@@ -343,14 +343,21 @@ def test_a_layer_that_does_more_does_it(joined, name, how):
     assert joined == BOTH * (2 + 4)  # of the second layer alone, and of both
 
 
-def test_a_norm_that_does_more_does_it(joined):
-    """A hook on a norm is called by the plain path alone: the fused path reads its weight."""
-    decoder = model(fused=False)
-    decoder.blocks[0].mlp_norm.register_forward_hook(lambda _, given, output: 2 * output)
-    assert not torch.equal(decoder.unroll(tokens(), 1)[0], model(fused=False).unroll(tokens(), 1)[0])
-    decoder.fused = True
-    decoder.unroll(tokens(), 1)
-    assert joined == BOTH
+@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm"])
+def test_a_norm_whose_weight_is_not_its_own(joined, name):
+    decoder, expected = model(fused=True), model(fused=True)
+    expected.blocks[0].get_submodule(name).weight.data.mul_(2)
+    nn.utils.parametrize.register_parametrization(decoder.blocks[0].get_submodule(name), "weight", Twice())
+    torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
+    assert joined == BOTH * (2 + 4)
+
+
+def test_a_norm_without_a_weight(joined):
+    decoder, expected = model(fused=True), model(fused=True)
+    expected.blocks[0].mlp_norm.weight.data.fill_(1)
+    decoder.blocks[0].mlp_norm = nn.RMSNorm(D, eps=EPS, elementwise_affine=False)
+    torch.testing.assert_close(decoder.unroll(tokens(), 1), expected.unroll(tokens(), 1))
+    assert joined == BOTH * (1 + 2)
 
 
 def test_a_layer_in_anothers_place_is_called(joined):
