@@ -6,7 +6,7 @@
 It needs no GPU; where one is there, it is used.  Three columns: the forward pass without gradients, the forward pass
 that records its graph, and the backward pass alone (`torch.autograd.grad`, the graph kept).  A fourth one has a whole
 training step of a decoder with the loops and layers of paper-129m and almost no channels, fused and plain, in float32
-and under autocast, as training runs.
+and under autocast, as training runs; a fifth the median, over rounds in which they take turns, of its share of plain's.
 
 **Included**, with and without a GPU: the public function with its checks, torch.library's dispatch, autograd, the
 allocation of results, every launcher, and Triton's own path of a launch with its binder and cache.
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -186,17 +187,29 @@ def microseconds(call: Call, rounds: int, calls: int) -> float:
     return min(means)
 
 
-def calls_of(mode: str, calls: int = CALLS) -> int:
-    """In a row; a training step takes as long as hundreds of the others."""
-    return min(calls, STEP_CALLS) if mode == STEP else calls
+def steps_in_turn(rounds: int) -> dict[str, list[float]]:
+    """Microseconds of every decoder's step, by name: one of each in every round, as the machine's speed drifts."""
+    with path():
+        steps = {name: prepared(subjects()[name], STEP) for name, mode in cases() if mode == STEP}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for number in range(STEP_CALLS + rounds):
+            for name, step in steps.items():
+                start = CLOCK()
+                step()
+                if number >= STEP_CALLS:  # the first ones compile
+                    times[name].append((CLOCK() - start) * 1e6)
+                if ON_GPU:
+                    torch.cuda.synchronize()
+    return times
 
 
 def measured(rounds: int = ROUNDS, calls: int = CALLS) -> Iterator[tuple[str, str, float]]:
-    """Subject, mode and microseconds, one after the other."""
+    """Subject, mode and microseconds, one after the other; steps are left to `steps_in_turn`."""
     for name, mode in cases():
-        with path():
-            taken = microseconds(prepared(subjects()[name], mode), rounds, calls_of(mode, calls))
-        yield name, mode, taken
+        if mode != STEP:
+            with path():
+                taken = microseconds(prepared(subjects()[name], mode), rounds, calls)
+            yield name, mode, taken
 
 
 @pytest.fixture
@@ -210,12 +223,18 @@ def as_on_a_gpu() -> Iterator[None]:
 def bench_host(benchmark, as_on_a_gpu, name: str, mode: str) -> None:
     benchmark.group = f"host, {mode}"
     call = prepared(subjects()[name], mode)
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=calls_of(mode), warmup_rounds=1)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=STEP_CALLS if mode == STEP else CALLS, warmup_rounds=1)
 
 
 def main() -> None:
     title = "host, microseconds a call" + ("" if ON_GPU else " (no GPU: its part alone)")
-    print("\n".join(crossed(title, {(name, mode): f"{value:.1f}" for name, mode, value in measured()})))
+    values = {(name, mode): f"{value:.1f}" for name, mode, value in measured()}
+    times = steps_in_turn(2 * ROUNDS)
+    for name, of_name in times.items():
+        plain = times[name.replace("fused", "plain")]
+        values[name, STEP] = f"{median(of_name):.1f}"
+        values[name, "of plain's"] = f"{median(a / b for a, b in zip(of_name, plain, strict=True)):.2f}"
+    print("\n".join(crossed(title, values)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,8 @@ def run_host(results: Path, smoke: bool, plugins: Sequence[object]) -> int:
     rounds, calls = (1, 1) if smoke else (7, 20)
     for name, mode, value in bench_host.measured(rounds, calls):
         note(results, f"host, {name}, {mode}", subject=name, mode=mode, microseconds=value)
+    for name, times in bench_host.steps_in_turn(rounds).items():
+        note(results, f"host, {name}", subject=name, mode=bench_host.STEP, microseconds=statistics.median(times))
     return 0
 
 
