@@ -32,14 +32,11 @@ def planned(preset: str, changes: dict | None = None, **step) -> float:
     return memory(config, Step(**{"seq_len": config.max_seq_len} | step)).total
 
 
-def test_memory_is_that_of_the_steps_that_were_measured_on_a_gpu():
-    """An H200's peaks. SwiGLU was not fused then: it kept silu(gate) too."""
-    plain = planned("paper-129m", fused=False, **OF_129M)
-    assert plain == pytest.approx(plan.MEASURED_GIB["plain"] * GIB, rel=0.05)
-    fused = planned("paper-129m", **OF_129M)
-    assert fused == pytest.approx(plan.MEASURED_GIB["fused"] * GIB, rel=0.15)
-    silu = 2 * 3072 * 12 * 4 * 8192
-    assert fused + silu == pytest.approx(plan.MEASURED_GIB["fused"] * GIB, rel=0.02)
+@pytest.mark.parametrize(("fused", "name"), [(True, "fused"), (False, "plain")])
+def test_memory_is_that_of_the_steps_that_were_measured_on_a_gpu(fused, name):
+    """An H200's peaks, beside weights, gradients and moments."""
+    needed = planned("paper-129m", fused=fused, **OF_129M) - 16 * parameters(PRESETS["paper-129m"]).total
+    assert needed == pytest.approx(plan.MEASURED_GIB[name] * GIB, rel=0.04)
 
 
 # MiB, fp32 without dropout on a CPU (2026-11-26, torch 2.13.0), by `measured`.
@@ -169,7 +166,7 @@ def test_what_is_shared_out_is_divided():
 
 def test_speed_is_that_of_the_measured_step():
     options = plan.parse(["--preset", "paper-129m", "--batch-size", "32", "--gpu", "h200"])
-    assert plan.tokens_per_second(options) == pytest.approx(118_400, rel=0.002)
+    assert plan.tokens_per_second(options) == pytest.approx(127_400, rel=0.002)
     again = replace(options, checkpoint_loops=True)
     assert 0.7 < plan.tokens_per_second(again) / plan.tokens_per_second(options) < 0.8
 
