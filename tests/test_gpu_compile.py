@@ -90,12 +90,14 @@ def narrow_limit(kernel: dict, target: str) -> int:
     if name in ("swiglu_forward_kernel", "swiglu_backward_kernel"):
         return 0
     if name == "cross_entropy_kernel":
-        passes = 1 + (on["GRADIENT"] or given("statistics")) + given("statistics")  # and the step of the maximum
+        reads = 1 + (on["GRADIENT"] or given("statistics"))
+        # whole steps and the rest, of which compilers take one out of its loop; and the step of the maximum
+        passes = 2 * reads + 2 if given("statistics") else reads
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
         numbers = 3 + on["GRADIENT"] + given("row_weight", "z_loss") + 4 * given("statistics")
         return numbers + (1 + words) * given("bias")  # the numbers: the target, its logit and gradient, the loss
     if name in ("parts_kernel", "finish_kernel"):
-        passes = 1 + 2 * on.get("STATISTICS", 0)
+        passes = 1 + 5 * on.get("STATISTICS", 0)
         words = passes * (on["BLOCK_VOCAB"] // threads(kernel, target)) if has_odd_vocabulary(kernel) else 0
         of_bias = (1 + words) * given("bias")  # the target's, or what label smoothing sums, which these cases have then
         if name == "parts_kernel":

@@ -9,6 +9,7 @@ from looped.kernels.statistics import ReadoutStatistics, readout_statistics_refe
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1, 16, 3), (3, 7, 48, 101), (2, 17, 64, 257), (3, 11, 24, 1000), (1, 2, 8, 1), (1, 3, 200, 5000)]
+SHAPES += [(1, 2, 8, 4096)]  # whole steps alone
 
 
 def inputs(shape, device, dtype):
