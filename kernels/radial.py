@@ -96,7 +96,8 @@ class _RadialGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddot, dgrad_square, dstate_square, _):
-        return _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
+        dh, dgrad = _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
+        return dh, dgrad
 
 
 _radial_gradient = register(

@@ -24,6 +24,19 @@ def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+class _Last(torch.autograd.Function):
+    """Results of an op that has no derivative.  To ask for one is an error: else it would be taken for 0."""
+
+    @staticmethod
+    def forward(ctx: Any, op: "Op", arguments: tuple[Any, ...], *inputs: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.op = op
+        return tuple(op.below_autograd(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(f"{ctx.op.registered} has no derivative: gradients through the kernels are first ones only.")
+
+
 class Op:
     """An op of this package; calling it is calling the op, by the shortest way that does the same.
 
@@ -36,12 +49,13 @@ class Op:
         self, name: str, body: Callable[..., Any], differentiated: Callable[..., Any] | None, carrier: type | None
     ) -> None:
         self.registered = getattr(torch.ops.looped, name).default
-        self.body, self.differentiated, self.carrier = body, differentiated, carrier
+        self.body, self.carrier = body, carrier
+        self.differentiated = self._for_the_last_time if differentiated is None else differentiated
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not is_plain(arguments, self.carrier):
             return self.registered(*self.flat(arguments))
-        if self.differentiated is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return self.differentiated(*arguments)
         return self._run(arguments)
 
@@ -51,6 +65,11 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.registered(*self.flat(arguments))
         return self._run(arguments)
+
+    def _for_the_last_time(self, *arguments: Any) -> Any:
+        lists = [argument if isinstance(argument, list) else [argument] for argument in arguments]
+        inputs = [tensor for tensors in lists for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return list(_Last.apply(self, arguments, *inputs))
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
@@ -94,7 +113,7 @@ def register(
     function wherever it is called.
     fake: gives results of the same shapes and dtypes, without values.
     differentiated: what a call runs that autograd may record: an `autograd.Function`, or what applies one; it calls the
-    op's `below_autograd`.  None: the op's results have no gradient.
+    op's `below_autograd`.  None: the op gives several tensors that have no derivative.
     carrier: the class of the functions' last argument, if a schema cannot hold it.  Its `flat` gives the two last
     arguments of the schema, its `of` is the way back.
     """
@@ -110,8 +129,8 @@ def register(
             return body(*op.whole(arguments))
 
     def recorded(*arguments: Any) -> Any:
-        if differentiated is not None:
-            return differentiated(*op.whole(arguments))
+        if differentiated is not None or torch.is_grad_enabled():
+            return (differentiated or op.differentiated)(*op.whole(arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return op.registered(*arguments)
 

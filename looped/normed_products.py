@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from looped.kernels.registration import AUTOCAST, recording
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward
@@ -32,13 +33,15 @@ from looped.kernels.swiglu import swiglu_backward, swiglu_forward
 from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
 
 
-def _first_derivative() -> Any:
+def _first_derivative(ctx: Any) -> Any:
     """What a backward pass runs in: without autocast, as all is in the dtype that the forward pass has chosen.
 
     A second derivative would take the first for a constant, so it is refused.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the fused decoder has no second derivatives, and create_graph must be False. Got True.")
+    if not isinstance(ctx, BackwardCFunction):
+        raise RuntimeError("compiled autograd needs a compiled forward pass: give torch.compile the model, too.")
     return torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
 
 
@@ -85,7 +88,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv, dh):
         dx = ddelta = None
-        with _first_derivative():
+        with _first_derivative(ctx):
             y, h, norm_weight, weight = ctx.saved_tensors
             need_dnorm, need_dweight = map(is_wanted, ctx.nodes)
             g = torch.stack((dq, dk, dv), -3).view(len(y), -1)
@@ -110,7 +113,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dh):
         dx = ddelta = None
-        with _first_derivative():
+        with _first_derivative(ctx):
             y, h, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
             need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
             dz = dz.reshape(len(y), -1)
@@ -134,7 +137,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        with _first_derivative():
+        with _first_derivative(ctx):
             x, weight = ctx.saved_tensors
             dz = dz.reshape(-1, len(weight))
             if is_wanted(ctx.node):

@@ -245,6 +245,18 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(loss, decoder.blocks[0].mlp.w1.weight, create_graph=True)
 
 
+def test_compiled_autograd_is_refused_without_a_compiled_forward_pass():
+    """It adds up the gradients of all uses of a weight, and the loops' nodes give none: they sum it themselves."""
+    from torch._dynamo.compiled_autograd import _enable
+
+    loss = model(fused=True)(tokens(), tokens()).loss
+    with (
+        _enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="give torch.compile the model, too"),
+    ):
+        loss.backward()
+
+
 def test_a_backward_pass_under_autocast_is_the_same():
     """It would round float32 operands to bfloat16."""
     decoder = model(fused=True)

@@ -9,21 +9,35 @@ from numerics import assert_no_worse_than
 from ranks import run_ranks
 from readout_case import Case
 
-from looped.kernels import looped_cross_entropy
+from looped.kernels import looped_cross_entropy, radial_gradient, rms_norm_penalty, swiglu
 from looped.kernels.looped_cross_entropy import looped_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def test_second_derivatives_are_refused():
+OPERATIONS = {
+    "norm": lambda h, g: rms_norm_penalty(h, g[0]).y,
+    "swiglu": swiglu,
+    "radial": lambda h, g: radial_gradient(h, g).dot,
+    "readout": lambda h, g: looped_cross_entropy([h, h], g, torch.arange(3)).loss,
+    "losses": lambda h, g: looped_cross_entropy([h, h], g, torch.arange(3), reduction="none").loss,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_second_derivatives_are_refused(operation):
+    """A first derivative that is a constant to the second would leave out a part of it."""
+    h, g = torch.randn(2, 3, 8, requires_grad=True).unbind()
+    (first,) = torch.autograd.grad(OPERATIONS[operation](h, g).square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradients through the kernels are first ones only"):
+        torch.autograd.grad((first * h).sum(), h)
+
+
+def test_weights_of_a_loss_have_a_constant_gradient():
     case = Case((2, 5, 8, 11), weights="token")
     weights = case.tensors["weights"].requires_grad_()
-    states = case.tensors["states"].requires_grad_()
-    loss = looped_cross_entropy(states, case.tensors["head"], case.targets, weights=weights).loss
-    first = torch.autograd.grad(loss, [weights, states], create_graph=True)
-    assert not first[0].requires_grad
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first[1].square().sum(), states)
+    loss = looped_cross_entropy(case.tensors["states"], case.tensors["head"], case.targets, weights=weights).loss
+    assert not torch.autograd.grad(loss, weights, create_graph=True)[0].requires_grad
 
 
 def test_trap_autocast(backend, device):
