@@ -41,7 +41,7 @@ def _first_derivative(ctx: Any) -> Any:
     if torch.is_grad_enabled():
         raise RuntimeError("the fused decoder has no second derivatives, and create_graph must be False. Got True.")
     if not isinstance(ctx, BackwardCFunction):
-        raise RuntimeError("compiled autograd needs a compiled forward pass: give torch.compile the model, too.")
+        raise RuntimeError("under compiled autograd the forward pass must be compiled, too.")
     return torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
 
 

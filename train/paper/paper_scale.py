@@ -80,7 +80,7 @@ runs, and what follows ` -- ` goes to every `train/run.py`, such as `-- --grad-a
 
 *Estimated*, by `python -m looped.plan`: no run of this length has been made. The time is that of a run at
 {plan.MEASURED_MFU:.1%} of the GPU's peak, which one fused step of paper-129m reached on an NVIDIA H200 as one CUDA
-graph; the smaller products of paper-44m will be below it. With terminal supervision one loop is read out. The corpus is
-taken as {CORPUS_TOKENS / 1e6:.0f} million tokens (its 103 million words, and as many gaps, which are tokens), each in two
-windows, since windows of 256 begin every 128 tokens, in each of 4 epochs.
+graph; the smaller products of paper-44m will be below it. With terminal supervision one loop is read out. The corpus
+is taken as {CORPUS_TOKENS / 1e6:.0f} million tokens (its 103 million words, and as many gaps, which are tokens), each
+in two windows, since windows of 256 begin every 128 tokens, in each of 4 epochs.
 """
