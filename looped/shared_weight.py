@@ -21,6 +21,7 @@ from torch import Tensor
 
 from looped.kernels.device import accumulator, autocast_dtype
 from looped.kernels.products import accumulate_head, gives_float32
+from looped.kernels.registration import recording
 from looped.kernels.row_norm import partial_sums, summed
 
 # A graph may be run backward more than once, in parts, or fail midway: every backward pass has sums of its own.
@@ -33,6 +34,9 @@ class NormSum:
     def __init__(self, weight: Tensor) -> None:
         self.weights = (weight,)
         self.totals: dict[int, Tensor] = {}
+
+    def read(self) -> Tensor:
+        return self.weights[0]
 
     def partial_sums(self, h: Tensor) -> tuple[Tensor, bool]:
         """For the norm of h [..., d]: where they are, and whether there is something to add to."""
@@ -53,6 +57,14 @@ class ProductSum:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.weights = weights
         self.totals: dict[int, Tensor] = {}
+
+    def read(self) -> Tensor:
+        """The matrices below each other, in the products' dtype."""
+        first, dtype = self.weights[0], autocast_dtype(self.weights[0])
+        if len(self.weights) == 1:
+            return first.to(dtype)
+        rows = sum([weight.shape[0] for weight in self.weights])
+        return torch.cat(self.weights, out=first.new_empty((rows, first.shape[1]), dtype=dtype))
 
     def add(self, g: Tensor, y: Tensor) -> None:
         """Add g^T y, for g [rows, V_1 + V_2 + ...] and y [rows, d] of one dtype."""
@@ -87,36 +99,27 @@ class SharedProduct(NamedTuple):
     gradient: ProductSum
 
 
-def _as_read(weights: Sequence[Tensor]) -> Tensor:
-    first = weights[0]
-    if first.dim() == 1:
-        return first
-    if len(weights) == 1:
-        return first.to(autocast_dtype(first))
-    read = first.new_empty((sum(map(len, weights)), first.shape[1]), dtype=autocast_dtype(first))
-    for part, weight in zip(read.split(list(map(len, weights))), weights, strict=True):
-        part.copy_(weight)
-    return read
-
-
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Sequence[NormSum | ProductSum], *weights: Tensor) -> Any:
         ctx.sums = sums
         ctx.set_materialize_grads(False)
-        return tuple([_as_read(sum.weights) for sum in sums])
+        return tuple([sum.read() for sum in sums])
 
     @staticmethod
     def backward(ctx: Any, *others: Tensor | None) -> Any:
         return None, *[gradient for sum in ctx.sums for gradient in sum.taken()]
 
 
+_read_as_one = recording(_Read)
+
+
 def _read(sums: Sequence[NormSum | ProductSum]) -> Sequence[Tensor]:
     weights = [weight for sum in sums for weight in sum.weights]
     if all(weight.requires_grad for weight in weights):
-        return _Read.apply(sums, *weights)
+        return _read_as_one(sums, *weights)
     # each by itself, so that no gradient is formed of those of which all are frozen
-    return [_Read.apply([sum], *sum.weights)[0] for sum in sums]
+    return [_read_as_one([sum], *sum.weights)[0] for sum in sums]
 
 
 def shared(
