@@ -20,6 +20,7 @@ x, the residual stream, and delta, which may be None for 0, are [B, T, d] and ne
 the weights' dtype.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, no
 from looped.kernels.swiglu import swiglu_backward, swiglu_forward
 from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
 
+NOTHING = contextlib.nullcontext()
+
 
 def _first_derivative(ctx: Any) -> Any:
     """What a backward pass runs in: without autocast, as all is in the dtype that the forward pass has chosen.
@@ -42,7 +45,7 @@ def _first_derivative(ctx: Any) -> Any:
         raise RuntimeError("the fused decoder has no second derivatives, and create_graph must be False. Got True.")
     if not isinstance(ctx, BackwardCFunction):
         raise RuntimeError("under compiled autograd the forward pass must be compiled, too.")
-    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
+    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST) if torch._C._is_any_autocast_enabled() else NOTHING
 
 
 def _normalise(
@@ -91,7 +94,7 @@ class _Heads(torch.autograd.Function):
         with _first_derivative(ctx):
             y, h, norm_weight, weight = ctx.saved_tensors
             need_dnorm, need_dweight = map(is_wanted, ctx.nodes)
-            g = torch.stack((dq, dk, dv), -3).view(len(y), -1)
+            g = torch.stack((dq, dk, dv), -3).view(y.shape[0], -1)
             if need_dweight:
                 ctx.sum.add(g, y)
             if need_dnorm or any(ctx.needs_input_grad[:2]):
@@ -103,24 +106,24 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, norm_weight, w13, w2, norm_sum, sum13, sum2, eps):
         y, h = _normalise(ctx, x, delta, norm_weight, eps, w13.dtype)
-        both = F.linear(y, w13)
-        hidden = swiglu_forward(*both.chunk(2, -1))
+        gate, up = F.linear(y, w13).chunk(2, -1)
+        hidden = swiglu_forward(gate, up)
         ctx.norm_sum, ctx.sum13, ctx.sum2 = norm_sum, sum13, sum2
         ctx.nodes = norm_weight.grad_fn, w13.grad_fn, w2.grad_fn
-        ctx.save_for_backward(y, h, norm_weight, w13, w2, both, hidden)
+        ctx.save_for_backward(y, h, norm_weight, w13, w2, gate, up, hidden)
         return F.linear(hidden.view(*x.shape[:-1], -1), w2), h
 
     @staticmethod
     def backward(ctx, dz, dh):
         dx = ddelta = None
         with _first_derivative(ctx):
-            y, h, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
+            y, h, norm_weight, w13, w2, gate, up, hidden = ctx.saved_tensors
             need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
-            dz = dz.reshape(len(y), -1)
+            dz = dz.reshape(y.shape[0], -1)
             if need_dw2:
                 ctx.sum2.add(dz, hidden)
-            g = torch.empty_like(both)
-            swiglu_backward(torch.mm(dz, w2), *both.chunk(2, -1), *g.chunk(2, -1))
+            g = y.new_empty((y.shape[0], w13.shape[0]))
+            swiglu_backward(torch.mm(dz, w2), gate, up, *g.chunk(2, -1))
             if need_dw13:
                 ctx.sum13.add(g, y)
             if need_dnorm or any(ctx.needs_input_grad[:2]):
@@ -139,9 +142,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx, dz):
         with _first_derivative(ctx):
             x, weight = ctx.saved_tensors
-            dz = dz.reshape(-1, len(weight))
+            dz = dz.reshape(-1, weight.shape[0])
             if is_wanted(ctx.node):
-                ctx.sum.add(dz, x.reshape(len(dz), -1))
+                ctx.sum.add(dz, x.reshape(dz.shape[0], -1))
             return torch.mm(dz, weight).view(x.shape) if ctx.needs_input_grad[0] else None, None, None
 
 
