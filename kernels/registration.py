@@ -28,7 +28,7 @@ class _Last(torch.autograd.Function):
     """Results of an op that has no derivative.  To ask for one is an error: else it would be taken for 0."""
 
     @staticmethod
-    def forward(ctx: Any, op: "Op", arguments: tuple[Any, ...], *inputs: torch.Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, op: "Op", arguments: tuple[Any, ...], *inputs: torch.Tensor) -> Any:
         ctx.op = op
         return tuple(op.below_autograd(*arguments))
 

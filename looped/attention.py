@@ -23,7 +23,6 @@ from looped.flash_attention import (
     qualifies_for_flash_attention,
     sdpa_has_flash_3_or_4,
 )
-from looped.normed_products import AttentionWeights, normed_heads, product
 
 NOT_FLASH = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -102,25 +101,18 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: AttentionWeights | None
-    ) -> tuple[Tensor, Tensor]:
-        """What attention makes of norm(x + delta), and x + delta; all [B, T, d]. delta may be None, which is 0.
+    def forward(self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context) -> tuple[Tensor, Tensor]:
+        """What attention makes of norm(x + delta), and x + delta; all [B, T, d]. delta may be None, which is 0."""
+        y, x = context.implementation.add_and_normalise(x, delta, norm)
+        q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
+        return self.output(self.mix(q, k, v, context)), x
 
-        weights: norm's and its own, where norm and projection are one node of autograd's graph
-        (looped/normed_products.py).
-        """
-        batch, seq_len, d_model = x.shape
-        if weights is not None:
-            q, k, v, x = normed_heads(x, delta, weights, norm.eps, self.n_heads)
-        else:
-            y, x = context.implementation.add_and_normalise(x, delta, norm)
-            q, k, v = self.qkv(y).view(batch, seq_len, 3, self.n_heads, -1).unbind(2)  # each [B, T, H, head_dim]
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """The values as the heads mix them, side by side: [B, T, d]. What `output` multiplies."""
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         if context.attend is not None:
             mixed = context.attend(q, k, v)
         else:
             mixed = causal_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        mixed = mixed.reshape(batch, seq_len, d_model)
-        return self.output(mixed) if weights is None else product(mixed, weights.output), x
+        return mixed.flatten(2)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from looped.attention import SelfAttention
 from looped.config import LoopedConfig
@@ -9,7 +10,7 @@ from looped.context import Context
 from looped.dropout import dropout
 from looped.implementation import Implementation
 from looped.kernels.registration import is_plain
-from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_swiglu
+from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_heads, normed_swiglu, product
 from looped.shared_weight import shared
 
 
@@ -22,15 +23,8 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.w3 = nn.Linear(config.d_model, config.d_ff, bias=False)
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: SwiGLUWeights | None
-    ) -> tuple[Tensor, Tensor]:
-        """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0.
-
-        weights: norm's and its own, where the two are one node of autograd's graph (looped/normed_products.py).
-        """
-        if weights is not None:
-            return normed_swiglu(x, delta, weights, norm.eps)
+    def forward(self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context) -> tuple[Tensor, Tensor]:
+        """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0."""
         y, x = context.implementation.add_and_normalise(x, delta, norm)
         return self.w2(context.implementation.glu(self.w1(y), self.w3(y))), x
 
@@ -59,14 +53,31 @@ class Block(nn.Module):
             self.mlp_output_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        of_attention, of_mlp = context.shared_weights(self, self._share) or (None, None)
-        delta, x = self.attention(x, delta, self.attention_norm, context, of_attention)
-        if self.block_norm != "pre":
-            x, delta = self._second_norm(x, delta, self.attention_output_norm, context)
-        delta, x = self.mlp(x, delta, self.mlp_norm, context, of_mlp)
+        weights = context.shared_weights(self, self._share)
+        if weights is not None:
+            x, delta = self._joined(x, delta, context, *weights)
+        else:
+            delta, x = self.attention(x, delta, self.attention_norm, context)
+            if self.block_norm != "pre":
+                x, delta = self._second_norm(x, delta, self.attention_output_norm, context)
+            delta, x = self.mlp(x, delta, self.mlp_norm, context)
         delta = dropout(delta, self.dropout if self.training else 0.0)
         if self.block_norm != "pre":
             x, delta = self._second_norm(x, delta, self.mlp_output_norm, context)
+        return x, delta
+
+    def _joined(
+        self, x: Tensor, delta: Tensor | None, context: Context, attention: AttentionWeights, mlp: SwiGLUWeights
+    ) -> tuple[Tensor, Tensor]:
+        """The same by the nodes of looped/normed_products.py, up to the dropout."""
+        q, k, v, x = normed_heads(x, delta, attention, self.attention_norm.eps, self.attention.n_heads)
+        mixed = self.attention.mix(q, k, v, context)
+        if self.block_norm == "pre":
+            delta, x = normed_swiglu(x, mixed, mlp, self.mlp_norm.eps, attention.output)
+        else:
+            attended = product(mixed, attention.output)
+            x, delta = self._second_norm(x, attended, self.attention_output_norm, context)
+            delta, x = normed_swiglu(x, delta, mlp, self.mlp_norm.eps)
         return x, delta
 
     def _share(self) -> tuple[AttentionWeights, SwiGLUWeights] | None:
@@ -75,7 +86,7 @@ class Block(nn.Module):
         FSDP2, which gathers weights when a part of the block is called, makes a class of its own of that part.
         """
         attention, mlp = self.attention, self.mlp
-        if type(attention) is not SelfAttention or type(mlp) is not SwiGLU:
+        if _has_any_global_hook() or not (_is_only(attention, SelfAttention) and _is_only(mlp, SwiGLU)):
             return None
         modules = attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2, self.attention_norm, self.mlp_norm
         weights = [weight for module in modules if (weight := _only_weight(module)) is not None]
@@ -100,10 +111,14 @@ def normalised_stream(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, impleme
         return implementation.add_and_normalise(x, None if delta is None else delta.to(x.dtype), norm)[0]
 
 
+def _is_only(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling the module is what its class, one of `kinds`, defines, and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in kinds and "forward" not in vars(module) and not hooks
+
+
 def _only_weight(module: nn.Module) -> Tensor | None:
     """The weight of a linear layer or norm, if calling it is to multiply with the weight, and nothing else."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if type(module) not in (nn.Linear, nn.RMSNorm) or bias is not None or "forward" in vars(module):
-        return None
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return None if hooks or torch.nn.modules.module._has_any_global_hook() else weight
+    own = module._parameters
+    alone = _is_only(module, nn.Linear, nn.RMSNorm) and own.get("bias") is None
+    return own.get("weight") if alone else None

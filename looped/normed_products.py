@@ -2,13 +2,14 @@
 
     h = x + delta,   y = RMSNorm(h)
     heads:    q, k, v = y W^T,   W = (Wq; Wk; Wv)
-    SwiGLU:   (gate, up) = y (W1; W3)^T,   z = (silu(gate) * up) W2^T
+    SwiGLU:   (gate, up) = y (W1; W3)^T,   z = (silu(gate) * up) W2^T;   before it, delta = mixed Wo^T
 
 What is computed and what is saved is that of the operations one by one: `rms_norm_penalty`, linear layers, `swiglu`.
 It is the host's time that is less.  A node that is written in Python takes the host as long as three or four launches,
 recorded and run backward.  With one for each norm and each SwiGLU, a step in which the host decides took a third longer
 than plain PyTorch's.  A node that has the products in it stands for those of PyTorch, too.  TransformerEngine draws the
-same lines (LayerNormLinear, LayerNormMLP).
+same lines (LayerNormLinear, LayerNormMLP).  Attention's last product, with Wo, belongs to the node of SwiGLU, unless a
+second norm stands between them.
 
 There is less to do on the GPU, too:
 
@@ -16,8 +17,8 @@ There is less to do on the GPU, too:
 - the gradients of x that come through the norm and past it are summed by the norm's kernel;
 - the gradients of weights are summed over the loops by their products (looped/shared_weight.py).
 
-x, the residual stream, and delta, which may be None for 0, are [B, T, d] and need not have one dtype.  Products are in
-the weights' dtype.
+x, the residual stream, delta, which may be None for 0, and mixed, the values as attention's heads mix them, are
+[B, T, d].  x and delta need not have one dtype.  Products are in the weights' dtype.
 """
 
 import contextlib
@@ -104,21 +105,24 @@ class _Heads(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, norm_weight, w13, w2, norm_sum, sum13, sum2, eps):
+    def forward(ctx, x, delta, output, norm_weight, w13, w2, sum_output, norm_sum, sum13, sum2, eps):
+        mixed = None
+        if output is not None:
+            mixed, delta = delta, F.linear(delta, output)
         y, h = _normalise(ctx, x, delta, norm_weight, eps, w13.dtype)
         gate, up = F.linear(y, w13).chunk(2, -1)
         hidden = swiglu_forward(gate, up)
-        ctx.norm_sum, ctx.sum13, ctx.sum2 = norm_sum, sum13, sum2
-        ctx.nodes = norm_weight.grad_fn, w13.grad_fn, w2.grad_fn
-        ctx.save_for_backward(y, h, norm_weight, w13, w2, gate, up, hidden)
+        ctx.sum_output, ctx.norm_sum, ctx.sum13, ctx.sum2 = sum_output, norm_sum, sum13, sum2
+        ctx.nodes = [None if weight is None else weight.grad_fn for weight in (output, norm_weight, w13, w2)]
+        ctx.save_for_backward(mixed, y, h, output, norm_weight, w13, w2, gate, up, hidden)
         return F.linear(hidden.view(*x.shape[:-1], -1), w2), h
 
     @staticmethod
     def backward(ctx, dz, dh):
         dx = ddelta = None
         with _first_derivative(ctx):
-            y, h, norm_weight, w13, w2, gate, up, hidden = ctx.saved_tensors
-            need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
+            mixed, y, h, output, norm_weight, w13, w2, gate, up, hidden = ctx.saved_tensors
+            need_doutput, need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
             dz = dz.reshape(y.shape[0], -1)
             if need_dw2:
                 ctx.sum2.add(dz, hidden)
@@ -126,9 +130,14 @@ class _SwiGLU(torch.autograd.Function):
             swiglu_backward(torch.mm(dz, w2), gate, up, *g.chunk(2, -1))
             if need_dw13:
                 ctx.sum13.add(g, y)
-            if need_dnorm or any(ctx.needs_input_grad[:2]):
+            if need_doutput or need_dnorm or any(ctx.needs_input_grad[:2]):
                 dx, ddelta = _normalise_backward(ctx, torch.mm(g, w13), dh, h, norm_weight, need_dnorm)
-        return dx, ddelta, None, None, None, None, None, None, None
+            if mixed is not None and ddelta is not None:
+                ddelta = ddelta.view(y.shape)
+                if need_doutput:
+                    ctx.sum_output.add(ddelta, mixed.reshape(y.shape[0], -1))
+                ddelta = torch.mm(ddelta, output).view(mixed.shape) if ctx.needs_input_grad[1] else None
+        return dx, ddelta, None, None, None, None, None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -175,9 +184,14 @@ def normed_heads(
     return _heads(x, delta, norm.read, qkv.read, norm.gradient, qkv.gradient, eps, n_heads)
 
 
-def normed_swiglu(x: Tensor, delta: Tensor | None, weights: SwiGLUWeights, eps: float | None) -> tuple[Tensor, Tensor]:
-    """SwiGLU of norm(x + delta), [B, T, d], and x + delta in x's dtype."""
-    read, sums = zip(*weights, strict=True)
+def normed_swiglu(
+    x: Tensor, delta: Tensor | None, weights: SwiGLUWeights, eps: float | None, output: SharedProduct | None = None
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU of norm(x + delta), [B, T, d], and x + delta in x's dtype.
+
+    output: attention's last matrix Wo, where delta is mixed Wo^T, and mixed is given in its place.
+    """
+    read, sums = zip(output or (None, None), *weights, strict=True)
     return _swiglu(x, delta, *read, *sums, eps)
 
 

@@ -64,7 +64,7 @@ class ProductSum:
         if len(self.weights) == 1:
             return first.to(dtype)
         rows = sum([weight.shape[0] for weight in self.weights])
-        return torch.cat(self.weights, out=first.new_empty((rows, first.shape[1]), dtype=dtype))
+        return torch.cat(list(self.weights), out=first.new_empty((rows, first.shape[1]), dtype=dtype))
 
     def add(self, g: Tensor, y: Tensor) -> None:
         """Add g^T y, for g [rows, V_1 + V_2 + ...] and y [rows, d] of one dtype."""

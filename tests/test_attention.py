@@ -177,7 +177,7 @@ def test_projection_holds_q_then_k_then_v_with_heads_inside() -> None:
         for part in range(3)
     )
     expected = explicit_attention(q, k, v).reshape(2, 7, 24) @ module.output.weight.T
-    mixed, stream = module(x, None, nn.Identity(), Context(PLAIN), None)
+    mixed, stream = module(x, None, nn.Identity(), Context(PLAIN))
     torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-5)
     assert stream is x
 
@@ -193,5 +193,5 @@ def test_dropout_acts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(attention, "causal_attention", record)
     module = SelfAttention(small_config())
     for training in (True, False):
-        module.train(training)(torch.randn(1, 4, 24), None, nn.Identity(), Context(PLAIN), None)
+        module.train(training)(torch.randn(1, 4, 24), None, nn.Identity(), Context(PLAIN))
     assert seen == [0.5, 0.0]

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_decoder import gradients, model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from looped import attention, block
+from looped import block
 from looped.kernels import rms_norm_penalty, swiglu
 from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_heads, normed_swiglu, product
 from looped.shared_weight import ProductSum, shared
@@ -33,24 +34,27 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def read(kind: str, weights: list[Tensor]) -> AttentionWeights | SwiGLUWeights:
-    """As all loops read them: w1 and w3 together. Of attention the output's weight is left out."""
+def read(kind: str, weights: list[Tensor]) -> Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]:
+    """The node of a kind, with weights as all loops read them: w1 and w3 together, and of "output" Wo behind them."""
     norm, *matrices = weights
-    (norm,), products = shared([norm], [matrices] if kind == "heads" else [matrices[:2], matrices[2:]])
-    return AttentionWeights(norm, *products, None) if kind == "heads" else SwiGLUWeights(norm, *products)
+    if kind == "heads":
+        (norm,), products = shared([norm], [matrices])
+        attention = AttentionWeights(norm, *products, None)
+        return lambda x, delta: normed_heads(x, delta, attention, EPS, HEADS)
+    w1, w3, w2, *output = matrices
+    (norm,), (w13, w2, *output) = shared([norm], [[w1, w3], [w2], *([wo] for wo in output)])
+    return lambda x, delta: normed_swiglu(x, delta, SwiGLUWeights(norm, w13, w2), EPS, *output)
 
 
 def two_loops(kind: str, x: Tensor, delta: Tensor | None, weights: list[Tensor], one_node: bool) -> list[Tensor]:
     """A sublayer applied twice to its own stream: its results in both loops, by one node a loop or by separate ones."""
-    results, loops_read = [], read(kind, weights) if one_node else None
+    results, node = [], read(kind, weights) if one_node else None
     for _ in range(2):
-        if isinstance(loops_read, AttentionWeights):
-            *outputs, x = normed_heads(x, delta, loops_read, EPS, HEADS)
-        elif loops_read is not None:
-            *outputs, x = normed_swiglu(x, delta, loops_read, EPS)
+        if node is not None:
+            *outputs, x = node(x, delta)
         else:
             norm_weight, *matrices = weights
-            y, x = plain_norm(x, delta, norm_weight)
+            y, x = plain_norm(x, F.linear(delta, matrices.pop()) if kind == "output" else delta, norm_weight)
             if kind == "heads":
                 outputs = list(F.linear(y, matrices[0]).view(*x.shape[:-1], 3, HEADS, -1).unbind(-3))
             else:
@@ -68,12 +72,15 @@ def plain_norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor,
 
 
 def weights_of(kind: str) -> list[Tensor]:
-    shapes = [(3 * D, D)] if kind == "heads" else [(D_FF, D), (D_FF, D), (D, D_FF)]
+    of_swiglu = [(D_FF, D), (D_FF, D), (D, D_FF)]
+    shapes = {"heads": [(3 * D, D)], "swiglu": of_swiglu, "output": [*of_swiglu, (D, D)]}[kind]
     return [1 + torch.rand(D), *(torch.randn(shape) / shape[1] ** 0.5 for shape in shapes)]
 
 
-@pytest.mark.parametrize("kind", ["heads", "swiglu"])
-@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "with_delta"),
+    [("heads", False), ("heads", True), ("swiglu", False), ("swiglu", True), ("output", True)],
+)
 @pytest.mark.parametrize(
     ("stream", "dtype"),
     [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)],
@@ -106,16 +113,18 @@ def test_the_operations_one_by_one_give_the_same():
     torch.manual_seed(0)
     x, delta = torch.randn(2, 2, 5, D).unbind()
     norm, qkv = weights_of("heads")
-    w1, w3, w2 = weights_of("swiglu")[1:]
+    w1, w3, w2, wo = weights_of("output")[1:]
     y, _, total = rms_norm_penalty(delta, norm, eps=EPS, residual=x)
-    attention_weights = read("heads", [norm, qkv])
-    *heads, h = normed_heads(x, delta, attention_weights, EPS, HEADS)
+    *heads, h = read("heads", [norm, qkv])(x, delta)
     assert torch.equal(torch.stack(heads, 2).flatten(2), F.linear(y, qkv))
     assert torch.equal(h, total)
-    z, h = normed_swiglu(x, delta, read("swiglu", [norm, w1, w3, w2]), EPS)
+    z, h = read("swiglu", [norm, w1, w3, w2])(x, delta)
     assert torch.equal(z, F.linear(swiglu(F.linear(y, w1), F.linear(y, w3)), w2))
     assert torch.equal(h, total)
-    assert torch.equal(product(x, attention_weights.qkv), F.linear(x, qkv))
+    attended = product(delta, shared([], [[wo]])[1][0])
+    assert torch.equal(attended, F.linear(delta, wo))
+    joined, apart = read("output", [norm, w1, w3, w2, wo])(x, delta), read("swiglu", [norm, w1, w3, w2])(x, attended)
+    assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
 
 
 # The gradient of a weight ---------------------------------------------------------------------------------------------
@@ -150,15 +159,31 @@ def test_sums_on_a_cpu(dtype, summed_in):
     assert total.taken() == [None, None]
 
 
-@pytest.mark.parametrize("frozen", ["w1", "w1 and w3", "w2", "norm", "all", "all but the stream"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        "w1",
+        "w1 and w3",
+        "w2",
+        "norm",
+        "wo",
+        "mixed",
+        "mixed and wo",
+        "all",
+        "all but the stream",
+        "norm, w1, w3, w2, mixed, x",
+    ],
+)
 def test_gradients_that_nobody_needs_are_not_formed(frozen):
     torch.manual_seed(0)
-    names = ["norm", "w1", "w3", "w2"]
-    weights = weights_of("swiglu")
+    names = ["norm", "w1", "w3", "w2", "wo"]
+    weights = weights_of("output")
     for name, weight in zip(names, weights, strict=True):
         weight.requires_grad_(name not in frozen and "all" not in frozen)
-    x = torch.randn(2, 5, D, requires_grad=frozen != "all")
-    results = normed_swiglu(x, None, read("swiglu", weights), EPS)
+    x, mixed = torch.randn(2, 2, 5, D).unbind()
+    x.requires_grad_(frozen != "all" and "x" not in frozen.split(", "))
+    mixed.requires_grad_("mixed" not in frozen and "all" not in frozen)
+    results = read("output", weights)(x, mixed)
     if frozen == "all":
         assert not any(result.requires_grad for result in results)
         return
@@ -166,14 +191,16 @@ def test_gradients_that_nobody_needs_are_not_formed(frozen):
         sum(result.sum() for result in results).backward()
     for name, weight in zip(names, weights, strict=True):
         assert (weight.grad is not None) == weight.requires_grad, name
-    products = [name for name in calls.names if name == "mm"]
-    assert len(products) == 2 + (weights[1].requires_grad or weights[2].requires_grad) + weights[3].requires_grad
+    assert (mixed.grad is not None) == mixed.requires_grad
+    assert x.grad is not None or not x.requires_grad
+    formed = [weights[1].requires_grad or weights[2].requires_grad, *(each.requires_grad for each in weights[3:])]
+    assert calls.names.count("mm") == 2 + sum(formed) + mixed.requires_grad
 
 
 def test_a_frozen_stream_and_norm_need_no_gradient_of_the_norm():
     weights = weights_of("heads")
     weights[1].requires_grad_()
-    *heads, _ = normed_heads(torch.randn(2, 5, D), None, read("heads", weights), EPS, HEADS)
+    *heads, _ = read("heads", weights)(torch.randn(2, 5, D), None)
     with Calls() as calls:
         sum(head.sum() for head in heads).backward()
     assert calls.names.count("mm") == 1
@@ -295,7 +322,8 @@ def joined(monkeypatch) -> list[str]:
         monkeypatch.setattr(module, function.__name__, noted)
 
     note(block, normed_swiglu)
-    note(attention, normed_heads)
+    note(block, normed_heads)
+    note(block, product)
     return names
 
 
@@ -384,6 +412,17 @@ def test_a_hook_on_all_modules_is_called(joined):
     hook.remove()
     assert seen.count(nn.Linear) == 5 * len(decoder.blocks)
     assert joined == []
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_a_hook_on_a_part_is_called(joined, name):
+    decoder, seen = model(fused=True), []
+    expected = decoder.unroll(tokens(), 2)
+    joined.clear()
+    decoder.blocks[0].get_submodule(name).register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    torch.testing.assert_close(decoder.unroll(tokens(), 2), expected)
+    assert [part.shape for part in seen] == [expected[0].shape] * 2
+    assert joined == BOTH * 2
 
 
 def test_a_backward_hook_is_called(joined):

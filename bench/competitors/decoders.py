@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.measure.graphs import Replay
 from bench.measure.implementation import Implementation, by_name, is_ours
@@ -25,24 +25,15 @@ from looped.supervision import Supervision
 from train.step import training_step
 
 
-class EagerAttention(nn.Module):
-    """The same projections around `dropout(softmax(q k^T / sqrt(head_dim) + mask)) v`, every score in memory."""
+class EagerAttention(SelfAttention):
+    """`dropout(softmax(q k^T / sqrt(head_dim) + mask)) v` with every score in memory."""
 
-    def __init__(self, attention: SelfAttention) -> None:
-        super().__init__()
-        self.n_heads, self.dropout = attention.n_heads, attention.dropout
-        self.qkv, self.output = attention.qkv, attention.output
-
-    def forward(
-        self, x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, context: Context, weights: None
-    ) -> tuple[Tensor, Tensor]:
-        batch, seq_len, d_model = x.shape
-        y, x = context.implementation.add_and_normalise(x, delta, norm)
-        q, k, v = self.qkv(y).view(batch, seq_len, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [B, H, T, head_dim]
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=x.device).triu(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         probabilities = F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.dropout, self.training)
-        return self.output((probabilities @ v).transpose(1, 2).reshape(batch, seq_len, d_model)), x
+        return (probabilities @ v).transpose(1, 2).flatten(2)
 
 
 VARIANTS = ("fused", "plain", "fused-blocks-compiled", "plain-blocks-compiled", "eager")
@@ -67,7 +58,7 @@ def decoder(shape: DecoderShape, variant: str, device: torch.device = DEVICE) ->
         model = LoopedLM(config, fused=is_ours(variant))
     for block in (*model.prelude, *model.blocks, *model.coda):
         if variant == "eager":
-            block.attention = EagerAttention(block.attention)
+            block.attention.__class__ = EagerAttention
         if IMPLEMENTATIONS[variant].compiles:
             block.compile(dynamic=False)  # one by one, as PyTorch recommends for repeated blocks: one graph for all
     return model
