@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import check_rows
 from .device import accumulator, cpu_blocks, implementation, uses_triton
-from .registration import register
+from .registration import refuse_create_graph, register
 from .row_norm import CPU_ROW_TENSORS, radial_fraction, rows_of
 
 
@@ -96,8 +96,8 @@ class _RadialGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddot, dgrad_square, dstate_square, _):
-        dh, dgrad = _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
-        return dh, dgrad
+        refuse_create_graph()
+        return _radial_gradient_backward(*ctx.saved_tensors, ddot, dgrad_square, dstate_square)
 
 
 _radial_gradient = register(

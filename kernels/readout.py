@@ -36,7 +36,7 @@ from .device import accumulator, product_dtype
 from .out_of_memory import halve, within_memory
 from .products import form_gradients, form_logits, head_accumulator, logits_space
 from .readout_call import PARAMETERS, ReadoutCall, ReadoutResults, ReadoutTensors
-from .registration import register
+from .registration import refuse_create_graph, register
 from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 from .row_weights import LossScales, loss_sums, row_weights, scaled
 from .sharded_readout import read_out_shard, weigh_all
@@ -299,6 +299,7 @@ class _Readout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dtotal, _, dce, *__):
+        refuse_create_graph()
         if dtotal is None and dce is None:
             return (None,) * len(ctx.needs_input_grad)
         states = list(ctx.saved_tensors[: ctx.n_states])

@@ -24,17 +24,10 @@ def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-class _Last(torch.autograd.Function):
-    """Results of an op that has no derivative.  To ask for one is an error: else it would be taken for 0."""
-
-    @staticmethod
-    def forward(ctx: Any, op: "Op", arguments: tuple[Any, ...], *inputs: torch.Tensor) -> Any:
-        ctx.op = op
-        return tuple(op.below_autograd(*arguments))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(f"{ctx.op.registered} has no derivative: gradients through the kernels are first ones only.")
+def refuse_create_graph() -> None:
+    """Raise in a backward pass that is itself recorded: a second one would take what the kernels give for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused kernels have no second derivatives, and create_graph must be False. Got True.")
 
 
 class Op:
@@ -49,13 +42,12 @@ class Op:
         self, name: str, body: Callable[..., Any], differentiated: Callable[..., Any] | None, carrier: type | None
     ) -> None:
         self.registered = getattr(torch.ops.looped, name).default
-        self.body, self.carrier = body, carrier
-        self.differentiated = self._for_the_last_time if differentiated is None else differentiated
+        self.body, self.differentiated, self.carrier = body, differentiated, carrier
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not is_plain(arguments, self.carrier):
             return self.registered(*self.flat(arguments))
-        if torch.is_grad_enabled():
+        if self.differentiated is not None and torch.is_grad_enabled():
             return self.differentiated(*arguments)
         return self._run(arguments)
 
@@ -65,11 +57,6 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.registered(*self.flat(arguments))
         return self._run(arguments)
-
-    def _for_the_last_time(self, *arguments: Any) -> Any:
-        lists = [argument if isinstance(argument, list) else [argument] for argument in arguments]
-        inputs = [tensor for tensors in lists for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        return list(_Last.apply(self, arguments, *inputs))
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
@@ -113,7 +100,7 @@ def register(
     function wherever it is called.
     fake: gives results of the same shapes and dtypes, without values.
     differentiated: what a call runs that autograd may record: an `autograd.Function`, or what applies one; it calls the
-    op's `below_autograd`.  None: the op gives several tensors that have no derivative.
+    op's `below_autograd`.  None: the op's results have no gradient.
     carrier: the class of the functions' last argument, if a schema cannot hold it.  Its `flat` gives the two last
     arguments of the schema, its `of` is the way back.
     """
@@ -129,8 +116,8 @@ def register(
             return body(*op.whole(arguments))
 
     def recorded(*arguments: Any) -> Any:
-        if differentiated is not None or torch.is_grad_enabled():
-            return (differentiated or op.differentiated)(*op.whole(arguments))
+        if differentiated is not None:
+            return differentiated(*op.whole(arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return op.registered(*arguments)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import check_eps, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
-from .registration import register
+from .registration import refuse_create_graph, register
 from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 
 
@@ -92,6 +92,7 @@ class _RMSNormPenalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dmean_square, dtotal=None):
+        refuse_create_graph()
         h, weight = ctx.saved_tensors
         if dy is None and dmean_square is None and dtotal is None:
             return None, None, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arguments import check_values
 from .device import implementation, uses_triton
-from .registration import register
+from .registration import refuse_create_graph, register
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -87,6 +87,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_create_graph()
         need_dgate, need_dup = ctx.needs_input_grad
         dgate, dup = _swiglu_backward(dy, *ctx.saved_tensors, need_dgate, need_dup)
         return dgate if need_dgate else None, dup if need_dup else None

@@ -29,24 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from looped.kernels.registration import AUTOCAST, recording
+from looped.kernels.registration import AUTOCAST, recording, refuse_create_graph
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward
 from looped.kernels.swiglu import swiglu_backward, swiglu_forward
 from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
 
-NOTHING = contextlib.nullcontext()
+NO_GUARD = contextlib.nullcontext()
 
 
 def _first_derivative(ctx: Any) -> Any:
-    """What a backward pass runs in: without autocast, as all is in the dtype that the forward pass has chosen.
-
-    A second derivative would take the first for a constant, so it is refused.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("the fused decoder has no second derivatives, and create_graph must be False. Got True.")
+    """What a backward pass runs in: without autocast, as all is in the dtype that the forward pass has chosen."""
+    refuse_create_graph()
     if not isinstance(ctx, BackwardCFunction):
         raise RuntimeError("under compiled autograd the forward pass must be compiled, too.")
-    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST) if torch._C._is_any_autocast_enabled() else NOTHING
+    return torch._C._ExcludeDispatchKeyGuard(AUTOCAST) if torch._C._is_any_autocast_enabled() else NO_GUARD
 
 
 def _normalise(
@@ -110,24 +106,24 @@ class _SwiGLU(torch.autograd.Function):
         if output is not None:
             mixed, delta = delta, F.linear(delta, output)
         y, h = _normalise(ctx, x, delta, norm_weight, eps, w13.dtype)
-        gate, up = F.linear(y, w13).chunk(2, -1)
-        hidden = swiglu_forward(gate, up)
+        both = F.linear(y, w13)
+        hidden = swiglu_forward(*both.chunk(2, -1))
         ctx.sum_output, ctx.norm_sum, ctx.sum13, ctx.sum2 = sum_output, norm_sum, sum13, sum2
         ctx.nodes = [None if weight is None else weight.grad_fn for weight in (output, norm_weight, w13, w2)]
-        ctx.save_for_backward(mixed, y, h, output, norm_weight, w13, w2, gate, up, hidden)
+        ctx.save_for_backward(mixed, y, h, output, norm_weight, w13, w2, both, hidden)
         return F.linear(hidden.view(*x.shape[:-1], -1), w2), h
 
     @staticmethod
     def backward(ctx, dz, dh):
         dx = ddelta = None
         with _first_derivative(ctx):
-            mixed, y, h, output, norm_weight, w13, w2, gate, up, hidden = ctx.saved_tensors
+            mixed, y, h, output, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
             need_doutput, need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
             dz = dz.reshape(y.shape[0], -1)
             if need_dw2:
                 ctx.sum2.add(dz, hidden)
-            g = y.new_empty((y.shape[0], w13.shape[0]))
-            swiglu_backward(torch.mm(dz, w2), gate, up, *g.chunk(2, -1))
+            g = torch.empty_like(both)
+            swiglu_backward(torch.mm(dz, w2), *both.chunk(2, -1), *g.chunk(2, -1))
             if need_dw13:
                 ctx.sum13.add(g, y)
             if need_doutput or need_dnorm or any(ctx.needs_input_grad[:2]):

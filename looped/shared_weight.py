@@ -111,15 +111,15 @@ class _Read(torch.autograd.Function):
         return None, *[gradient for sum in ctx.sums for gradient in sum.taken()]
 
 
-_read_as_one = recording(_Read)
+_read_node = recording(_Read)
 
 
 def _read(sums: Sequence[NormSum | ProductSum]) -> Sequence[Tensor]:
     weights = [weight for sum in sums for weight in sum.weights]
     if all(weight.requires_grad for weight in weights):
-        return _read_as_one(sums, *weights)
+        return _read_node(sums, *weights)
     # each by itself, so that no gradient is formed of those of which all are frozen
-    return [_read_as_one([sum], *sum.weights)[0] for sum in sums]
+    return [_read_node([sum], *sum.weights)[0] for sum in sums]
 
 
 def shared(

@@ -56,6 +56,13 @@ def test_loss_options(backend, device, options, n_tokens, vocabulary):
     Case((2, n_tokens, 32, vocabulary), device, bias=True, **options).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [4096, 5000])
+def test_gradients_beside_statistics(backend, device, dtype, vocabulary):
+    """Of whole steps over a row, which have no mask then, and of the rest."""
+    Case((1, 3, 24, vocabulary), device, dtype).check(statistics=True)
+
+
 shapes = st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(8, 70), st.integers(8, 300))
 options = st.fixed_dictionaries(
     {

@@ -127,6 +127,19 @@ def test_the_operations_one_by_one_give_the_same():
     assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["heads", "output"])
+def test_what_is_saved_may_come_back_as_a_copy(backend, device, kind):
+    """Not in the same layout, as from a CPU that activations were moved to."""
+    torch.manual_seed(0)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (*torch.randn(2, 2, 5, D).unbind(), *weights_of(kind))]
+    found = []
+    for pack in (lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            results = read(kind, leaves[2:])(*leaves[:2])
+        found.append(torch.autograd.grad(sum(result.square().sum() for result in results), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # The gradient of a weight ---------------------------------------------------------------------------------------------
 
 

@@ -156,7 +156,7 @@ def test_the_decoders_bits_on_a_cpu_are_the_same_fused_or_plain(dtype, autocast)
     for implementation in (FUSED, PLAIN):
         h = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y, _ = module(h, None, nn.Identity(), Context(replace(PLAIN, glu=implementation.glu)), None)
+            y, _ = module(h, None, nn.Identity(), Context(replace(PLAIN, glu=implementation.glu)))
         found.append((y, *torch.autograd.grad(y, (h, *module.parameters()), dy.to(y.dtype))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

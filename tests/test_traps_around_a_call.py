@@ -32,16 +32,9 @@ def test_second_derivatives_are_refused(operation, dispatched):
     """A first derivative that is a constant to the second would leave out a part of it."""
     h, g = torch.randn(2, 3, 8, requires_grad=True).unbind()
     with FlopCounterMode(display=False) if dispatched else nullcontext():
-        (first,) = torch.autograd.grad(OPERATIONS[operation](h, g).square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="gradients through the kernels are first ones only"):
-        torch.autograd.grad((first * h).sum(), h)
-
-
-def test_weights_of_a_loss_have_a_constant_gradient():
-    case = Case((2, 5, 8, 11), weights="token")
-    weights = case.tensors["weights"].requires_grad_()
-    loss = looped_cross_entropy(case.tensors["states"], case.tensors["head"], case.targets, weights=weights).loss
-    assert not torch.autograd.grad(loss, weights, create_graph=True)[0].requires_grad
+        result = OPERATIONS[operation](h, g).sum()
+        with pytest.raises(RuntimeError, match=r"create_graph must be False\. Got True"):
+            torch.autograd.grad(result, g, create_graph=True)
 
 
 def test_trap_autocast(backend, device):

@@ -33,7 +33,7 @@ def estimate(preset: str, supervision: Supervision = "per-loop") -> Estimate:
     tokens = round(training.epochs * CORPUS_TOKENS * training.seq_len / training.stride)
     options = plan.parse([
         "--preset", preset, "--gpu", "h200", "--supervision", supervision, "--batch-size", str(training.batch_size),
-        "--grad-accumulation", str(training.grad_accumulation),
+        "--seq-len", str(training.seq_len), "--grad-accumulation", str(training.grad_accumulation),
     ])  # fmt: skip
     return Estimate(
         parameters=parameters(options.model).total,
