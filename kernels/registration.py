@@ -25,7 +25,7 @@ def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def refuse_create_graph() -> None:
-    """Raise in a backward pass that is itself recorded: a second one would take what the kernels give for a constant."""
+    """Raise in a backward pass that is itself recorded: a second one would take its results for constants."""
     if torch.is_grad_enabled():
         raise RuntimeError("the fused kernels have no second derivatives, and create_graph must be False. Got True.")
 
