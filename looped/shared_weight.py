@@ -63,8 +63,10 @@ class ProductSum:
         first, dtype = self.weights[0], autocast_dtype(self.weights[0])
         if len(self.weights) == 1:
             return first.to(dtype)
-        rows = sum([weight.shape[0] for weight in self.weights])
-        return torch.cat(list(self.weights), out=first.new_empty((rows, first.shape[1]), dtype=dtype))
+        rows = [weight.shape[0] for weight in self.weights]
+        read = first.new_empty((sum(rows), first.shape[1]), dtype=dtype)
+        torch._foreach_copy_(read.split(rows), list(self.weights))
+        return read
 
     def add(self, g: Tensor, y: Tensor) -> None:
         """Add g^T y, for g [rows, V_1 + V_2 + ...] and y [rows, d] of one dtype."""
