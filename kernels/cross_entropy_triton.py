@@ -3,6 +3,8 @@
 The first read finds the row's maximum and sum, the second leaves the gradient.  A row fits the second-level cache, so
 that memory sees one read and one write.  No row is held in registers: 32 to 64 registers a thread let several programs
 share a multiprocessor, and while one computes the others load.  Each loads its next steps while it computes, too.
+With statistics, whose arithmetic takes longer than the memory, whole steps have no masks: the rest of a row has a loop
+of its own.
 
 The target's column is one in thousands, so no step looks for it: its share of the gradient is put in at the end.
 
@@ -100,7 +102,7 @@ def summed(
     sum_z = tl.zeros((), tl.float32)
     top = tl.full((), float("-inf"), tl.float32)
     top_step = tl.zeros((), tl.int32)
-    n_whole = n_columns // BLOCK_VOCAB * BLOCK_VOCAB if STATISTICS else 0
+    n_whole = n_columns // BLOCK_VOCAB * BLOCK_VOCAB if STATISTICS else 0  # columns of steps without masks
     for MASKED in tl.static_range(0 if STATISTICS else 1, 2):
         begin, end = n_whole if MASKED else 0, n_columns if MASKED else n_whole
         for start in tl.range(begin, end, BLOCK_VOCAB, num_stages=1 if MASKED and STATISTICS else STAGES):
@@ -154,7 +156,7 @@ def finished(
     moment = tl.zeros((BLOCK_VOCAB,), tl.float32)
     second = tl.full((BLOCK_VOCAB,), float("-inf"), tl.float32)
     n_read = n_columns if STATISTICS else tl.where(counts, n_columns, 0)
-    n_whole = n_columns // BLOCK_VOCAB * BLOCK_VOCAB if STATISTICS else 0
+    n_whole = n_columns // BLOCK_VOCAB * BLOCK_VOCAB if STATISTICS else 0  # columns of steps without masks
     for MASKED in tl.static_range(0 if STATISTICS else 1, 2):
         begin, end = n_whole if MASKED else 0, n_read if MASKED else n_whole
         for start in tl.range(begin, end, BLOCK_VOCAB, num_stages=1 if MASKED and STATISTICS else STAGES):
