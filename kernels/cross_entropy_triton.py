@@ -39,13 +39,14 @@ def tanh(x):
 
 
 @triton.jit
-def softcapped(x, softcap, IN_16_BITS: tl.constexpr):
-    """softcap * tanh(x / softcap) of logits x, which came IN_16_BITS or not.
+def softcapped(x, softcap, EXACT: tl.constexpr):
+    """softcap * tanh(x / softcap).
 
-    Logits of 16 bits have been rounded, so that a form of three fifths of the instructions does.  Its error, of a few
-    units of 2^-22 softcap, does not shrink with x: it is for softcaps as people use them.
+    Where not EXACT by a form of three fifths of the instructions.  Its error, of a few units of 2^-22 softcap, does not
+    shrink with x.  That is little beside the rounding of logits to 16 bits, if the softcap is as people use it.  But it
+    makes small logits equal, so that statistics, which say which is the largest, take the exact form.
     """
-    if not IN_16_BITS:
+    if EXACT:
         return softcap * tanh(x * (1.0 / softcap))
     if softcap > 100.0:
         z = softcap * tanh(x * (1.0 / softcap))
@@ -55,7 +56,9 @@ def softcapped(x, softcap, IN_16_BITS: tl.constexpr):
 
 
 @triton.jit
-def load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, MASKED: tl.constexpr):
+def load_logits(
+    logits_row, bias_ptr, column, n_columns, row_length, softcap, EXACT: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary, where not MASKED says that none is.
 
     Read to the end of the row in memory, as only a mask of 16 columns each keeps accesses wide.
@@ -68,18 +71,18 @@ def load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, MA
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
     if softcap is not None:
-        z = softcapped(z, softcap, logits_row.dtype.element_ty != tl.float32)
+        z = softcapped(z, softcap, EXACT or logits_row.dtype.element_ty == tl.float32)
     return tl.where(in_columns, z, float("-inf")) if MASKED else z
 
 
 @triton.jit
-def target_logit(logits_row, bias_ptr, target, in_range, softcap):
+def target_logit(logits_row, bias_ptr, target, in_range, softcap, EXACT: tl.constexpr):
     """z of the target's column; of a target out of range 0 before the softcap."""
     z = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + target, mask=in_range, other=0.0).to(tl.float32)
     if softcap is not None:
-        z = softcapped(z, softcap, logits_row.dtype.element_ty != tl.float32)
+        z = softcapped(z, softcap, EXACT or logits_row.dtype.element_ty == tl.float32)
     return z
 
 
@@ -107,7 +110,7 @@ def summed(
         begin, end = n_whole if MASKED else 0, n_columns if MASKED else n_whole
         for start in tl.range(begin, end, BLOCK_VOCAB, num_stages=1 if MASKED and STATISTICS else STAGES):
             column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, MASKED)
+            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, STATISTICS, MASKED)
             largest = tl.max(z, axis=0)
             if STATISTICS:
                 top_step = tl.where(largest > top, start, top_step)
@@ -124,7 +127,7 @@ def summed(
     if STATISTICS:
         total = tl.sum(total, axis=0)
         column = top_step + block_column
-        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, True)
+        z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, STATISTICS, True)
         best = tl.min(tl.where(z == top, column, n_columns - 1), axis=0)  # none is, where all are nan
     return maximum, shift, total, pivot, sum_z, top, best
 
@@ -161,7 +164,7 @@ def finished(
         begin, end = n_whole if MASKED else 0, n_read if MASKED else n_whole
         for start in tl.range(begin, end, BLOCK_VOCAB, num_stages=1 if MASKED and STATISTICS else STAGES):
             column = start + block_column
-            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, MASKED)
+            z = load_logits(logits_row, bias_ptr, column, n_columns, row_length, softcap, STATISTICS, MASKED)
             exponent = tl.fma(z, LOG2E, -shift)
             e = tl.exp2(exponent)
             if STATISTICS:
@@ -231,7 +234,7 @@ def cross_entropy_kernel(
         counts = counts & (tl.load(row_weight_ptr + out) != 0.0)
 
     # the target's logit, loaded before any gradient is stored
-    z_target = target_logit(logits_row, bias_ptr, target, in_range, softcap)
+    z_target = target_logit(logits_row, bias_ptr, target, in_range, softcap, STATISTICS)
 
     maximum, shift, total, pivot, sum_z, top, best = summed(
         logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES

@@ -38,7 +38,7 @@ def parts_kernel(
     target = tl.load(targets_ptr + row) - first_column
     here = (target >= 0) & (target < n_columns)
 
-    z_target = target_logit(logits_row, bias_ptr, target, here, softcap)
+    z_target = target_logit(logits_row, bias_ptr, target, here, softcap, STATISTICS)
     maximum, shift, total, pivot, sum_z, _, best = summed(
         logits_row, bias_ptr, block_column, n_columns, row_length, smoothing, softcap, STATISTICS, STAGES
     )

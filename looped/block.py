@@ -1,5 +1,8 @@
 """One block of the decoder: attention and SwiGLU, each behind a norm and added to the residual stream."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -8,7 +11,8 @@ from looped.attention import SelfAttention
 from looped.config import LoopedConfig
 from looped.context import Context
 from looped.dropout import dropout
-from looped.implementation import Implementation
+from looped.implementation import FORWARDS, Implementation, does_only
+from looped.kernels.device import uses_triton
 from looped.kernels.registration import is_plain
 from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_heads, normed_swiglu, product
 from looped.shared_weight import shared
@@ -27,6 +31,9 @@ class SwiGLU(nn.Module):
         """SwiGLU's result, and x + delta; all [B, T, d]. delta may be None, which is 0."""
         y, x = context.implementation.add_and_normalise(x, delta, norm)
         return self.w2(context.implementation.glu(self.w1(y), self.w3(y))), x
+
+
+PARTS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in (SelfAttention, SwiGLU)}
 
 
 class Block(nn.Module):
@@ -86,11 +93,15 @@ class Block(nn.Module):
         FSDP2, which gathers weights when a part of the block is called, makes a class of its own of that part.
         """
         attention, mlp = self.attention, self.mlp
-        if _has_any_global_hook() or not (_is_only(attention, SelfAttention) and _is_only(mlp, SwiGLU)):
+        if _has_any_global_hook() or not (does_only(attention, PARTS) and does_only(mlp, PARTS)):
             return None
         modules = attention.qkv, attention.output, mlp.w1, mlp.w3, mlp.w2, self.attention_norm, self.mlp_norm
-        weights = [weight for module in modules if (weight := _only_weight(module)) is not None]
-        if len(weights) < len(modules) or not is_plain(weights):
+        layers = [module._parameters for module in modules if does_only(module, FORWARDS)]
+        found = [layer.get("weight") for layer in layers if layer.get("bias") is None]
+        weights = [weight for weight in found if weight is not None]
+        if len(weights) < len(modules) or None in (self.attention_norm.eps, self.mlp_norm.eps):
+            return None
+        if not is_plain(weights) or (weights[0].dtype == torch.float64 and uses_triton(weights[0])):
             return None
         qkv, output, w1, w3, w2, *norms = weights
         (attention_norm, mlp_norm), products = shared(norms, [[qkv], [output], [w1, w3], [w2]])
@@ -109,16 +120,3 @@ def normalised_stream(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm, impleme
     """RMSNorm(x + delta) as the residual stream itself: in x's dtype, which autocast must not round."""
     with torch.autocast(x.device.type, enabled=False):
         return implementation.add_and_normalise(x, None if delta is None else delta.to(x.dtype), norm)[0]
-
-
-def _is_only(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling the module is what its class, one of `kinds`, defines, and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in kinds and "forward" not in vars(module) and not hooks
-
-
-def _only_weight(module: nn.Module) -> Tensor | None:
-    """The weight of a linear layer or norm, if calling it is to multiply with the weight, and nothing else."""
-    own = module._parameters
-    alone = _is_only(module, nn.Linear, nn.RMSNorm) and own.get("bias") is None
-    return own.get("weight") if alone else None

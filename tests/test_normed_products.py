@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from looped import block
+from looped.attention import SelfAttention
+from looped.block import SwiGLU
 from looped.kernels import rms_norm_penalty, swiglu
 from looped.normed_products import AttentionWeights, SwiGLUWeights, normed_heads, normed_swiglu, product
 from looped.shared_weight import ProductSum, shared
@@ -127,15 +129,15 @@ def test_the_operations_one_by_one_give_the_same():
     assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["heads", "output"])
-def test_what_is_saved_may_come_back_as_a_copy(backend, device, kind):
+def test_what_is_saved_may_come_back_as_a_copy(backend, device):
     """Not in the same layout, as from a CPU that activations were moved to."""
     torch.manual_seed(0)
-    leaves = [tensor.to(device).requires_grad_() for tensor in (*torch.randn(2, 2, 5, D).unbind(), *weights_of(kind))]
+    x, mixed = torch.randn(2, 5, 2, D).transpose(1, 2).unbind()
+    leaves = [tensor.to(device).requires_grad_() for tensor in (x, mixed, *weights_of("output"))]
     found = []
     for pack in (lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            results = read(kind, leaves[2:])(*leaves[:2])
+            results = read("output", leaves[2:])(*leaves[:2])
         found.append(torch.autograd.grad(sum(result.square().sum() for result in results), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -402,6 +404,54 @@ def test_a_norm_whose_weight_is_not_its_own(joined, name):
     assert joined == BOTH * (2 + 4)
 
 
+@pytest.mark.parametrize("how", ["hook", "method"])
+@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm"])
+def test_a_norm_that_does_more_does_it(joined, name, how):
+    decoder, expected = model(fused=True), model(fused=True)
+    expected.blocks[0].get_submodule(name).weight.data.mul_(2)
+    DOUBLED[how](decoder.blocks[0].get_submodule(name))
+    torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
+    assert joined == BOTH * (2 + 4)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(D), nn.RMSNorm(D, eps=None)])
+def test_another_norm(joined, norm):
+    decoder, plain = model(fused=True), model(fused=False)
+    decoder.blocks[0].mlp_norm = plain.blocks[0].mlp_norm = norm
+    torch.testing.assert_close(decoder.unroll(tokens(), 2), plain.unroll(tokens(), 2))
+    assert joined == BOTH * 2
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, SwiGLU, nn.Linear, nn.RMSNorm])
+def test_a_class_whose_forward_is_replaced(joined, monkeypatch, kind):
+    """As libraries do that measure or quantise: with and without gradients it acts."""
+    seen, own = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *given: (seen.append(given), own(*given))[1])
+    decoder = model(fused=True)
+    decoder.unroll(tokens(), 2)
+    called = len(seen)
+    with torch.no_grad():
+        decoder.unroll(tokens(), 2)
+    assert 0 < called == len(seen) / 2
+    assert joined == []
+
+
+def test_a_part_that_is_compiled_is_called(joined):
+    decoder, graphs = model(fused=True), []
+    decoder.blocks[0].mlp.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    decoder.unroll(tokens(), 2)
+    assert graphs
+    assert joined == BOTH * 2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_float64_is_refused_on_a_gpu(monkeypatch, grad):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    decoder = model(fused=True).double()
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="float64"):
+        decoder.unroll(tokens(), 1)
+
+
 def test_a_norm_without_a_weight(joined):
     decoder, expected = model(fused=True), model(fused=True)
     expected.blocks[0].mlp_norm.weight.data.fill_(1)
@@ -438,9 +488,10 @@ def test_a_hook_on_a_part_is_called(joined, name):
     assert joined == BOTH * 2
 
 
-def test_a_backward_hook_is_called(joined):
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_is_called(joined, register):
     decoder, seen = model(fused=True), []
-    decoder.blocks[0].mlp.w3.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    getattr(decoder.blocks[0].mlp.w3, register)(lambda module, *gradients: seen.append(module))
     decoder.unroll(tokens(), 2)[-1].sum().backward()
     assert len(seen) == 2
     assert joined == BOTH * 2
