@@ -4,12 +4,12 @@
     heads:    q, k, v = y W^T,   W = (Wq; Wk; Wv)
     SwiGLU:   (gate, up) = y (W1; W3)^T,   z = (silu(gate) * up) W2^T;   before it, delta = mixed Wo^T
 
-What is computed is that of the operations one by one: `rms_norm_penalty`, linear layers, `swiglu`.  So is what is saved,
-but for frozen weights.  It is the host's time that is less.  A node that is written in Python takes the host as long as three or four launches,
-recorded and run backward.  With one for each norm and each SwiGLU, a step in which the host decides took a third longer
-than plain PyTorch's.  A node that has the products in it stands for those of PyTorch, too.  TransformerEngine draws the
-same lines (LayerNormLinear, LayerNormMLP).  Attention's last product, with Wo, belongs to the node of SwiGLU, unless a
-second norm stands between them.
+What is computed is that of the operations one by one: `rms_norm_penalty`, linear layers, `swiglu`.  So is what is
+saved, but for frozen weights.  It is the host's time that is less.  A node that is written in Python takes the host as
+long as three or four launches, recorded and run backward.  With one for each norm and each SwiGLU, a step in which the
+host decides took a third longer than plain PyTorch's.  A node that has the products in it stands for those of PyTorch,
+too.  TransformerEngine draws the same lines (LayerNormLinear, LayerNormMLP).  Attention's last product, with Wo,
+belongs to the node of SwiGLU, unless a second norm stands between them.
 
 There is less to do on the GPU, too:
 
