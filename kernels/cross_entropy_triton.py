@@ -59,7 +59,7 @@ def softcapped(x, softcap, EXACT: tl.constexpr):
 def load_logits(
     logits_row, bias_ptr, column, n_columns, row_length, softcap, EXACT: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary, where not MASKED says that none is.
+    """z [BLOCK_VOCAB] after bias and softcap; -inf outside the vocabulary.  Where not MASKED, no column is outside.
 
     Read to the end of the row in memory, as only a mask of 16 columns each keeps accesses wide.
     """
