@@ -42,8 +42,8 @@ def tanh(x):
 def softcapped(x, softcap, EXACT: tl.constexpr):
     """softcap * tanh(x / softcap).
 
-    Where not EXACT by a form of fewer instructions.  Its error, of a few units of 2^-22 softcap, does not shrink with x.
-    That is little beside the rounding of logits to 16 bits, if the softcap is as people use it.  But it makes small
+    Where not EXACT by a form of fewer instructions.  Its error, of a few units of 2^-22 softcap, does not shrink with
+    x.  That is little beside the rounding of logits to 16 bits, if the softcap is as people use it.  But it makes small
     logits equal, so that statistics, which say which is the largest, take the exact form.
     """
     if EXACT:
