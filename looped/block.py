@@ -33,6 +33,7 @@ class SwiGLU(nn.Module):
         return self.w2(context.implementation.glu(self.w1(y), self.w3(y))), x
 
 
+# As FORWARDS.
 PARTS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in (SelfAttention, SwiGLU)}
 
 

@@ -61,7 +61,7 @@ def does_only(module: nn.Module, forwards: Mapping[type[nn.Module], Callable[...
 
 def _add_and_normalise_fused(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """One kernel for the sum and its norm. A norm that is more than PyTorch's is called."""
-    if norm.eps is None or not does_only(norm, FORWARDS):
+    if not does_only(norm, FORWARDS) or norm.eps is None:
         return _add_and_normalise(x, delta, norm)
     if delta is None:
         return rms_norm_penalty(x, norm.weight, eps=norm.eps).y, x

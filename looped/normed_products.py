@@ -32,7 +32,7 @@ from torch.autograd.function import BackwardCFunction
 from looped.kernels.registration import AUTOCAST, recording, refuse_create_graph
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward
 from looped.kernels.swiglu import swiglu_backward, swiglu_forward
-from looped.shared_weight import SharedNorm, SharedProduct, is_wanted
+from looped.shared_weight import NormSum, SharedNorm, SharedProduct, wanted
 
 NO_GUARD = contextlib.nullcontext()
 
@@ -62,13 +62,13 @@ def _normalise(
 
 
 def _normalise_backward(
-    ctx: Any, dy: Tensor, dh_past: Tensor, h: Tensor, norm_weight: Tensor, need_dweight: bool
+    ctx: Any, dy: Tensor, dh_past: Tensor, h: Tensor, norm_weight: Tensor, norm_sum: NormSum | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and delta. dh_past: that of h without the norm's."""
+    """The gradients of x and delta. dh_past: that of h without the norm's. norm_sum: None if it is not needed."""
     dh = torch.empty_like(h)
     dtype = ctx.delta_dtype
     ddelta = None if dtype is None or dtype == h.dtype else torch.empty_like(h, dtype=dtype)
-    partial, add = ctx.norm_sum.partial_sums(h) if need_dweight else (None, False)
+    partial, add = (None, False) if norm_sum is None else norm_sum.partial_sums(h)
     tensors = NormBackward(
         dy.view(h.shape), h, norm_weight, dtotal=dh_past.contiguous(), dh=dh, dx=ddelta, dweight=partial
     )
@@ -78,10 +78,10 @@ def _normalise_backward(
 
 class _Heads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, norm_weight, weight, norm_sum, sum, eps, n_heads):
+    def forward(ctx, x, delta, norm_weight, weight, sums, eps, n_heads):
         y, h = _normalise(ctx, x, delta, norm_weight, eps, weight.dtype)
         q, k, v = F.linear(y, weight).view(*x.shape[:-1], 3, n_heads, -1).unbind(-3)
-        ctx.norm_sum, ctx.sum, ctx.nodes = norm_sum, sum, (norm_weight.grad_fn, weight.grad_fn)
+        ctx.sums, ctx.nodes = sums, (norm_weight.grad_fn, weight.grad_fn)
         ctx.save_for_backward(y, h, norm_weight, weight)
         return q, k, v, h
 
@@ -90,25 +90,25 @@ class _Heads(torch.autograd.Function):
         dx = ddelta = None
         with _first_derivative(ctx):
             y, h, norm_weight, weight = ctx.saved_tensors
-            need_dnorm, need_dweight = map(is_wanted, ctx.nodes)
+            norm_sum, weight_sum = map(wanted, ctx.sums, ctx.nodes)
             g = torch.stack((dq, dk, dv), -3).view(y.shape[0], -1)
-            if need_dweight:
-                ctx.sum.add(g, y)
-            if need_dnorm or any(ctx.needs_input_grad[:2]):
-                dx, ddelta = _normalise_backward(ctx, torch.mm(g, weight), dh, h, norm_weight, need_dnorm)
-        return dx, ddelta, None, None, None, None, None, None
+            if weight_sum is not None:
+                weight_sum.add(g, y)
+            if norm_sum is not None or any(ctx.needs_input_grad[:2]):
+                dx, ddelta = _normalise_backward(ctx, torch.mm(g, weight), dh, h, norm_weight, norm_sum)
+        return dx, ddelta, None, None, None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, output, norm_weight, w13, w2, sum_output, norm_sum, sum13, sum2, eps):
+    def forward(ctx, x, delta, output, norm_weight, w13, w2, sums, eps):
         mixed = None
         if output is not None:
             mixed, delta = delta, F.linear(delta, output)
         y, h = _normalise(ctx, x, delta, norm_weight, eps, w13.dtype)
         both = F.linear(y, w13)
         hidden = swiglu_forward(*both.chunk(2, -1))
-        ctx.sum_output, ctx.norm_sum, ctx.sum13, ctx.sum2 = sum_output, norm_sum, sum13, sum2
+        ctx.sums = sums
         ctx.nodes = [None if weight is None else weight.grad_fn for weight in (output, norm_weight, w13, w2)]
         ctx.save_for_backward(mixed, y, h, output, norm_weight, w13, w2, both, hidden)
         return F.linear(hidden.view(*x.shape[:-1], -1), w2), h
@@ -118,22 +118,22 @@ class _SwiGLU(torch.autograd.Function):
         dx = ddelta = None
         with _first_derivative(ctx):
             mixed, y, h, output, norm_weight, w13, w2, both, hidden = ctx.saved_tensors
-            need_doutput, need_dnorm, need_dw13, need_dw2 = map(is_wanted, ctx.nodes)
+            output_sum, norm_sum, sum13, sum2 = map(wanted, ctx.sums, ctx.nodes)
             dz = dz.reshape(y.shape[0], -1)
-            if need_dw2:
-                ctx.sum2.add(dz, hidden)
+            if sum2 is not None:
+                sum2.add(dz, hidden)
             g = torch.empty_like(both)
             swiglu_backward(torch.mm(dz, w2), *both.chunk(2, -1), *g.chunk(2, -1))
-            if need_dw13:
-                ctx.sum13.add(g, y)
-            if need_doutput or need_dnorm or any(ctx.needs_input_grad[:2]):
-                dx, ddelta = _normalise_backward(ctx, torch.mm(g, w13), dh, h, norm_weight, need_dnorm)
+            if sum13 is not None:
+                sum13.add(g, y)
+            if output_sum is not None or norm_sum is not None or any(ctx.needs_input_grad[:2]):
+                dx, ddelta = _normalise_backward(ctx, torch.mm(g, w13), dh, h, norm_weight, norm_sum)
             if mixed is not None and ddelta is not None:
                 ddelta = ddelta.view(y.shape)
-                if need_doutput:
-                    ctx.sum_output.add(ddelta, mixed.reshape(y.shape[0], -1))
+                if output_sum is not None:
+                    output_sum.add(ddelta, mixed.reshape(y.shape[0], -1))
                 ddelta = torch.mm(ddelta, output).view(mixed.shape) if ctx.needs_input_grad[1] else None
-        return dx, ddelta, None, None, None, None, None, None, None, None, None
+        return dx, ddelta, None, None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -148,7 +148,7 @@ class _Product(torch.autograd.Function):
         with _first_derivative(ctx):
             x, weight = ctx.saved_tensors
             dz = dz.reshape(-1, weight.shape[0])
-            if is_wanted(ctx.node):
+            if wanted(ctx.sum, ctx.node) is not None:
                 ctx.sum.add(dz, x.reshape(dz.shape[0], -1))
             return torch.mm(dz, weight).view(x.shape) if ctx.needs_input_grad[0] else None, None, None
 
@@ -177,7 +177,7 @@ def normed_heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v [B, T, H, head_dim] of norm(x + delta), and x + delta in x's dtype."""
     norm, qkv, _ = weights
-    return _heads(x, delta, norm.read, qkv.read, norm.gradient, qkv.gradient, eps, n_heads)
+    return _heads(x, delta, norm.read, qkv.read, (norm.gradient, qkv.gradient), eps, n_heads)
 
 
 def normed_swiglu(
@@ -188,7 +188,7 @@ def normed_swiglu(
     output: attention's last matrix Wo, where delta is mixed Wo^T, and mixed is given in its place.
     """
     read, sums = zip(output or (None, None), *weights, strict=True)
-    return _swiglu(x, delta, *read, *sums, eps)
+    return _swiglu(x, delta, *read, sums, eps)
 
 
 def product(x: Tensor, weight: SharedProduct) -> Tensor:

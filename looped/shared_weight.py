@@ -14,7 +14,7 @@ Matrices that multiply the same rows are read as one, (W1; W3), so that one prod
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,6 +87,9 @@ class ProductSum:
         return [total] if len(self.weights) == 1 else total.split(list(map(len, self.weights)))
 
 
+Sum = TypeVar("Sum", bound=NormSum | ProductSum)
+
+
 class SharedNorm(NamedTuple):
     """A norm's weight [d], and the sum of its gradient."""
 
@@ -133,6 +136,6 @@ def shared(
     return list(map(SharedNorm, read, norm_sums)), list(map(SharedProduct, read[len(norms) :], product_sums))
 
 
-def is_wanted(node: Any) -> bool:
-    """Whether this backward pass will run the `_Read` node of a weight, which is None for a frozen one."""
-    return node is not None and torch._C._will_engine_execute_node(node)
+def wanted(gradient: Sum, node: Any) -> Sum | None:
+    """A weight's sum, if this backward pass will run the weight's `_Read` node, which is None for a frozen one."""
+    return gradient if node is not None and torch._C._will_engine_execute_node(node) else None
