@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from looped.kernels.device import product_dtype
 from looped.model import LoopedLM
 from looped.vocabulary import table_name, whole_vocabulary
 
@@ -35,9 +36,10 @@ def replicate(model: LoopedLM, group: "ProcessGroup", *, find_unused: bool) -> D
 def share_out(model: LoopedLM, group: "ProcessGroup", dtype: torch.dtype) -> None:
     """Leave each process its share of every weight, in place, by FSDP2 (Zhao et al., arXiv 2304.11277).
 
-    The weights of a block's products are gathered together, in ``dtype``: what autocast makes of them. Everything else
-    is used by all loops and gathered first, as it is: embedding and head, tied or not, norms, injection, gate. So the
-    residual stream keeps its dtype. Gradients are averaged in float32.
+    dtype: that of autocast; float32 for none. The weights of a block's products are gathered together, in the dtype in
+    which the model forms these: on a CPU a fused one may choose float32. Everything else is used by all loops and
+    gathered first, as it is: embedding and head, tied or not, norms, injection, gate. So the residual stream keeps its
+    dtype. Gradients are averaged in float32.
 
     What is gathered stays until `reshard`, through all loops, forward and backward. The gradient of the shared stack is
     whole for as long: it is summed over the loops. Gathering a block anew for each loop, forward and backward, would
@@ -46,7 +48,10 @@ def share_out(model: LoopedLM, group: "ProcessGroup", dtype: torch.dtype) -> Non
     from torch.distributed.device_mesh import DeviceMesh  # slow to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type)
+    weight = model.embedding.weight
+    if model.fused:
+        dtype = product_dtype(weight, dtype)
+    mesh = DeviceMesh.from_group(group, weight.device.type)
     products = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

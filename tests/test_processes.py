@@ -27,6 +27,7 @@ from torch.distributed.run import config_from_args, parse_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from looped.kernels import device
 from looped.model import LoopedLM
 from looped.sharding import replicate, share_out, whole
 from train import checkpoint, processes, trainer
@@ -220,7 +221,10 @@ def take_steps(rank: int, folder: str) -> None:
                 network.checkpoint_loops = case_number == 0
                 results[f"{number}-{way}-{case_number}"] = steps(network, spread(network, way), rows, case)
             check_bad_step(rank, model(**which), way, rows)
-        check_exchanges(model(**which), rows)
+        for faster in (True, False):  # a CPU with, and without, fast products of bfloat16
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(device, "multiplies_faster", lambda dtype, faster=faster: faster)
+                check_exchanges(model(**which), rows)
     torch.save(results, Path(folder, f"{rank}.pt"))
 
 
