@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from test_step import adamw, batch, copied_state, make, take
 from tiny_run import arguments
 
-from train import state_norm, trainer
+from train import state_norm
 from train.bad_steps import BadSteps, locate
 from train.run import main
 from train.state_norm import StateNorms
@@ -160,29 +159,6 @@ def test_sums_that_overflow_are_located():
         model.embedding.weight.register_hook(lambda gradient, scale=scale: torch.full_like(gradient, scale))
         assert located(model).startswith(place)
         assert take(model, adamw(model), batch(0), grad_accumulation=2).bad
-
-
-@pytest.mark.parametrize("place", ["gradient", "state"])
-@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
-def test_between_two_logged_steps_it_is_counted(place, fused, tmp_path, monkeypatch):
-    """The next line of the metrics has the count, and training goes on."""
-    take_step = trainer._step
-
-    def step(run, measure):
-        hooks = planted(run.model, place, math.nan, part=0)[1] if run.step == 2 else []
-        assert not (measure and hooks)
-        result = take_step(run, measure)
-        for hook in hooks:
-            hook.remove()
-        return result
-
-    monkeypatch.setattr(trainer, "_step", step)
-    run = tmp_path / "run"
-    assert main(arguments(tmp_path, "--out", str(run), "--log-every", "4", "--steps", "6", fused)) == 0
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["bad_steps"]) for row in rows] == [(1, 0), (4, 1), (6, 1)]
-    assert all(math.isfinite(row["loss"]) for row in rows)
-    assert json.loads((run / "summary.json").read_text())["bad_steps"] == 1
 
 
 # The state's norm ---------------------------------------------------------------------------------------------------

@@ -115,24 +115,6 @@ def test_rejects_other_depths(text):
     assert repr(text) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--depth", "uniform:8-1"], "depth must be fixed, uniform:A-B"),
-        (["--depth", "poisson:nan"], "depth must be fixed, uniform:A-B"),
-        (["--backprop-loops", "0"], "backprop_loops must be at least 1. Got backprop_loops=0."),
-        (["--backprop-loops", "-2"], "backprop_loops must be at least 1. Got backprop_loops=-2."),
-        (["--eval-loops", "2"], "eval_loops must be at least n_loops=3. Got eval_loops=2."),
-    ],
-)
-def test_bad_options_are_one_line_before_any_work(tmp_path, capsys, options, message):
-    assert main(arguments(tmp_path, *options, "--out", str(tmp_path / "run"))) == 2
-    captured = capsys.readouterr().err
-    assert captured.startswith(f"error: {message}")
-    assert captured.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
 def test_evaluated_depths():
     assert evaluated_depths(4, 4) == (1, 2, 3, 4)
     assert evaluated_depths(4, 16) == (1, 2, 3, 4, 8, 12, 16)

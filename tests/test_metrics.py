@@ -1,10 +1,9 @@
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+import resource
 
 import pytest
+from forked_runs import run_forked
 
 from looped.whole_file import replacing
 from train.metrics import MetricsLog, finite, foreign_lines, read_metrics, write_json, write_record
@@ -90,25 +89,18 @@ def test_a_last_line_cut_short_is_no_foreign_one(tmp_path):
 
 def test_of_a_row_that_does_not_fit_nothing_stays(tmp_path):
     """In a process that may write no file beyond a size, in the midst of a row."""
-    path = tmp_path / "metrics.jsonl"
-    line = len(json.dumps(row(1))) + 1
-    script = f"""
-import json, resource, signal, sys
-from pathlib import Path
-from train.metrics import MetricsLog
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = MetricsLog(Path({str(path)!r}))
-resource.setrlimit(resource.RLIMIT_FSIZE, ({line * 5 // 2}, resource.RLIM_INFINITY))
-row = json.loads({json.dumps(row(1))!r})
-log.append(row), log.append(row)
-try:
-    log.append(row)
-except OSError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"[Errno 27] File too large: '{path}'\n"
+    path, line = tmp_path / "metrics.jsonl", len(json.dumps(row(1))) + 1
+
+    def write() -> int:
+        log = MetricsLog(path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (line * 5 // 2, resource.RLIM_INFINITY))
+        for _ in range(3):
+            log.append(row(1))
+        return 0
+
+    code, error = run_forked(write)
+    assert code == 70
+    assert error.endswith(f"\nOSError: [Errno 27] File too large: '{path}'\n")
     assert path.stat().st_size == 2 * line
 
 

@@ -1,8 +1,4 @@
-import gc
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -11,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch.profiler import ProfilerActivity, profile
+from uninterpreted import run
 
+from bench.measure.memory import allocations
 from looped import plan
 from looped.config import PRESETS, LoopedConfig
 from looped.kernels.products import CPU_WIDE_CHUNK_ROWS
@@ -22,7 +19,6 @@ from looped.step_memory import Step, memory, parameters
 from train.config import TrainConfig
 from train.step import training_step
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB, MIB = 2**30, 2**20
 OF_129M = {"sequences": 32, "seq_len": 256}
 
@@ -59,8 +55,8 @@ def measured(
     config: LoopedConfig, sequences: int, *, fused=True, checkpoint_loops=False, shard=None, grad_accumulation=1
 ) -> int:
     """The peak of two training steps, the model's making included: every allocation that PyTorch's profiler reports."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def steps() -> None:
         model = LoopedLM(replace(config, dropout=0.0), fused=fused, checkpoint_loops=checkpoint_loops)
         trained: torch.nn.Module = model
         if shard == "none":
@@ -74,8 +70,8 @@ def measured(
                 trained, optimizer, tokens, tokens, supervision="per-loop", penalty=0.01, dtype=torch.float32,
                 grad_accumulation=grad_accumulation,
             )  # fmt: skip
-    events = profiler.profiler.kineto_results.events()
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+    return max(accumulate(allocations(steps)[0]))
 
 
 @pytest.mark.parametrize(("preset", "sequences", "fused", "checkpoint_loops"), MEASURED_MIB)
@@ -133,20 +129,14 @@ TRACED = [
 TRACE = """
 import json, sys
 from bench.offline.whole_program import step_record
-peaks = [step_record("demo", "sm_90", batch=16, **options).record.peak_bytes for options in json.load(sys.stdin)]
+peaks = [step_record("demo", "sm_90", batch=16, **options).record.peak_bytes for options in json.loads(sys.argv[1])]
 print(json.dumps(peaks))
 """
 
 
 def test_memory_is_that_of_all_tensors_on_a_gpu():
-    """Every allocation of the CUDA path, counted on a GPU that is not there; where kernels are not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRACE], input=json.dumps(TRACED), cwd=ROOT, env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for options, peak in zip(TRACED, json.loads(done.stdout), strict=True):
+    """Every allocation of the CUDA path, counted on a GPU that is not there."""
+    for options, peak in zip(TRACED, json.loads(run(TRACE, json.dumps(TRACED))), strict=True):
         how = {name: options[name] for name in ("fused", "checkpoint_loops", "supervision") if name in options}
         shape = {name: value for name, value in options.items() if name not in how}
         assert planned("demo", shape, sequences=16, **how) == pytest.approx(peak, rel=0.1), options

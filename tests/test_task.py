@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +15,7 @@ from test_trainer import assert_same_run
 from torch import nn
 
 from looped.config import LoopedConfig
+from looped.diagnose.__main__ import main as diagnose
 from looped.diagnose.diagnosis import check_run
 from looped.model import LoopedLM, LoopedOutput
 from looped.run_directory import load_run
@@ -164,12 +163,8 @@ def test_a_run_keeps_its_validation_sequences_and_is_no_text(tmp_path, capsys):
     assert torch.equal(loaded.validation.targets.view(-1, 10), made.targets)
     with pytest.raises(ValueError, match=r"a diagnosis needs text, .* Got the sequences of a task\."):
         check_run(loaded)
-    answer = subprocess.run(
-        [sys.executable, "-m", "looped.diagnose", str(run), "--out", str(tmp_path / "page")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert answer.returncode != 0
-    assert "a diagnosis needs text" in answer.stderr.splitlines()[-1]
+    assert diagnose([str(run), "--out", str(tmp_path / "page")]) == 2
+    assert "a diagnosis needs text" in capsys.readouterr().err.splitlines()[-1]
 
 
 BAD_OPTIONS = {

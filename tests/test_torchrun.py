@@ -136,20 +136,6 @@ def test_several_processes_capture_no_graphs(monkeypatch: pytest.MonkeyPatch) ->
     assert launcher(preset_config("demo"), torch.device("cuda")) is eagerly
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--shard", "fsdp2"], r"shard must be none with one process; torchrun starts several. Got shard=fsdp2"),
-        (["--shard", "fsdp2", "--compile"], r"compile must be left out when weights are shared out"),
-        (["--collective-timeout", "0"], r"collective_timeout must be above 0 and at most 1e9. Got .*=0"),
-        (["--collective-timeout", "1e15"], r"collective_timeout must be above 0 .* Got .*=10{15}.0"),
-    ],
-)
-def test_rejects_options(tmp_path: Path, words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        configured(arguments(tmp_path, *words))
-
-
 def test_the_gpu_is_that_of_the_processs_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
