@@ -1,5 +1,6 @@
 """Which blocks are computed by nodes that hold a norm and its products, and which part by part."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -75,33 +76,17 @@ DOUBLED = {
 }
 
 
-@pytest.mark.parametrize("how", DOUBLED)
-@pytest.mark.parametrize("name", ["attention.qkv", "attention.output", "mlp.w1", "mlp.w2", "mlp.w3"])
-def test_a_layer_that_does_more_does_it(joined, name, how):
+LAYERS = ("attention.qkv", "attention.output", "mlp.w1", "mlp.w2", "mlp.w3")
+NORMS = itertools.product(("attention_norm", "mlp_norm"), ("hook", "parametrised", "method"))
+
+
+@pytest.mark.parametrize(("name", "how"), [*itertools.product(LAYERS, DOUBLED), *NORMS])
+def test_a_part_that_does_more_does_it(joined, name, how):
     decoder, expected = model(fused=True), model(fused=True)
     expected.blocks[0].get_submodule(name).weight.data.mul_(2)
     DOUBLED[how](decoder.blocks[0].get_submodule(name))
     torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
     assert joined == BOTH * (2 + 4)  # of the second layer alone, and of both
-
-
-@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm"])
-def test_a_norm_whose_weight_is_not_its_own(joined, name):
-    decoder, expected = model(fused=True), model(fused=True)
-    expected.blocks[0].get_submodule(name).weight.data.mul_(2)
-    nn.utils.parametrize.register_parametrization(decoder.blocks[0].get_submodule(name), "weight", Twice())
-    torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
-    assert joined == BOTH * (2 + 4)
-
-
-@pytest.mark.parametrize("how", ["hook", "method"])
-@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm"])
-def test_a_norm_that_does_more_does_it(joined, name, how):
-    decoder, expected = model(fused=True), model(fused=True)
-    expected.blocks[0].get_submodule(name).weight.data.mul_(2)
-    DOUBLED[how](decoder.blocks[0].get_submodule(name))
-    torch.testing.assert_close(decoder.unroll(tokens(), 2), expected.unroll(tokens(), 2))
-    assert joined == BOTH * (2 + 4)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(D), nn.RMSNorm(D, eps=None), nn.Identity()])

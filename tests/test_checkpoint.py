@@ -80,26 +80,25 @@ class Killed(BaseException):
     pass
 
 
-def die_at(call: int, monkeypatch) -> None:
-    """Make the ``call``-th of all calls that change the disk, before it does anything, end the process."""
+WRITING = ((os, "rename"), (os, "fsync"), (safetensors.torch, "save_file"), (Path, "write_text"))
+
+
+def raise_at(call: int, error: BaseException, functions, monkeypatch, *, ever_after: bool = False) -> None:
+    """Make the ``call``-th of all calls of the functions raise, before it does anything.
+
+    ever_after: all that follow, too, as where the process has ended.
+    """
     calls = iter(range(call + 1))
 
     def wrap(function):
         def wrapped(*args, **kwargs):
-            if next(calls, call) == call:
-                raise Killed
+            if next(calls, call if ever_after else None) == call:
+                raise error
             return function(*args, **kwargs)
 
         return wrapped
 
-    for module, name in (
-        (os, "rename"),
-        (os, "fsync"),
-        (shutil, "rmtree"),
-        (safetensors.torch, "save_file"),
-        (Path, "write_text"),
-        (Path, "mkdir"),
-    ):
+    for module, name in functions:
         monkeypatch.setattr(module, name, wrap(getattr(module, name)))
 
 
@@ -114,7 +113,8 @@ def test_killed_at_any_moment_leaves_a_loadable_checkpoint(tmp_path, monkeypatch
         take_step(model, optimizer)
         expected[3] = [value.clone() for value in model.parameters()]
         with monkeypatch.context() as context:
-            die_at(call, context)
+            changing = (*WRITING, (shutil, "rmtree"), (Path, "mkdir"))
+            raise_at(call, Killed(), changing, context, ever_after=True)
             try:
                 save(run, model, optimizer, Progress(3, "text"))
                 finished = True
@@ -241,22 +241,6 @@ def test_nothing_changes_unless_everything_fits(tmp_path, name, change, message)
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def fail_at(call: int, monkeypatch, error: Exception) -> None:
-    """As `die_at`, but with an error that the program sees, once."""
-    calls = iter(range(call + 1))
-
-    def wrap(function):
-        def wrapped(*args, **kwargs):
-            if next(calls, None) == call:
-                raise error
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    for module, name in ((os, "rename"), (os, "fsync"), (safetensors.torch, "save_file"), (Path, "write_text")):
-        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
 def test_what_cannot_be_written_leaves_the_checkpoint_before_and_nothing_else(tmp_path, monkeypatch, error):
     model, optimizer = make()
@@ -265,7 +249,7 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before_and_nothing_else(tm
     steps = []
     for call in range(100):
         with monkeypatch.context() as context:
-            fail_at(call, context, error)
+            raise_at(call, error, WRITING, context)
             try:
                 save(tmp_path, model, optimizer, Progress(3 + call, "text"))
                 said, finished = "", True

@@ -62,20 +62,8 @@ def test_fused_and_plain_train_alike(readout, supervision):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_accumulation_does_not_change_the_gradient(fused):
-    models = [make(fused=fused) for _ in range(2)]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0, fused=True) for model in models]
-    whole = take(models[0], optimizers[0], batch(0), measure=True)
-    parts = take(models[1], optimizers[1], batch(0), measure=True, grad_accumulation=4)
-    for a, b in zip(whole, parts, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("supervision", ["per-loop", "terminal", Gated(0.3, "geometric:0.6")])
-@pytest.mark.parametrize(("n_rows", "n_parts"), [(4, 2), (4, 3), (5, 2), (5, 3)])  # 2 + 2, 2 + 2; 3 + 2, 2 + 2 + 1
+@pytest.mark.parametrize(("n_rows", "n_parts"), [(4, 2), (4, 3), (4, 4), (5, 2), (5, 3)])
 def test_accumulation_with_ignored_targets_and_unequal_parts(fused, supervision, n_parts, n_rows):
     """Loss, what is measured, and gradients are those of the whole batch."""
     tokens = torch.randint(0, V, (n_rows, T + 1), generator=torch.Generator().manual_seed(1))

@@ -205,13 +205,6 @@ def test_runs_continue_fused_or_not(whole, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-def test_the_seed_decides(whole, tmp_path):
-    for name, seed in (("a", "42"), ("b", "2")):
-        assert main(arguments(tmp_path, "--out", str(tmp_path / name), "--seed", seed, "--steps", "3")) == 0
-    assert rows_of(tmp_path / "a") == rows_of(whole)[:3]
-    assert rows_of(tmp_path / "b") != rows_of(whole)[:3]
-
-
 @pytest.mark.parametrize(
     "options",
     [
