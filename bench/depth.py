@@ -7,7 +7,6 @@ complete. All are evaluated on the same validation tokens. One seed: differences
 nothing. Writes `<date>-<device>-depth.json`, `.png` and `.md`.
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from bench.measure.markdown import line, table
 from bench.measure.place import RESULTS, environment, place_of
 from bench.measure.study import save, style, write_study
 from bench.shapes import DTYPES
-from looped.command_line import Parser
+from looped.command_line import Parser, count
 from looped.run_directory import check_writable, load_run
 from train.config import read_config
 from train.depth import parse_depth
@@ -117,16 +116,13 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/depth"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=65_536, help="validation tokens that are predicted")
+    parser.add_argument("--steps", type=count, default=300)
+    parser.add_argument("--tokens", type=count, default=65_536, help="validation tokens that are predicted")
     parser.add_argument("--supervision", nargs="+", choices=("terminal", "per-loop"), default=["terminal", "per-loop"])
     options = parser.parse_args(arguments)
-    for name in ("steps", "tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1. Got {getattr(options, name)}.")
     pairs = [(supervision, depth) for supervision in options.supervision for depth in DEPTHS]
     try:
         check_writable(options.out)

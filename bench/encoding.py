@@ -6,7 +6,6 @@ The text is one .txt file of made words, as often as Zipf's law has them.  Memor
 included, which are said too.
 """
 
-import argparse
 import resource
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from looped.command_line import Parser
+from looped.command_line import Parser, count
 from train.text.data import load_data
 
 WORDS, LINE = 50_000, 100_000
@@ -38,11 +37,9 @@ def write_text(path: Path, size: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200)
+    parser = Parser(description=__doc__)
+    parser.add_argument("--megabytes", type=count, default=200)
     size = parser.parse_args(argv).megabytes * 10**6
-    if size < 10**6:
-        parser.error(f"megabytes must be >= 1. Got {size // 10**6}.")
     with tempfile.TemporaryDirectory() as directory:
         text = Path(directory, "made.txt")
         write_text(text, size)

@@ -11,8 +11,7 @@ K = n_loops; tokens/s of different turns do not compare. Writes `<date>-<device>
 """
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from bench.measure.markdown import table
 from bench.measure.place import RESULTS, Record, environment, place_of
 from bench.measure.study import save, style, write_study
-from looped.command_line import Parser
+from looped.command_line import Parser, count
 from looped.diagnose import from_decoder
 from looped.diagnose.diagnosis import validation_batches
 from looped.diagnose.halting import TOLERANCE, measure_halting
@@ -34,6 +33,7 @@ from looped.generate import Exit, Generated
 from looped.halting import policy_named
 from looped.model import LoopedLM
 from looped.run_directory import check_writable, load_run
+from train.step import seconds_in_turn
 
 TOLERANCES = (1.0, 1.002, 1.005, TOLERANCE, 1.02, 1.05)
 PROMPTS, PROMPT_LENGTH = 4, 16
@@ -72,25 +72,20 @@ def generation(
         return [decoder.generate([prompt], **options) for prompt in prompts]
 
     texts = {way: generated(way) for way in ways}  # warms up, too
-    seconds = np.array([[_seconds(partial(generated, way)) for way in ways] for _ in range(rounds)])
+    calls = [partial(generated, way) for way in ways]
+    seconds = np.array(seconds_in_turn(calls, torch.device("cpu"), rounds=rounds, warm_up=0))  # [ways, rounds]
     tokens = {way: np.concatenate([part.tokens[0] for part in text]) for way, text in texts.items()}
     loops = {way: np.concatenate([part.loops[0] for part in text]) for way, text in texts.items()}
     return [
         {
             "way": way,
-            "tokens_per_second": float(np.median(len(loops[way]) / seconds[:, place])),
-            "speed": float(np.median(seconds[:, 0] / seconds[:, place])),
+            "tokens_per_second": float(np.median(len(loops[way]) / seconds[place])),
+            "speed": float(np.median(seconds[0] / seconds[place])),
             "loops": float(np.mean(loops[way])),
             "same_as_k": float(np.mean(tokens[way] == tokens[f"K = {n_loops}"])),
         }
         for place, way in enumerate(ways)
     ]
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def draw(path: Path, record: Record) -> None:
@@ -136,14 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(prog="python -m bench.exits", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory that training wrote")
-    parser.add_argument("--tokens", type=int, default=8192, help="validation tokens")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--new-tokens", type=int, default=64, help="generated after each prompt")
+    parser.add_argument("--tokens", type=count, default=8192, help="validation tokens")
+    parser.add_argument("--rounds", type=count, default=5, help="timed rounds")
+    parser.add_argument("--new-tokens", type=count, default=64, help="generated after each prompt")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the record")
     options = parser.parse_args(words)
-    for name in ("rounds", "new_tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"{name} must be at least 1. Got {name}={getattr(options, name)}.")
     try:
         check_writable(options.out)
         run = load_run(options.run)

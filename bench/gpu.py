@@ -10,7 +10,6 @@ gradients; the norms.  Each is a process of its own with a time limit, and what 
 is stopped loses only its rest.  Competitors that are not installed are named.  The record is a file of bench/results.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -79,7 +78,7 @@ def run_kernel_tests(results: Path, smoke: bool, plugins: Sequence[object]) -> i
     """On the GPU, many processes beside each other: most of the time goes into compiling."""
     tests = kernel_tests()
     n_processes = os.cpu_count() or 2
-    size = -(-len(tests) // n_processes)
+    size = max(1, -(-len(tests) // n_processes))
     blocks = [tests[start : start + size] for start in range(0, len(tests), size)]
     if smoke:
         return int(not blocks)
@@ -180,7 +179,7 @@ def record_of_today(results: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
     parser.add_argument("--part", choices=PARTS, help="run one part in this process")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the record is written")

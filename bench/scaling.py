@@ -8,7 +8,6 @@ times, and `worst_deviation`, the largest distance of a point from it, as a shar
 curve is.
 """
 
-import argparse
 import gc
 import os
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from bench.measure.records import write_lines
 from bench.measure.study import save, style
 from bench.measure.timing import Prepare, seconds_of
 from bench.shapes import SCALING_READOUT, SCALING_STEP, Case, DecoderShape, ReadoutShape
-from looped.command_line import Parser
+from looped.command_line import Parser, count
 from looped.config import PRESETS
 from looped.run_directory import check_writable
 
@@ -153,13 +152,11 @@ def draw(path: Path, curves: list[Curve], title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds at every point")
+    parser.add_argument("--rounds", type=count, default=3, help="timed rounds at every point")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it works; needs --out")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1. Got {options.rounds}.")
     if options.smoke and options.out == RESULTS:
         parser.error("--smoke needs --out: tiny shapes are no record.")
     try:

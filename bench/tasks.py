@@ -6,7 +6,6 @@ Trains the preset of the task in every condition with every seed, one run after 
 each in ``out``/<task>; what is there is not trained again. Then draws accuracy.png and writes accuracy.md there.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -88,7 +87,7 @@ def accuracies(records: dict[str, list[Record]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -24,7 +24,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from bench.measure.memory import allocations
-from looped.command_line import Parser
+from looped.command_line import Parser, count
 from looped.kernels import VocabularyShard, looped_cross_entropy
 
 ROUNDS = 3
@@ -80,9 +80,9 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     for name, default in (("processes", 2), ("vocabulary", 50_257), ("channels", 512), ("tokens", 2048), ("loops", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=count, default=default)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

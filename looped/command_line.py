@@ -38,8 +38,18 @@ def device_named(name: str) -> str:
     return ("cuda" if found else "cpu") if name == "auto" else name
 
 
+def count(word: str) -> int:
+    """A whole number of at least 1, as a type of argparse's options."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Got {number}.")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose usage and error, on several lines, become one line. The exit code is 2, as it was."""
+    """argparse's. Its help keeps the description's lines. Usage and error become one line; the exit code is 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}\n")

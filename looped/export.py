@@ -172,12 +172,7 @@ def _umask() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m looped.export",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m looped.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run that training wrote")
     parser.add_argument("--to", choices=tuple(EXPORTS), required=True, help="what is to load it")
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory to make")

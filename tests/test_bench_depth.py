@@ -47,9 +47,3 @@ def test_curves_and_files(tmp_path, monkeypatch, capsys):
     assert re.search(
         r"terminal-fixed must be a run of terminal, fixed, 4 steps\. Got \(.*Remove it", capsys.readouterr().err
     )
-
-
-def test_rejects_no_steps(capsys):
-    with pytest.raises(SystemExit):
-        depth.main(["--steps", "0"])
-    assert "--steps must be at least 1. Got 0." in capsys.readouterr().err

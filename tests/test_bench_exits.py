@@ -45,13 +45,6 @@ def test_record_figure_and_page(run, tmp_path, capsys, monkeypatch):
     assert page.count("\n| gate |") == len(TOLERANCES) + 1
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--new-tokens"])
-def test_refuses_nothing_to_do(run, option, capsys):
-    with pytest.raises(SystemExit):
-        main([str(run), option, "0"])
-    assert f"{option[2:].replace('-', '_')} must be at least 1. Got" in capsys.readouterr().err
-
-
 def test_refuses_what_is_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])

@@ -71,7 +71,7 @@ def test_too_many_in_a_row_stop_and_the_run_goes_on_with_another_rate(tmp_path, 
     assert main(["--resume", str(run), *changed]) == 0
     assert not (run / "diverged.json").exists()
     output = capsys.readouterr().out
-    for line in ("learning_rate from 0.02 to 0.01", "grad_clip from 1 to 0.5", "weight_decay from 0.01 to 0.1"):
+    for line in ("learning_rate from 0.02 to 0.01", "grad_clip from 1.0 to 0.5", "weight_decay from 0.01 to 0.1"):
         assert f"changed   {line}, from step 4 on\n" in output
     stored = json.loads((run / "config.json").read_text())["train"]
     assert (stored["learning_rate"], stored["grad_clip"], stored["weight_decay"]) == (0.01, 0.5, 0.1)

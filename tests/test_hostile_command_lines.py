@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tiny_run import arguments
 
 import bench.depth
+import bench.encoding
 import bench.exits
 import bench.gpu
 import bench.scaling
@@ -171,6 +172,11 @@ FOUND: dict[str, tuple[Any, list[str], str]] = {
     "no run to give a gate": (train.gate.main, [], "the following arguments are required: RUN"),
     "an export to nowhere": (export.main, ["run", "--to", "gguf", "out"], "invalid choice: 'gguf'"),
     "a table of no record": (bench.gpu.main, ["--table", "/dev/null/x"], "--table must be a record"),
+    "curves of no steps": (bench.depth.main, ["--steps", "0"], "--steps: must be at least 1. Got 0."),
+    "exits of no rounds": (bench.exits.main, ["run", "--rounds", "0"], "--rounds: must be at least 1. Got 0."),
+    "exits of no tokens": (bench.exits.main, ["run", "--new-tokens", "0"], "--new-tokens: must be at least 1. Got 0."),
+    "speeds of no rounds": (bench.scaling.main, ["--rounds", "0"], "--rounds: must be at least 1. Got 0."),
+    "a text of nothing": (bench.encoding.main, ["--megabytes", "0"], "--megabytes: must be at least 1. Got 0."),
     "curves that cannot be kept": (bench.depth.main, ["--out", "/dev/null/x"], "out must be a directory that can be"),
     "speeds that cannot be kept": (bench.scaling.main, ["--out", "/dev/null/x"], "out must be a directory that can be"),
     "tasks that cannot be kept": (

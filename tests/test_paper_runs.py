@@ -22,3 +22,11 @@ def test_a_run_has_diverged_if_it_ended_so_and_not_if_it_was_killed(tmp_path, la
     (tmp_path / "diverged.json").touch()
     assert run.status == "diverged"
     assert read_run(run).minutes == 3 / 60
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_steps_of_no_known_speed_take_no_time(tmp_path, rate):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(ROW | {"loss": 1.0})
+    log.append(ROW | {"loss": 1.0, "step": 6, "tokens": 180, "tokens_per_second": rate})
+    assert read_run(Run("per-loop-raw", 7, tmp_path)).minutes == 3 / 60

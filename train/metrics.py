@@ -70,7 +70,8 @@ def _is_row(row: Any) -> bool:
         return False
     lists = [row[name] for name in PER_LOOP]
     return (
-        _is_count(row["step"])
+        _is_count(row["tokens"])
+        and _is_count(row["step"])
         and row["step"] >= 1
         and _is_count(row.get("bad_steps", 0))
         and all(_is_number(row[name]) for name in SCALARS)

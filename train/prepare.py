@@ -307,4 +307,4 @@ def _changes(run: Run, before: TrainConfig) -> list[str]:
     new: dict[str, Any] = {name: getattr(run.config, name) for name in RETUNABLE}
     old["schedule_steps"] = before.schedule_steps or _length(before, run.source)
     new["schedule_steps"] = run.schedule_steps
-    return [f"{name} from {old[name]:g} to {new[name]:g}" for name in RETUNABLE if old[name] != new[name]]
+    return [f"{name} from {old[name]} to {new[name]}" for name in RETUNABLE if old[name] != new[name]]

@@ -289,7 +289,7 @@ def prefill(model: LoopedLM, n_loops: int, dtype: torch.dtype, inputs: Tensor) -
 
 
 def seconds_in_turn(
-    calls: Sequence[Callable[[], None]], device: torch.device, *, rounds: int, warm_up: int = 1
+    calls: Sequence[Callable[[], object]], device: torch.device, *, rounds: int, warm_up: int = 1
 ) -> list[list[float]]:
     """The times of each call in ``rounds`` rounds, after ``warm_up`` that do not count.
 
@@ -299,7 +299,7 @@ def seconds_in_turn(
     return [list(of_call) for of_call in zip(*times[warm_up:], strict=True)]
 
 
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Time of one call, until the device has done its work."""
     _synchronise(device)
     start = time.perf_counter()

@@ -48,9 +48,9 @@ def _memory() -> Record:
     """L2 of a core, L3, and all memory, in bytes; None where the system does not say."""
 
     levels: dict[str, int] = {}
-    for cache_of_core in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        kibibytes = (cache_of_core / "size").read_text().strip().removesuffix("K")
-        levels[(cache_of_core / "level").read_text().strip()] = 1024 * int(kibibytes)
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        kibibytes = size.read_text().strip().removesuffix("K")
+        levels[size.with_name("level").read_text().strip()] = 1024 * int(kibibytes)
     known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
     return {
         "l2_bytes": levels.get("2") or torch.cpu.get_capabilities().get("l2_cache_size"),

@@ -125,7 +125,8 @@ def read_run(run: Run) -> RunResult:
     status, rows = run.status, read_metrics(run.directory / "metrics.jsonl")
     # From the rates, and so the time of all the processes that the run was continued in.
     before = [0, *(row["tokens"] for row in rows)]
-    seconds = [(row["tokens"] - old) / row["tokens_per_second"] for old, row in zip(before, rows, strict=False)]
+    parts = [(row["tokens"] - old, row["tokens_per_second"]) for old, row in zip(before, rows, strict=False)]
+    seconds = [tokens / rate for tokens, rate in parts if rate]
     result = RunResult(run.condition, run.seed, status, rows[-1]["step"] if rows else 0, sum(seconds) / 60, [])
     if status != "complete":
         return result
