@@ -59,6 +59,7 @@ FOREIGN = {
     "a number": b"7",
     "another program's": b'{"step": 2, "loss": 3.5}',
     "no step": json.dumps(row("two", tokens=2)).encode(),
+    "tokens that are no number": json.dumps(row(2, tokens=None)).encode(),
     "a step that cannot be": json.dumps(row(-10)).encode(),
     "a loss in words": json.dumps(row(2, loss="low")).encode(),
     "lists of two lengths": json.dumps(row(2, ce=[1.0])).encode(),
