@@ -84,11 +84,6 @@ def check_scalar(name: str, value: object, like: Tensor) -> None:
         raise ValueError(f"{name} must be on the states' device {like.device}. Got {value.device}.")
 
 
-def check_eps(eps: float) -> None:
-    """Raise unless eps is a finite number >= 0."""
-    check_number("eps", eps, 0)
-
-
 def check_integer(name: str, value: object, low: int, high: int, or_none: str = "") -> None:
     """Raise unless value is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -96,11 +91,6 @@ def check_integer(name: str, value: object, low: int, high: int, or_none: str = 
     if not low <= value <= high:
         rule = f">= {low}" if value < low and low > INT64.min else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {rule}. Got {value}.")
-
-
-def check_index(ignore_index: int) -> None:
-    """Raise unless ignore_index is an integer that a target can be."""
-    check_integer("ignore_index", ignore_index, INT64.min, INT64.max)
 
 
 def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
@@ -171,7 +161,7 @@ def check_readout(readout: str, norm_weight: Tensor | None, norm_bias: Tensor | 
         raise ValueError(f"readout must be one of {', '.join(get_args(Readout))}. Got {_shown(readout)}.")
     check_vector("norm_weight", norm_weight, h, h.shape[-1])
     check_vector("norm_bias", norm_bias, h, h.shape[-1])
-    check_eps(eps)
+    check_number("eps", eps, 0)
     if readout == "raw" and norm_weight is not None:
         raise ValueError("norm_weight must be None for readout='raw', which has no norm. Got a tensor.")
     if readout != "layernorm" and norm_bias is not None:
@@ -186,8 +176,9 @@ def check_options(
     check_scalar("penalty", penalty, h)
     check_scalar("z_loss", z_loss, h)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    check_softcap(softcap)
-    check_index(ignore_index)
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
+    check_integer("ignore_index", ignore_index, INT64.min, INT64.max)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none. Got {_shown(reduction)}.")
     if reduction == "none" and (isinstance(penalty, Tensor) or penalty > 0):
@@ -198,12 +189,6 @@ def check_options(
             raise ValueError(f"n_targets divides a mean and must be None for reduction={reduction!r}. Got {n_targets}.")
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows, 1, 2**31 - 1, " or None")
-
-
-def check_softcap(softcap: float | None) -> None:
-    """Raise unless softcap is None or a finite number > 0."""
-    if softcap is not None:
-        check_number("softcap", softcap, 0, above=True)
 
 
 def check_weights(weights: Tensor | Sequence[float] | None, n_loops: int, shape: torch.Size, h: Tensor) -> None:

@@ -3,7 +3,7 @@
 The equations and the op stand in kernels/readout.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,25 +58,17 @@ class LoopedCrossEntropy(NamedTuple):
     statistics: LoopedStatistics | None
 
 
-def logits_reference(
-    state: Tensor,
-    head: Tensor,
-    *,
-    readout: Readout,
-    final: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
+def normed(
+    state: Tensor, readout: Readout, weight: Tensor | None, bias: Tensor | None, eps: float, *, final: bool = True
 ) -> Tensor:
-    """`norm(h) @ head.T` [..., V] of one loop's state h [..., d] in plain PyTorch. final: it is the last loop's."""
-    wide = accumulator(state.dtype)
-    h, size = state.to(wide), state.shape[-1:]
-    weight, bias = (None if p is None else p.to(wide) for p in (norm_weight, norm_bias))
+    """norm(h) of a loop's state h [..., d] in plain PyTorch, at least in float32. final: it is the last loop's."""
+    h, size = state.to(accumulator(state.dtype)), state.shape[-1:]
+    weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
     if readout == "layernorm":
-        h = F.layer_norm(h, size, weight, bias, eps)
-    elif readout == "rmsnorm" or (readout == "final-only" and final):
-        h = F.rms_norm(h, size, weight, eps)
-    return F.linear(h.to(state.dtype), head.to(state.dtype))
+        return F.layer_norm(h, size, weight, bias, eps)
+    if readout == "rmsnorm" or (readout == "final-only" and final):
+        return F.rms_norm(h, size, weight, eps)
+    return h
 
 
 def looped_cross_entropy_reference(
@@ -107,10 +99,8 @@ def looped_cross_entropy_reference(
 
     def rows(state: Tensor, loop: int) -> tuple[Tensor, Tensor]:
         """CE [...] of a loop and its logits after bias and softcap, [..., V]."""
-        logits = logits_reference(
-            state, head, readout=readout, final=loop == n_loops - 1, norm_weight=norm_weight, norm_bias=norm_bias,
-            eps=eps,
-        )  # fmt: skip
+        y = normed(state, readout, norm_weight, norm_bias, eps, final=loop == n_loops - 1).to(state.dtype)
+        logits = F.linear(y, head.to(state.dtype))
         ce, z = loss_reference(logits.flatten(0, -2), targets.flatten().long(), options)
         return ce.view(targets.shape), z.view(logits.shape)
 
@@ -127,11 +117,23 @@ def looped_cross_entropy_reference(
     active = [k for k in range(n_loops) if isinstance(weights, Tensor) or weights[k] != 0]
     per_loop = torch.full((n_loops,), torch.nan, dtype=wide, device=device)
     shares = [torch.zeros(targets.shape if reduction == "none" else (), dtype=wide, device=device)] * n_loops
+    unread = torch.full(targets.shape, torch.nan, dtype=wide, device=device)
+    seen = [LoopedStatistics(*[unread] * 8)._replace(top1=torch.full_like(unread, -1, dtype=torch.int64))] * n_loops
+    radial = [reduction != "none" and torch.is_grad_enabled() and state.requires_grad for state in states]
     for k in active:
-        ce, _ = rows(states[k], k)
+        ce, z = rows(states[k], k)
         per_loop[k] = ce.detach().sum() / n
         shares[k] = share(ce, k)
-    measured = _statistics(states, active, rows, share, radial=reduction != "none") if statistics else None
+        if statistics:
+            seen[k] = _seen(states[k].detach(), ce.detach(), z.detach())
+        if statistics and radial[k]:
+            h = states[k].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(share(rows(h, k)[0], k), h)
+            dot = radial_gradient_reference(h.detach(), gradient)
+            seen[k] = seen[k]._replace(radial_dot=dot.dot, radial_fraction=dot.fraction)
+    measured = LoopedStatistics(*map(torch.stack, zip(*seen, strict=True))) if statistics else None
+    if measured is not None and not any(radial):
+        measured = measured._replace(radial_dot=None, radial_fraction=None)
     if reduction == "none":
         return LoopedCrossEntropy(torch.stack(shares), per_loop, measured)
     loss = sum(shares[1:], start=shares[0])
@@ -153,35 +155,10 @@ def _mean_square(states: Tensor | Sequence[Tensor], wide: torch.dtype) -> Tensor
     return torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
 
 
-def _statistics(
-    states: Tensor | Sequence[Tensor],
-    active: list[int],
-    rows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    share: Callable[[Tensor, int], Tensor],
-    *,
-    radial: bool,
-) -> LoopedStatistics:
-    """The statistics of `looped_cross_entropy_reference`, whose `rows` and `share` are given. Reads each loop anew."""
-    wide, shape = accumulator(states[0].dtype), (len(states), *states[0].shape[:-1])
-    measured = {
-        name: torch.full(shape, torch.nan, dtype=wide, device=states[0].device) for name in LoopedStatistics._fields
-    }
-    measured["top1"] = torch.full(shape, -1, device=states[0].device)
-    wanted = [radial and torch.is_grad_enabled() and state.requires_grad for state in states]
-    for loop in active:
-        with torch.set_grad_enabled(wanted[loop]):
-            h = states[loop].detach().requires_grad_(wanted[loop])
-            ce, z = rows(h, loop)
-        of_loop = dict(zip(("lse", "entropy", "margin", "top1"), statistics_reference(z.detach()), strict=True))
-        of_loop |= {"loss": ce.detach(), "mean_square": h.detach().to(wide).square().mean(-1)}
-        if wanted[loop]:
-            (gradient,) = torch.autograd.grad(share(ce, loop), h)
-            dot = radial_gradient_reference(h.detach(), gradient)
-            of_loop |= {"radial_dot": dot.dot, "radial_fraction": dot.fraction}
-        for name, values in of_loop.items():
-            measured[name][loop] = values
-    result = LoopedStatistics(**measured)
-    return result if any(wanted) else result._replace(radial_dot=None, radial_fraction=None)
+def _seen(h: Tensor, ce: Tensor, z: Tensor) -> LoopedStatistics:
+    """What the readout of one loop saw, but for the radial part of a gradient."""
+    nan = torch.full_like(ce, torch.nan)
+    return LoopedStatistics(ce, *statistics_reference(z), h.to(accumulator(h.dtype)).square().mean(-1), nan, nan)
 
 
 def _weighted(row_weight: Tensor | float, ce: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import FLOAT32_MAX, Readout, States, check_eps, check_number, check_options, gathered
+from .arguments import FLOAT32_MAX, Readout, States, check_number, check_options, gathered
 from .device import accumulator, autocast_dtype, autocasts
-from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy
+from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy, normed
 from .rms_norm import RMSNormPenalty, rms_norm_penalty
 from .statistics import ReadoutStatistics, readout_statistics
 from .vocabulary_shard import VocabularyShard, rows_here
@@ -214,24 +214,13 @@ class LoopedReadout(nn.Module):
         """
         if self.shard is not None:
             raise ValueError("logits need the whole head. Got a readout of a shard.")
-        norm, dtype = self.norm, autocast_dtype(state)
-        if norm is None or (self.readout == "final-only" and not last):
-            y = state
-        else:
+        norm, dtype, y = self.norm, autocast_dtype(state), state
+        if norm is not None:
             weight, bias = (gathered(_parameter(norm, name)) for name in PARAMETERS)
-            y = _normed(state, weight, bias, _eps(norm, state.dtype), layernorm=self.readout == "layernorm")
+            y = normed(state, self.readout, weight, bias, _eps(norm, state.dtype), final=last)
         head, bias = gathered(self.head.weight), gathered(_parameter(self.head, "bias"))
         logits = F.linear(y.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def _normed(state: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, layernorm: bool) -> Tensor:
-    """The norm of a state [..., d], formed and given in float32 (float64 for float64)."""
-    wide = accumulator(state.dtype)
-    weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-    if layernorm:
-        return F.layer_norm(state.to(wide), state.shape[-1:], weight, bias, eps)
-    return F.rms_norm(state.to(wide), state.shape[-1:], weight, eps)
 
 
 def _dtype(states: States) -> torch.dtype:
@@ -312,7 +301,7 @@ def _formula(norm: nn.Module, head: Tensor) -> Readout:
             raise ValueError(f"norm.{key} must have the head's columns ({d},). Got {tuple(parameter.shape)} of {name}.")
 
     eps = _eps(norm, torch.float32)
-    check_eps(eps)
+    check_number("eps", eps, 0)
     scales = torch.tensor([1.0, 30.0, eps**0.5 or 1.0], device=device)  # in the last row eps weighs
     x = (scales[:, None] * (3 * ramp - 1)).unsqueeze(0)  # [1, 3, d]
     try:
@@ -323,7 +312,7 @@ def _formula(norm: nn.Module, head: Tensor) -> Readout:
     weight, bias = values.get("weight"), values.get("bias")
     formulas: tuple[Readout, ...] = ("layernorm", "rmsnorm")
     for formula in formulas:
-        wanted = _normed(x, weight, bias, eps, layernorm=formula == "layernorm")
+        wanted = normed(x, formula, weight, bias, eps)
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y.float(), wanted, rtol=1e-2, atol=1e-2):
             return formula
     rule = f"norm must compute an RMSNorm without bias or a LayerNorm of rows of {d}"

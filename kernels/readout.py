@@ -151,12 +151,8 @@ def _in_chunks(states: list[Tensor], tensors: ReadoutTensors, call: ReadoutCall)
     penalty, n_rows, (n_tokens, d) = tensors.penalty, results.ce.numel(), loops[0].shape
     of_all = None
     if call.shard is None:
-        scales = row_weights(
-            tensors.targets, tensors.weights,
-            LossScales(results.row_weight if tensors.weights is not None else None, results.factors),
-            n_columns=len(head), ignore_index=call.ignore_index, mean=call.mean, weight=call.weight,
-            penalty=penalty, n_targets=tensors.n_targets, n_penalised=call.n_loops * n_tokens,
-        )  # fmt: skip
+        space = LossScales(None if tensors.weights is None else results.row_weight, results.factors)
+        scales = row_weights(tensors, call, space, n_columns=len(head), n_penalised=call.n_loops * n_tokens)
         check_range(tensors.targets, len(head), call.ignore_index, scales.in_range)
     else:
         scales, of_all = weigh_all(tensors, results, call)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_eps, check_rows, check_vector, gathered
+from .arguments import check_number, check_rows, check_vector, gathered
 from .device import accumulator, autocast_dtype
 from .registration import refuse_create_graph, register
 from .row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
@@ -147,7 +147,7 @@ def rms_norm_penalty(
     check_rows("x", x)
     weight = gathered(weight)
     check_vector("weight", weight, x, x.shape[-1])
-    check_eps(eps)
+    check_number("eps", eps, 0)
     if residual is not None:
         check_rows("residual", residual)
         if residual.shape != x.shape:

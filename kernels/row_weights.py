@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .device import cpu_blocks, implementation, uses_triton
+from .readout_call import ReadoutCall, ReadoutTensors
 
 
 @dataclass(frozen=True)
@@ -52,43 +53,29 @@ class LossScales:
 
 
 def row_weights(
-    targets: Tensor,
-    weights: Tensor | None,
-    scales: LossScales,
-    *,
-    n_columns: int,
-    ignore_index: int,
-    mean: bool,
-    weight: float = 1.0,
-    penalty: Tensor | None = None,
-    n_targets: Tensor | None = None,
-    n_penalised: int = 0,
+    tensors: ReadoutTensors, call: ReadoutCall, scales: LossScales, *, n_columns: int, n_penalised: int
 ) -> LossScales:
-    """Fill the scales of targets [N] and weights [A, 1] or [A, N], or of the one `weight` of all rows.
+    """Fill the scales of targets [N] and weights [A, 1] or [A, N], or of the one weight of all rows.
 
     scales: with space for the row weights where there are weights.  It is returned with `in_range`.
-    mean: the loss is divided by n.  n_targets []: n, where it is not the number of these targets.
     n_penalised: rows K * N whose mean squares the penalty is a mean of.
     """
+    targets, weights, penalty = tensors.targets, tensors.weights, tensors.penalty
     if uses_triton(targets):
         in_range = targets.new_empty((), dtype=torch.bool)
-        implementation("row_weights_triton").row_weights(
-            targets, None if weights is None else weights.contiguous(), penalty, n_targets, scales.row_weight,
-            scales.factors, in_range, n_columns=n_columns, ignore_index=ignore_index, mean=mean, weight=weight,
-            n_penalised=n_penalised,
-        )  # fmt: skip
+        implementation("row_weights_triton").row_weights(tensors, call, scales, in_range, n_columns, n_penalised)
         return LossScales(scales.row_weight, scales.factors, in_range)
-    valid = targets != ignore_index
-    n = (valid.sum() if n_targets is None else n_targets).to(scales.factors.dtype)
+    valid = targets != call.ignore_index
+    n = (valid.sum() if tensors.n_targets is None else tensors.n_targets).to(scales.factors.dtype)
     n = torch.where(n > 0, n, 1.0)
-    peak = n.new_full((), weight)
+    peak = n.new_full((), call.weight)
     if weights is not None and scales.row_weight is not None:
         weights = torch.where(valid, weights, 0.0)  # [A, N]
         magnitude = weights.abs()
         largest = torch.where(magnitude.isfinite(), magnitude, 0.0).amax() if weights.numel() else 0.0 * n
         peak = torch.where(largest > 0, largest, 1.0)
         scales.row_weight.copy_((weights / peak).flatten())
-    scales.unit.copy_(peak / n if mean else peak)
+    scales.unit.copy_(peak / n if call.mean else peak)
     scales.share.copy_(1 / n)
     scales.dmean_square.copy_(n.new_zeros(()) if penalty is None else penalty.to(n.dtype) / max(1, n_penalised))
     return scales

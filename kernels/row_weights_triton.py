@@ -5,6 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch
+from .readout_call import ReadoutCall, ReadoutTensors
+from .row_weights import LossScales
 
 BLOCK_TOKENS = 2048
 NUM_WARPS = 8
@@ -102,16 +104,14 @@ def scaled_kernel(x_ptr, scale_ptr, out_ptr, n_elements, BLOCK: tl.constexpr):
 
 
 def row_weights(
-    targets: Tensor, weights: Tensor | None, penalty: Tensor | None, n_targets: Tensor | None,
-    row_weight: Tensor | None, factors: Tensor, in_range: Tensor, *, n_columns: int, ignore_index: int, mean: bool,
-    weight: float, n_penalised: int,
-) -> None:  # fmt: skip
-    n_tokens = targets.shape[0]
+    tensors: ReadoutTensors, call: ReadoutCall, scales: LossScales, in_range: Tensor, n_columns: int, n_penalised: int
+) -> None:
+    targets, weights, n_tokens = tensors.targets, tensors.weights, len(tensors.targets)
     launch(
         row_weights_kernel, (1,),
-        (targets, weights, penalty, n_targets, row_weight, factors, in_range),
-        0 if weights is None else weights.shape[0], n_tokens, n_columns, ignore_index, weight, n_penalised,
-        weights is not None and weights.shape[1] == n_tokens, mean, BLOCK_TOKENS, num_warps=NUM_WARPS,
+        (targets, weights, tensors.penalty, tensors.n_targets, scales.row_weight, scales.factors, in_range),
+        0 if weights is None else weights.shape[0], n_tokens, n_columns, call.ignore_index, call.weight, n_penalised,
+        weights is not None and weights.shape[1] == n_tokens, call.mean, BLOCK_TOKENS, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

@@ -48,12 +48,11 @@ def weigh_all(tensors: ReadoutTensors, results: ReadoutResults, call: ReadoutCal
         if weights.shape[1] == n_tokens:
             weights = shard.blocks(weights).transpose(0, 1).flatten(1)
         space = results.row_weight.new_empty(n_loops * all_targets.numel())
+    of_ranks = tensors._replace(targets=all_targets.flatten(), weights=weights, n_targets=n_targets)
     scales = row_weights(
-        all_targets.flatten(), weights, LossScales(space, results.factors), n_columns=shard.n_words,
-        ignore_index=call.ignore_index, mean=call.mean, weight=call.weight, penalty=tensors.penalty,
-        n_targets=n_targets, n_penalised=call.n_loops * n_tokens,
-    )  # fmt: skip
-    check_range(all_targets.flatten(), shard.n_words, call.ignore_index, scales.in_range)
+        of_ranks, call, LossScales(space, results.factors), n_columns=shard.n_words, n_penalised=call.n_loops * n_tokens
+    )
+    check_range(of_ranks.targets, shard.n_words, call.ignore_index, scales.in_range)
     of_all = all_targets.repeat(1, n_loops)
     if space is None:
         return scales, RowsOfAll(of_all, None)

@@ -7,29 +7,15 @@ For every loop and token, with z = softcap(norm(h) W^T + bias):
 It is the pass of kernels/readout.py without gradients: 2 K N d V FLOPs.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import (
-    Readout,
-    as_rows,
-    check_index,
-    check_readout,
-    check_softcap,
-    check_tensors,
-    check_vector,
-    gathered,
-)
-from .cross_entropy import LossOptions, loss_reference, statistics_reference
-from .device import autocast_dtype, product_dtype
-from .looped_cross_entropy import logits_reference
-from .products import default_chunk_rows
-from .readout import read_out
-from .readout_call import ReadoutCall, ReadoutTensors
-from .vocabulary_shard import VocabularyShard, rows_here
+from .arguments import Readout, States, as_rows
+from .looped_cross_entropy import LoopedCrossEntropy, looped_cross_entropy, looped_cross_entropy_reference
+from .vocabulary_shard import VocabularyShard
 
 
 class ReadoutStatistics(NamedTuple):
@@ -42,38 +28,33 @@ class ReadoutStatistics(NamedTuple):
     top1: Tensor
 
 
-def readout_statistics_reference(
-    states: Tensor | Sequence[Tensor],
+def _measured(
+    readout: Callable[..., LoopedCrossEntropy],
+    states: States,
     head: Tensor,
-    targets: Tensor | None = None,
-    *,
-    readout: Readout = "rmsnorm",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
+    targets: Tensor | None,
+    options: dict[str, Any],
+) -> ReadoutStatistics:
+    """The statistics of a readout of the states, without gradients."""
+    known = targets
+    if known is None:  # any that are in range, whose loss nobody gets
+        rows, shape = as_rows(states)
+        known = torch.zeros(shape, dtype=torch.int64, device=rows[0].device)
+    with torch.no_grad():
+        seen = readout(states, head, known, statistics=True, **options).statistics
+    assert seen is not None  # they were asked for
+    return ReadoutStatistics(None if targets is None else seen.loss, seen.lse, seen.entropy, seen.margin, seen.top1)
+
+
+def readout_statistics_reference(
+    states: States, head: Tensor, targets: Tensor | None = None, **options: Any
 ) -> ReadoutStatistics:
     """`readout_statistics` in plain PyTorch, all logits of a loop in memory: its definition. Checks no argument."""
-    options = LossOptions(ignore_index=ignore_index, softcap=softcap, bias=bias)
-    shape = states[0].shape[:-1]
-    known = torch.full(shape, ignore_index, device=head.device) if targets is None else targets
-    loops = []
-    with torch.no_grad():
-        for loop, state in enumerate(states):
-            logits = logits_reference(
-                state, head, readout=readout, final=loop == len(states) - 1, norm_weight=norm_weight,
-                norm_bias=norm_bias, eps=eps,
-            )  # fmt: skip
-            ce, z = loss_reference(logits.flatten(0, -2), known.flatten().long(), options)
-            loops.append((ce, *statistics_reference(z)))
-    loss, *others = (torch.stack(columns).view(len(loops), *shape) for columns in zip(*loops, strict=True))
-    return ReadoutStatistics(None if targets is None else loss, *others)
+    return _measured(looped_cross_entropy_reference, states, head, targets, options)
 
 
 def readout_statistics(
-    states: Tensor | Sequence[Tensor],
+    states: States,
     head: Tensor,
     targets: Tensor | None = None,
     *,
@@ -105,30 +86,8 @@ def readout_statistics(
     Raises:
         TypeError, ValueError: as `looped_cross_entropy`.
     """
-    head, bias = rows_here("head", head, shard), rows_here("bias", bias, shard)
-    norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
-    rows, shape = as_rows(states)
-    h = rows[0]
-    check_tensors(rows, shape, head, targets)
-    check_readout(readout, norm_weight, norm_bias, eps, h)
-    check_softcap(softcap)
-    check_index(ignore_index)
-    check_vector("bias", bias, h, head.shape[0])
-    n_loops, n_tokens = len(rows) if h.dim() == 2 else h.shape[0], h.shape[-2]
-    compute_dtype = autocast_dtype(h)
-    loops = tuple(range(n_loops))  # numbers even where a compiled graph has a symbol for K
-    call = ReadoutCall(
-        readout=readout, eps=eps, n_loops=len(loops), active=loops, ignore_index=ignore_index,
-        softcap=softcap, statistics=True, dtype=str(compute_dtype).removeprefix("torch."),
-        chunk_rows=default_chunk_rows(head.device, product_dtype(head, compute_dtype)), shard=shard,
-    )  # fmt: skip
-    known = (
-        targets.reshape(-1).long() if targets is not None else torch.full((n_tokens,), ignore_index, device=h.device)
-    )
-    tensors = ReadoutTensors(head, known, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
-    with torch.no_grad():
-        results = read_out(rows, tensors, call)
-    full = (n_loops, *shape)
-    lse, entropy, margin = (column.view(full) for column in results.statistics[:3])
-    loss = None if targets is None else results.ce.view(full)
-    return ReadoutStatistics(loss, lse, entropy, margin, results.top1.view(full))
+    options = {
+        "readout": readout, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "bias": bias,
+        "ignore_index": ignore_index, "softcap": softcap, "shard": shard,
+    }  # fmt: skip
+    return _measured(looped_cross_entropy, states, head, targets, options)

@@ -38,15 +38,6 @@ class LoopedOutput(NamedTuple):
     log_exits: Tensor | None = None
 
 
-class ReadoutLoss(NamedTuple):
-    """What `LoopedLM.readout_loss` returns, as in `LoopedOutput`."""
-
-    loss: Tensor
-    per_loop: Tensor
-    statistics: LoopedStatistics | None
-    log_exits: Tensor | None
-
-
 class LoopedLM(Recurrence):
     """A decoder stack applied K times to its own output, and read out after every loop (Sharma & Vu, arXiv 2606.24898).
 
@@ -124,30 +115,25 @@ class LoopedLM(Recurrence):
         last_logits = self.readout_logits(states[-1]) if logits else None
         if targets is None:
             return LoopedOutput(states, logits=last_logits)
-        first = first_with_gradient(n_loops, backprop_loops)
-        trained = states[first:]
         result = self.readout_loss(
-            trained, targets, supervision=supervision, penalty=penalty, n_targets=n_targets, statistics=statistics
-        )
-        per_loop, log_exits = result.per_loop, result.log_exits
-        if first > 0:
-            per_loop = F.pad(per_loop, (first, 0), value=math.nan)
-            if log_exits is not None:
-                log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
-        return LoopedOutput(states, result.loss, per_loop, last_logits, result.statistics, log_exits)
+            states, targets, backprop_loops=backprop_loops, supervision=supervision, penalty=penalty,
+            n_targets=n_targets, statistics=statistics,
+        )  # fmt: skip
+        return result._replace(logits=last_logits)
 
     def readout_loss(
         self,
         states: Sequence[Tensor],
         targets: Tensor,
         *,
+        backprop_loops: int | None = None,
         supervision: Supervision | Gated = "per-loop",
         penalty: float | Tensor = 0.0,
         n_targets: int | Tensor | None = None,
         statistics: bool = False,
         context: Context | None = None,
-    ) -> ReadoutLoss:
-        """The training loss of the states of all loops, in nats.
+    ) -> LoopedOutput:
+        """The training loss of the states of all loops, in nats, with those states.
 
         `L = sum_k w_k CE_k + penalty * mean over loops, tokens and channels of H_k^2`. The penalty acts on the states
         H_k that are fed back. CE_k is of what is read, R_k = `read(H_k)`: the mean cross-entropy of loop k over the
@@ -156,16 +142,19 @@ class LoopedLM(Recurrence):
         probabilities, and a term that holds those close to a prior is added (`looped.supervision.Gated`, whose options
         go in the word's place).
 
-        states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout.
-        targets: [B, T] int64. n_targets: by what the sums of cross-entropies are divided, in `per_loop` too, instead of
-        the number of targets that are not -100; a number, or a tensor on the device. penalty: a number or such a
-        tensor. statistics: measure what the readout sees of every loop and token. context: as in `read`.
+        states: K states, each [B, T, d]; the last one is the last loop of the `final-only` readout. targets: [B, T]
+        int64. backprop_loops: as in `forward`. n_targets: by what the sums of cross-entropies are divided, in
+        `per_loop` too, instead of the number of targets that are not -100; a number, or a tensor on the device.
+        penalty: a number or such a tensor. statistics: measure what the readout sees of every loop and token. context:
+        as in `read`.
         Raises ValueError for states and targets that do not fit, a negative penalty, an unknown supervision, or gated
         supervision of a model without a gate, TypeError for targets that are not int64.
         """
         _check_states(states, targets)
         self._check_loss_options(supervision, penalty)
-        read, weights, log_p = self._weighed(states, supervision, context)
+        first = first_with_gradient(len(states), backprop_loops)
+        trained = states[first:]
+        read, weights, log_p = self._weighed(trained, supervision, context)
         result = self.implementation.readout_loss(
             read,
             self.head_weight,
@@ -181,12 +170,15 @@ class LoopedLM(Recurrence):
         )
         loss = result.loss
         if self.config.n_coda and (isinstance(penalty, Tensor) or penalty > 0):
-            loss = loss + penalty * mean_square(states)
-        gate = gated(supervision)
-        if gate is None or log_p is None:
-            return ReadoutLoss(loss, result.per_loop, result.statistics, None)
-        loss = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets)
-        return ReadoutLoss(loss, result.per_loop, result.statistics, log_p.detach())
+            loss = loss + penalty * mean_square(trained)
+        gate, per_loop, log_exits = gated(supervision), result.per_loop, None
+        if gate is not None and log_p is not None:
+            loss, log_exits = loss + gate.divergence(log_p, targets != IGNORE_INDEX, n_targets), log_p.detach()
+        if first > 0:
+            per_loop = F.pad(per_loop, (first, 0), value=math.nan)
+        if first > 0 and log_exits is not None:
+            log_exits = F.pad(log_exits, (0, 0, 0, 0, first, 0), value=torch.finfo(log_exits.dtype).min)
+        return LoopedOutput(tuple(states), loss, per_loop, None, result.statistics, log_exits)
 
     def _weighed(
         self, states: Sequence[Tensor], supervision: Supervision | Gated, context: Context | None

@@ -14,6 +14,7 @@ import torch
 from bench.offline.accesses import Audit, Launch, View
 from looped.kernels import radial_gradient, swiglu
 from looped.kernels.cross_entropy import LossOptions, RowResults, cross_entropy_
+from looped.kernels.readout_call import ReadoutCall, ReadoutTensors
 from looped.kernels.row_norm import NormBackward, NormForward, norm_backward, norm_forward, partial_sums, summed
 from looped.kernels.row_norm_triton import norm_tile
 from looped.kernels.row_weights import LossScales, loss_sums, row_weights, scaled
@@ -229,9 +230,8 @@ def test_row_weights(audit, form):
     targets[::7] = -100
     weights = {"none": None, "loops": torch.rand(n_loops, 1), "tokens": torch.rand(n_loops, n_tokens)}[form]
     space = None if weights is None else torch.empty(n_loops * n_tokens)
-    scales = row_weights(
-        targets, weights, LossScales(space, torch.empty(3)), n_columns=50, ignore_index=-100, mean=True
-    )
+    tensors, call = ReadoutTensors(torch.empty(0), targets, weights), ReadoutCall("raw", 0.0, 1, (0,), mean=True)
+    scales = row_weights(tensors, call, LossScales(space, torch.empty(3)), n_columns=50, n_penalised=0)
     (launch,) = audit.launches
     assert launch.programs == 1
     check_safe(launch)

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
+from looped.kernels.readout_call import ReadoutCall, ReadoutTensors
 from looped.kernels.row_weights import LossScales, loop_weights, loss_sums, row_weights, scaled
 from looped.kernels.row_weights_triton import BLOCK_TOKENS
 
 LENGTHS = [1, 7, BLOCK_TOKENS, BLOCK_TOKENS + 37]
 
 
-def scales_of(targets, weights, **options):
+def scales_of(targets, weights, *, n_columns, n_penalised=0, penalty=None, n_targets=None, **options):
     """`row_weights` in space of its own."""
     device = targets.device
     space = None if weights is None else torch.empty(len(weights) * len(targets), device=device)
-    return row_weights(targets, weights, LossScales(space, torch.empty(3, device=device)), **options)
+    tensors = ReadoutTensors(torch.empty(0), targets, weights, penalty=penalty, n_targets=n_targets)
+    call, scales = ReadoutCall("raw", 0.0, 1, (0,), **options), LossScales(space, torch.empty(3, device=device))
+    return row_weights(tensors, call, scales, n_columns=n_columns, n_penalised=n_penalised)
 
 
 def sums_of(loss, scales, mean_square=None):

@@ -1,6 +1,5 @@
 """LoopedForCausalLM: the decoder behind the calls that transformers makes of a causal language model."""
 
-import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from looped.context import Context
 from looped.model import LoopedLM
-from looped.recurrence import first_with_gradient
 from looped.supervision import IGNORE_INDEX
 from looped.transformers.attention import Rows, is_padded_on_the_left, mask_of, positions_of
 from looped.transformers.card import model_card
@@ -177,16 +175,15 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss(
         self, states: tuple[Tensor, ...], targets: Tensor, num_items: int | Tensor | None, context: Context
-    ) -> tuple[Tensor, Tensor | None]:
-        first = first_with_gradient(len(states), self.config.backprop_loops)
+    ) -> tuple[Tensor | None, Tensor | None]:
         penalty: float | Tensor = self.config.penalty
         if num_items is not None and penalty:
             penalty = penalty * (targets != IGNORE_INDEX).sum() / num_items
         result = self.decoder.readout_loss(
-            states[first:], targets, supervision=self.config.loss_supervision, penalty=penalty, n_targets=num_items,
-            context=context,
+            states, targets, backprop_loops=self.config.backprop_loops, supervision=self.config.loss_supervision,
+            penalty=penalty, n_targets=num_items, context=context,
         )  # fmt: skip
-        return result.loss, F.pad(result.per_loop, (first, 0), value=math.nan)
+        return result.loss, result.per_loop
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """As transformers does, with a README.md where the configuration knows of a run."""
