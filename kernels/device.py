@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -87,13 +88,15 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type) if autocasts(tensor) else tensor.dtype
 
 
-def product_autocast(tensor: torch.Tensor) -> torch.autocast:
+def product_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Autocast as it is now for products of `tensor`, but off on a CPU that gains nothing by its dtype.
 
     Where bfloat16 is emulated its products take tens of times as long as those of float32.
     """
-    kind, dtype = tensor.device.type, autocast_dtype(tensor)
-    return torch.autocast(kind, dtype=dtype, enabled=autocasts(tensor) and product_dtype(tensor, dtype) == dtype)
+    dtype = autocast_dtype(tensor)
+    if product_dtype(tensor, dtype) == dtype:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def cpu_blocks(n_rows: int, row_bytes: int) -> Iterator[slice]:

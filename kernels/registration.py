@@ -74,13 +74,13 @@ class Op:
 
 
 def is_plain(arguments: Iterable[Any], carrier: type | None = None) -> bool:
-    """Whether no mode or transform is active and all tensors are PyTorch's own."""
+    """Whether no mode or transform is active and all tensors are PyTorch's own; and those of lists have values."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for argument in arguments:
         kind = type(argument)
         if kind is list:
-            if any(type(x) not in PLAIN for x in argument):
+            if any(type(x) not in PLAIN or x.is_meta for x in argument):
                 return False
         elif kind not in PLAIN and kind is not carrier:
             return False

@@ -79,9 +79,7 @@ def to_transformers(run: SavedRun, directory: Path) -> None:
     train = run.config["train"]
     config = LoopedPretrainedConfig.of(
         run.model.config,
-        supervision=train.get("supervision", "per-loop"),
-        penalty=train.get("penalty", 0.0),
-        **{name: train[name] for name in ("backprop_loops", "gate_beta", "gate_prior") if name in train},
+        **{name: train[name] for name in ("supervision", "penalty", "backprop_loops", "gate_beta", "gate_prior")},
         run=provenance(run),
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -117,11 +115,11 @@ def provenance(run: SavedRun) -> dict[str, Any]:
     known = {
         "name": run.name,
         "parameters": run.model.parameter_count(),
-        "data": run.config["train"].get("data"),
+        "data": run.config["train"]["data"],
         "steps": run.step,
         "tokens": summary.get("tokens"),
         "supervision": _supervision(run.config["train"]),
-        "penalty": run.config["train"].get("penalty"),
+        "penalty": run.config["train"]["penalty"],
         "commit": summary.get("commit"),
         "weights": run.weights_hash or None,
         "evaluation": summary.get("evaluation"),
@@ -129,9 +127,9 @@ def provenance(run: SavedRun) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _supervision(train: dict[str, Any]) -> str | None:
+def _supervision(train: dict[str, Any]) -> str:
     """In words."""
-    name = train.get("supervision")
+    name: str = train["supervision"]
     return f"{name} (beta {train['gate_beta']:g}, {train['gate_prior']} prior)" if name == "gated" else name
 
 

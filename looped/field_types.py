@@ -21,6 +21,8 @@ def _fits(value: object, kind: Any) -> bool:
         return any(_fits(value, each) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if type(value) is bool:
+        return kind is bool
     if type(value) is int:
         return kind in (int, float) and -INT64 <= value < INT64
     return isinstance(value, kind)

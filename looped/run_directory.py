@@ -10,7 +10,7 @@ none. The checkpoint is described in looped/checkpoint.py.
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from looped import checkpoint
 from looped.config import LoopedConfig
+from looped.field_types import check_field_types
 from looped.model import LoopedLM
-from looped.supervision import IGNORE_INDEX
+from looped.supervision import IGNORE_INDEX, Supervision
 from looped.whole_file import read_json, regular, replacing
 
 fcntl: ModuleType | None
@@ -51,6 +52,19 @@ class Validation:
     bounds: Tensor
     bytes_per_token: Tensor | None
     targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Of a run's options, those of train/config.py, what is read here."""
+
+    data: str
+    tokenizer: str | None
+    supervision: Supervision
+    penalty: float
+    backprop_loops: int | None
+    gate_beta: float
+    gate_prior: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,8 @@ def load_run(directory: Path) -> SavedRun:
     config = read_config(directory)
     try:
         shape = LoopedConfig(**config["model"])
-    except (ValueError, TypeError) as error:
+        check_field_types(Training(**{field.name: config["train"][field.name] for field in fields(Training)}))
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
     place = checkpoint.found(directory)
     progress = checkpoint.check_whole(place, ["model"])

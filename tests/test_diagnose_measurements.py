@@ -15,7 +15,7 @@ from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import PERCENTILES, measure_dynamics
 from looped.diagnose.halting import measure_halting
 from looped.diagnose.interventions import ALPHAS, clamp_radially, scale_response, sweep_alpha
-from looped.diagnose.model import LoopedModel, from_decoder
+from looped.diagnose.model import LoopedModel, from_decoder, in_float64
 from looped.diagnose.radial import measure_radial
 from looped.halting import calibrate, exit_loops
 from looped.run_directory import Validation
@@ -371,6 +371,16 @@ def test_a_coda_is_read_where_nothing_is_normalised():
     for loop, state in enumerate(output.states):
         loss = described.cross_entropy(state, targets, final=loop == 2).mean()
         torch.testing.assert_close(loss, output.per_loop[loop])
+
+
+def test_a_coda_is_read_in_float64_where_kernels_have_none(monkeypatch):
+    decoder = tiny_decoder.model(fused=True, n_coda=1).eval()
+    state = decoder(tiny_decoder.tokens()).states[-1]
+    expected = decoder.readout_norm(decoder.read(state))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as on a GPU
+    found = in_float64(from_decoder(decoder)).normalised(state.double(), final=True)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected)
 
 
 def test_windows_do_not_overlap_and_are_spread():

@@ -239,6 +239,16 @@ def said(run: Path, name: str, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
+def training(run: Path, drop: str = "", **changes: Any) -> None:
+    """Change the configuration of the training, or drop a field of it."""
+
+    def change(found: Any) -> Any:
+        fields = found["train"] | changes
+        return {**found, "train": {name: fields[name] for name in fields if name != drop}}
+
+    said(run, "config.json", change)
+
+
 def overwritten(run: Path, name: str, content: bytes) -> None:
     (run / name).write_bytes(content)
     reseal(run / "checkpoint")
@@ -292,8 +302,22 @@ FOUND: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "a configuration of other types": (
         "train",
-        lambda run: said(run, "config.json", lambda found: {**found, "train": found["train"] | {"data": {}}}),
+        lambda run: training(run, data={}),
         "config.json cannot be used .*data must be str",
+    ),
+    "a training without supervision": (
+        "diagnose", lambda run: training(run, drop="supervision"), "config.json cannot be used .*supervision",
+    ),
+    "a penalty in words": (
+        "diagnose", lambda run: training(run, penalty="x"), "config.json cannot be used .*penalty must be float",
+    ),
+    "a gate without its options": (
+        "transformers",
+        lambda run: training(run, drop="gate_beta", supervision="gated"),
+        "config.json cannot be used .*gate_beta",
+    ),
+    "a number of loops that is true": (
+        "train", lambda run: training(run, n_loops=True), "config.json cannot be used .*n_loops must be int",
     ),
     "a model larger than any memory": (
         "generate",

@@ -304,6 +304,14 @@ def test_logits(readout: Any, tied: bool) -> None:
     assert torch.equal(decoder.readout_logits(state), decoder.readout_logits(state, final=True))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_shapes_on_meta(fused: bool) -> None:
+    result = model(fused=fused).to("meta")(*(part.to("meta") for part in batch()), logits=True)
+    assert result.loss is not None
+    assert result.logits is not None
+    assert (result.loss.shape, result.logits.shape) == ((), (BATCH, LENGTH, V))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_without_targets_there_is_no_loss(fused: bool) -> None:
     decoder = model(fused=fused, readout="final-only")

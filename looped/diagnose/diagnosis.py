@@ -143,7 +143,7 @@ def diagnose_run(
     decoder, training = copy.deepcopy(run.model).to(device), run.config["train"]
     windows = validation_batches(run.validation, seq_len=decoder.config.max_seq_len, n_tokens=n_tokens)
     batches = [(tokens.to(device), targets.to(device)) for tokens, targets in windows]
-    model = as_trained(decoder, batches, training["supervision"], training["penalty"], training.get("backprop_loops"))
+    model = as_trained(decoder, batches, training["supervision"], training["penalty"], training["backprop_loops"])
     return diagnose(
         model,
         batches,

@@ -148,7 +148,9 @@ def from_decoder(
 def in_float64(model: LoopedModel) -> LoopedModel | None:
     """The same readout in float64. None where nothing is known of the model but functions."""
     if model.decoder is not None:
-        return from_decoder(copy.deepcopy(model.decoder).double())
+        decoder = copy.deepcopy(model.decoder).double()
+        decoder.fused = False  # no kernel of a GPU takes float64
+        return from_decoder(decoder)
     if not isinstance(model.norm, nn.Module) or not isinstance(model.head, nn.Module):
         return None
     head, norm = (copy.deepcopy(module).double() for module in (model.head, model.norm))
