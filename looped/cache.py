@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped.config import LoopedConfig
+from looped.config import LoopedConfig, at_least
 from looped.context import Attend, Part
 
 
@@ -51,9 +51,7 @@ class KeyValueCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Raises ValueError unless the sizes are at least 1, and the learned positions enough for the capacity."""
-        for name, size in (("batch_size", batch_size), ("capacity", capacity), ("n_loops", n_loops)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1. Got {name}={size}.")
+        at_least(1, batch_size=batch_size, capacity=capacity, n_loops=n_loops)
         if config.positions == "learned" and capacity > config.max_seq_len:
             raise ValueError(
                 "capacity must be at most max_seq_len with learned positions. "

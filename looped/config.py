@@ -117,11 +117,17 @@ class LoopedConfig(LoopedShape):
                 raise ValueError(f"{name} must be above 0. Got {name}={getattr(self, name)}.")
 
 
+def at_least(least: int, **values: float | None) -> None:
+    """Raise ValueError for the first value below ``least``, or nan, by its name. None is left alone."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}. Got {name}={value}.")
+
+
 def _check_size(name: str, value: object, *, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}. Got {name}={value}.")
+    at_least(least, **{name: value})
     if value > most:
         raise ValueError(f"{name} must be at most {most:,}. Got {name}={value}.")
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looped.attention import causal_attention
+from looped.config import at_least
 from looped.context import Attend, Part
 from looped.halting import Policy, Seen, check_tau
 from looped.model import LoopedLM
@@ -82,8 +83,7 @@ def run_with_exits(model: LoopedLM, tokens: Tensor, policy: Policy, tau: float, 
 
 def _check(model: LoopedLM, tau: float, n_loops: int) -> None:
     check_tau(tau)
-    if n_loops < 1:
-        raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
+    at_least(1, n_loops=n_loops)
     if model.training:
         raise ValueError("model must be in evaluation mode: dropout and noise would change the exits. Call .eval().")
 

@@ -11,7 +11,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +59,10 @@ def check_target(directory: Path) -> None:
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write to. It becomes ``directory`` at the end, and after an error nothing is left of it."""
     directory = directory.resolve()  # a link leads to what is replaced
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=nearest_existing(directory.parent)))
+    scratch = nearest_existing(directory.parent) / f".{directory.name}-{os.getpid()}"
+    scratch.mkdir()
     try:
         yield scratch
-        scratch.chmod(0o777 & ~_umask())
         directory.parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch, directory)
     except BaseException:
@@ -160,13 +159,6 @@ def _prepare_transformers() -> None:
     except ImportError as error:
         raise ValueError(f"an export needs transformers: pip install 'looped-lm[hf]' ({error}).") from error
     logging.disable_progress_bar()  # of writing one file
-
-
-def _umask() -> int:
-    """What new files are not allowed, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _parser() -> argparse.ArgumentParser:

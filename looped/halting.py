@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from looped.config import at_least
 from looped.kernels.device import accumulator
 
 
@@ -153,7 +154,7 @@ def calibrate(loss: Tensor, score: Tensor, tolerance: float = 1.01) -> float:
         )
     if not (loss.isfinite().all() and score.isfinite().all()):
         raise ValueError("loss and score must be finite.")
-    check_tolerance(tolerance)
+    at_least(1, tolerance=tolerance)
     loss, score = loss.flatten(1).double(), score.flatten(1)
     # Let tau fall from inf. A token steps back from loop k + 1 to loop k when tau reaches the largest of s_1..s_k.
     step_tau = score[:-1].cummax(0).values.flatten()
@@ -172,9 +173,3 @@ def check_tau(tau: float) -> None:
     """Raises ValueError for nan."""
     if math.isnan(tau):
         raise ValueError(f"tau must be a number or inf. Got tau={tau}.")
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raises ValueError below 1 and for nan."""
-    if not tolerance >= 1:
-        raise ValueError(f"tolerance must be at least 1. Got tolerance={tolerance}.")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from looped.config import LoopedConfig
+from looped.config import LoopedConfig, at_least
 from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
@@ -265,8 +265,8 @@ class LoopedLM(Recurrence):
             supervision_weights(supervision, 1)
         elif self.exit_gate is None:
             raise ValueError("gated supervision needs a model with exit_gate=True. Got exit_gate=False.")
-        if not isinstance(penalty, Tensor) and not penalty >= 0:
-            raise ValueError(f"penalty must be at least 0. Got penalty={penalty}.")
+        if not isinstance(penalty, Tensor):
+            at_least(0, penalty=penalty)
 
     def _readout_norm_options(self) -> dict[str, Any]:
         """The readout's norm, as the functions of `kernels` take it."""

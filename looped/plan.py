@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from looped.command_line import command_line
-from looped.config import PRESETS, LoopedConfig, LoopedShape
+from looped.config import PRESETS, LoopedConfig, LoopedShape, at_least
 from looped.model import LoopedLM
 from looped.peak_flops import peak_tflops
 from looped.step_memory import Shard, Step, memory, parameters, trained_loops
@@ -114,10 +114,8 @@ def parse(argv: Sequence[str]) -> PlanOptions:
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}. Got preset={preset!r}.")
     options = command_line(list(argv), _defaults(preset), PROGRAM)
-    for name in ("gpus", "batch_size", "grad_accumulation", "seq_len", "vocab_size", "backprop_loops"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+    sizes = ("gpus", "batch_size", "grad_accumulation", "seq_len", "vocab_size", "backprop_loops")
+    at_least(1, **{name: getattr(options, name) for name in sizes})
     if options.tokens is not None and not 0 < options.tokens < math.inf:
         raise ValueError(f"tokens must be finite and above 0. Got tokens={options.tokens}.")
     if options.batch_size % (options.gpus * options.grad_accumulation):

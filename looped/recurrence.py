@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from looped.attention import rotary_table
 from looped.block import Block, normalised_stream
-from looped.config import LoopedConfig
+from looped.config import LoopedConfig, at_least
 from looped.context import Cache, Context, Part
 from looped.dropout import dropout
 from looped.implementation import FUSED, PLAIN, Implementation
@@ -36,8 +36,7 @@ def first_with_gradient(n_loops: int, backprop_loops: int | None) -> int:
     """The first of n_loops loops, from 0, that has a gradient where the last backprop_loops have one (None: all)."""
     if backprop_loops is None:
         return 0
-    if backprop_loops < 1:
-        raise ValueError(f"backprop_loops must be at least 1. Got backprop_loops={backprop_loops}.")
+    at_least(1, backprop_loops=backprop_loops)
     return max(0, n_loops - backprop_loops)
 
 
@@ -85,8 +84,7 @@ class Recurrence(nn.Module):
         arXiv 2502.05171). E then has a gradient through the later loops' injection alone. None: all loops have one.
         positions, cache: as `context` takes them.
         """
-        if n_loops < 1:
-            raise ValueError(f"n_loops must be at least 1. Got n_loops={n_loops}.")
+        at_least(1, n_loops=n_loops)
         first = first_with_gradient(n_loops, backprop_loops)
         context = self.context(tokens, positions=positions, cache=cache)  # once for all loops and layers
         embedded = self.embed(tokens, positions=positions, context=context)

@@ -1,11 +1,12 @@
 """LoopedConfig: what is accepted, what is rejected and how, and the shapes of the presets."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
-from looped.config import PRESETS, LoopedConfig, LoopedShape
+from looped.config import PRESETS, LoopedConfig, LoopedShape, at_least
 from train.config import preset_config
 from train.run import main
 
@@ -24,6 +25,13 @@ def test_defaults_are_the_papers_setting() -> None:
 def test_rejects_sizes_below_one(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"{field} must be at least 1\. Got {field}={value}\."):
         LoopedConfig(**{**SHAPE, field: value})
+
+
+def test_at_least_says_which_value_is_below() -> None:
+    at_least(1, steps=1, rate=math.inf, depth=None)
+    for value in (0.5, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"^rate must be at least 1\. Got rate={value}\.$"):
+            at_least(1, steps=1, rate=value)
 
 
 @pytest.mark.parametrize("field", ["n_prelude", "n_coda", "loop_rank"])

@@ -304,7 +304,7 @@ def test_command_rejects_data(saved, tokens, tmp_path, capsys):
     [
         (("--seq-len", 513), "seq_len must be in [1, 512], the model's longest. Got 513"),
         (("--loops", 3), "horizon must be above the n_loops=3 that were trained. Got horizon=3"),
-        (("--scale-loops", -1), "scale_loops must be at least 0. Got -1"),
+        (("--scale-loops", -1), "scale_loops must be at least 0. Got scale_loops=-1"),
     ],
 )
 def test_command_rejects_options(saved, words, tmp_path, capsys, more, message):

@@ -10,7 +10,6 @@ from looped.halting import (
     TOP_PROBABILITY,
     Seen,
     calibrate,
-    check_tolerance,
     exit_loops,
     gate_policy,
     policy_named,
@@ -162,5 +161,3 @@ def test_a_policy_by_its_name():
         policy_named("mood")
     with pytest.raises(ValueError, match=r"^policy gate needs a model with an exit gate. Got policy='gate'.$"):
         policy_named("gate")
-    with pytest.raises(ValueError, match=r"^tolerance must be at least 1. Got tolerance=nan.$"):
-        check_tolerance(math.nan)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from looped.checkpoint import KINDS, WEIGHTS, check_whole, files_of, found, seal
 from looped.command_line import Parser
+from looped.config import at_least
 from looped.exit_gate import continuation_loss, exit_entropy, log_exit_probabilities, mean_exit_loop
 from looped.model import LoopedLM
 from looped.run_directory import TOKENIZER, VALIDATION, SavedRun, load_run, write_config
@@ -206,10 +207,7 @@ def _write(out: Path, saved: SavedRun, model: LoopedLM, record: dict[str, Any]) 
 
 
 def _check(options: argparse.Namespace, out: Path) -> None:
-    for name in ("steps", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+    at_least(1, steps=options.steps, batch_size=options.batch_size)
     if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"learning_rate must be finite and above 0. Got learning_rate={options.learning_rate}.")
     if not 0 <= options.seed < 2**63:

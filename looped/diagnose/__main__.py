@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from looped.command_line import Parser, device_named
+from looped.config import at_least
 from looped.diagnose.diagnosis import Diagnosis, check_run, diagnose_run
 from looped.diagnose.findings import findings
-from looped.diagnose.halting import check_rounds
 from looped.diagnose.page import write_diagnosis
 from looped.diagnose.pretrained import load_pretrained, scale_checks, scale_table
 from looped.diagnose.record import record_of_run
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Saturated softmaxes make denormals, which x86 computes with several times slower.
     torch.set_flush_denormal(True)
     try:
-        check_rounds(options.rounds)
+        at_least(0, rounds=options.rounds)
         out = _out_directory(options)
         diagnoses = _of_runs(options, out) if options.model is None else _of_a_model(options, out)
         write_diagnosis(diagnoses, out)
@@ -68,8 +68,7 @@ def _of_runs(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
 
 def _of_a_model(options: argparse.Namespace, out: Path) -> list[Diagnosis]:
     """The diagnosis of a model by name; the checks of its scale are printed, and written beside the page."""
-    if options.scale_loops < 0:
-        raise ValueError(f"scale_loops must be at least 0. Got {options.scale_loops}.")
+    at_least(0, scale_loops=options.scale_loops)
     pretrained = load_pretrained(
         options.model,
         options.data,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from looped.config import at_least
 from looped.diagnose.depth import measure_depth
 from looped.diagnose.dynamics import measure_dynamics
-from looped.diagnose.halting import check_rounds, check_windows, measure_halting
+from looped.diagnose.halting import check_windows, measure_halting
 from looped.diagnose.interventions import clamp_radially, scale_response, sweep_alpha
 from looped.diagnose.model import Batch, LoopedModel, from_decoder, in_float64
 from looped.diagnose.origin import origin
@@ -73,7 +74,7 @@ def diagnose(
     below 0. Raises DivergedError, which is a ValueError, for a model without a finite loss.
     """
     _check(model, batches, horizon)
-    check_rounds(rounds)
+    at_least(0, rounds=rounds)
     depth = measure_depth(model, batches, max(DEPTH_FACTOR * model.n_loops, LEAST_DEPTH), bytes_per_token)
     for n_loops, ce in reversed([*enumerate(depth.as_trained, 1), *enumerate(depth.ce[: model.n_loops], 1)]):
         if not math.isfinite(ce):

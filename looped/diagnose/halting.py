@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from looped.config import at_least
 from looped.diagnose.model import Batch, LoopedModel, token_losses
 from looped.diagnose.skipping import NO_POLICY, Run, Skipped, measure_skipping, with_all_loops
 from looped.early_exit import run_with_exits
-from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, check_tolerance, exit_loops, gate_policy
+from looped.halting import MARGIN, WITHOUT_A_GATE, Policy, Seen, calibrate, exit_loops, gate_policy
 
 TOLERANCE = 1.01  # times the perplexity at K
 
@@ -72,8 +73,8 @@ def measure_halting(
     rounds: how often the speed with later loops left out is timed. Raises ValueError if there are fewer than two
     windows, and for a tolerance below 1 or rounds below 0.
     """
-    check_tolerance(tolerance)
-    check_rounds(rounds)
+    at_least(1, tolerance=tolerance)
+    at_least(0, rounds=rounds)
     n_windows = check_windows(batches)
     half = n_windows // 2
     policies: tuple[Policy, ...] = WITHOUT_A_GATE
@@ -116,12 +117,6 @@ def check_windows(batches: Sequence[Batch]) -> int:
             f"batches must hold two windows: halting is calibrated on one and reported on the other. Got {n_windows}."
         )
     return n_windows
-
-
-def check_rounds(rounds: int) -> None:
-    """Raises ValueError below 0."""
-    if rounds < 0:
-        raise ValueError(f"rounds must be at least 0. Got rounds={rounds}.")
 
 
 def _from_window(batches: Sequence[Batch], first: int) -> list[Batch]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from looped.config import at_least
 from looped.halting import wide
 from looped.model import LoopedLM
 from looped.recurrence import first_with_gradient
@@ -53,16 +54,14 @@ class LoopedModel:
     decoder: LoopedLM | None = None
 
     def __post_init__(self) -> None:
-        if self.n_loops < 1:
-            raise ValueError(f"n_loops must be at least 1. Got n_loops={self.n_loops}.")
+        at_least(1, n_loops=self.n_loops)
         weights = self.loss_weights
         if len(weights) != self.n_loops or not all(weight >= 0 for weight in weights) or sum(weights) == 0:
             raise ValueError(
                 f"weights must be n_loops={self.n_loops} numbers of at least 0, one of them above. Got {weights}."
             )
         first_with_gradient(self.n_loops, self.backprop_loops)  # raises for backprop_loops < 1
-        if not self.penalty >= 0:
-            raise ValueError(f"penalty must be at least 0. Got penalty={self.penalty}.")
+        at_least(0, penalty=self.penalty)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looped.config import at_least
 from looped.generate.decoder import Exit
 from looped.halting import check_tau
 
@@ -52,8 +53,8 @@ class Options:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer. Got {name}={value!r}.")
-            if name != "seed" and value < 1:
-                raise ValueError(f"{name} must be at least 1. Got {name}={value}.")
+            if name != "seed":
+                at_least(1, **{name: value})
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63. Got seed={self.seed}.")
         if self.exit is not None:
