@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import (
     Readout,
+    States,
     as_rows,
     check_options,
     check_readout,
@@ -72,7 +73,7 @@ def normed(
 
 
 def looped_cross_entropy_reference(
-    states: Tensor | Sequence[Tensor],
+    states: States,
     head: Tensor,
     targets: Tensor,
     *,
@@ -139,7 +140,7 @@ def looped_cross_entropy_reference(
     loss = sum(shares[1:], start=shares[0])
     penalty_ = _scalar(penalty, head, wide)
     if penalty_ is not None:
-        loss = loss + penalty_ * _mean_square(states, wide)
+        loss = loss + penalty_ * mean_square(states)
     return LoopedCrossEntropy(loss, per_loop, measured)
 
 
@@ -149,9 +150,9 @@ def _target_count(targets: Tensor, ignore_index: int, n_targets: float | Tensor 
     return torch.where(n > 0, n, 1)
 
 
-def _mean_square(states: Tensor | Sequence[Tensor], wide: torch.dtype) -> Tensor:
-    """The mean over loops, tokens and channels of h^2, []; 0 for no token."""
-    squares = [state.to(wide).square().mean(-1) for state in states]
+def mean_square(states: States) -> Tensor:
+    """The mean over loops, tokens and channels of h^2, [], at least float32; 0 for no token."""
+    squares = [state.to(accumulator(state.dtype)).square() for state in states]
     return torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
 
 
@@ -200,7 +201,7 @@ def _statistics_of(
 
 
 def looped_cross_entropy(
-    states: Tensor | Sequence[Tensor],
+    states: States,
     head: Tensor,
     targets: Tensor,
     *,

@@ -19,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from looped.adapters import find_adapter
 from looped.kernels import LoopedReadout
 from looped.kernels.arguments import check_number
-from looped.kernels.looped_cross_entropy import LoopedCrossEntropy
-from looped.recurrence import mean_square
+from looped.kernels.looped_cross_entropy import LoopedCrossEntropy, mean_square
 from looped.replay import Calls, call_of, check_eager, named_module, tensor_of, uncompiled
 
 

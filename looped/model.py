@@ -13,7 +13,8 @@ from looped.context import Context
 from looped.exit_gate import ExitGate, log_exit_probabilities
 from looped.generate import Generated, Options, generate
 from looped.kernels import LoopedStatistics, VocabularyShard
-from looped.recurrence import Recurrence, first_with_gradient, mean_square
+from looped.kernels.looped_cross_entropy import mean_square
+from looped.recurrence import Recurrence, first_with_gradient
 from looped.supervision import IGNORE_INDEX, Gated, Supervision, gated, supervision_weights
 
 

@@ -24,7 +24,7 @@ from looped.adapters import find_adapter
 from looped.capture import Captured
 from looped.kernels import LoopedReadout
 from looped.kernels.arguments import check_number
-from looped.recurrence import mean_square
+from looped.kernels.looped_cross_entropy import mean_square
 from looped.replay import named_module, tensor_of
 from looped.supervision import IGNORE_INDEX
 

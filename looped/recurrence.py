@@ -12,7 +12,7 @@ are always the H_k, which are fed back; the readout's norm, logits and losses ar
 The loops stop after a number that the caller gives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +27,6 @@ from looped.context import Cache, Context, Part
 from looped.dropout import dropout
 from looped.implementation import FUSED, PLAIN, Implementation
 from looped.injection import Injection
-from looped.kernels.device import accumulator
 
 NOISE_STD = (2 / 5) ** 0.5  # of the state that Huginn starts from
 
@@ -38,11 +37,6 @@ def first_with_gradient(n_loops: int, backprop_loops: int | None) -> int:
         return 0
     at_least(1, backprop_loops=backprop_loops)
     return max(0, n_loops - backprop_loops)
-
-
-def mean_square(states: Sequence[Tensor]) -> Tensor:
-    """The mean over loops, tokens and channels of H_k^2, at least float32, one loop at a time."""
-    return torch.stack([state.to(accumulator(state.dtype)).square().mean() for state in states]).mean()
 
 
 class Recurrence(nn.Module):
