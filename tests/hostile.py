@@ -85,6 +85,19 @@ def assert_refusal(code: int, error: str) -> None:
     assert re.fullmatch(r"error: [^\n]+\n", error), error
 
 
+def assert_rejected(
+    main: Callable[[list[str]], int | None], argv: list[str], directory: Path, message: str, capsys: Any
+) -> None:
+    """A refusal that says ``message``, prints nothing else, and leaves ``directory`` as it was, or still not there."""
+    before = directory.exists(), contents(directory)
+    capsys.readouterr()
+    code, printed = main(argv), capsys.readouterr()
+    assert_refusal(code or 0, printed.err)
+    assert re.search(message, printed.err), printed.err
+    assert printed.out == ""
+    assert (directory.exists(), contents(directory)) == before
+
+
 RULES = "must|cannot|needs?|is torn|is too short|is empty|holds no|checkpoint of another|do not make up"
 
 

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import hostile
 import pytest
 import tokenizers
 import torch
-from hostile import contents
 from tiny_run import arguments
 
 from looped.config import PRESETS
@@ -124,16 +125,7 @@ def test_compiled(tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def assert_rejected(argv: list[str], directory: Path, message: str, capsys) -> None:
-    """One line on stderr, exit code 2, and ``directory`` as it was."""
-    before = contents(directory)
-    capsys.readouterr()
-    assert main(argv) == 2
-    output = capsys.readouterr()
-    assert re.fullmatch(r"error: [^\n]+\n", output.err), output.err
-    assert re.search(message, output.err), output.err
-    assert output.out == ""
-    assert contents(directory) == before
+assert_rejected = partial(hostile.assert_rejected, main)
 
 
 BAD_OPTIONS = {

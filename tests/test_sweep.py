@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from forked_runs import ended, forked
+from hostile import contents
 from safetensors.torch import load_file
-from tiny_sweep import NAMES, PROGRAM, assert_rejected, contents, finished_sweep, main_of_forks, sweep_words, tasks_of
+from tiny_sweep import NAMES, PROGRAM, assert_rejected, finished_sweep, main_of_forks, sweep_words, tasks_of
 
 from looped.command_line import command_line
 from train.config import TrainConfig

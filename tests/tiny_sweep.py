@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
 
+import hostile
 import pytest
 from forked_runs import forked
 from tiny_run import MODEL, TRAINING, text
@@ -48,20 +48,7 @@ def tasks_of(words: list[str]) -> list[Task]:
 
 
 def assert_rejected(argv: list[str], message: str, capsys: pytest.CaptureFixture[str], directory: Path) -> None:
-    """One line on stderr, exit code 2, and ``directory`` as it was, or still not there."""
-    before = contents(directory)
-    capsys.readouterr()
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"error: [^\n]+\n", error), error
-    assert re.search(message, error), error
-    assert contents(directory) == before
-
-
-def contents(directory: Path) -> dict[str, bytes] | None:
-    if not directory.exists():
-        return None
-    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    hostile.assert_rejected(main, argv, directory, message, capsys)
 
 
 class ForkedRun:
