@@ -116,7 +116,7 @@ def as_rows(states: States) -> tuple[list[Tensor], torch.Size]:
     return [state.reshape(shape.numel(), state.shape[-1]) for state in states], shape
 
 
-def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor | None) -> None:
+def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: Tensor) -> None:
     """Raise unless head [V, d] and targets [...] fit the states."""
     h = rows[0]
     if not _is_floating(head):
@@ -127,8 +127,6 @@ def check_tensors(rows: list[Tensor], shape: torch.Size, head: Tensor, targets: 
         raise ValueError(f"head must be on the states' device {h.device}. Got {head.device}.")
     if (head.dtype == torch.float64) != (h.dtype == torch.float64):
         raise TypeError(f"head and states must both be float64 or neither. Got {head.dtype} and {h.dtype}.")
-    if targets is None:
-        return
     if (
         not isinstance(targets, Tensor)
         or targets.dtype not in (torch.int64, torch.int32)

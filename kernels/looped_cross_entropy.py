@@ -118,21 +118,26 @@ def looped_cross_entropy_reference(
     active = [k for k in range(n_loops) if isinstance(weights, Tensor) or weights[k] != 0]
     per_loop = torch.full((n_loops,), torch.nan, dtype=wide, device=device)
     shares = [torch.zeros(targets.shape if reduction == "none" else (), dtype=wide, device=device)] * n_loops
-    unread = torch.full(targets.shape, torch.nan, dtype=wide, device=device)
-    seen = [LoopedStatistics(*[unread] * 8)._replace(top1=torch.full_like(unread, -1, dtype=torch.int64))] * n_loops
+    seen: list[LoopedStatistics | None] = [None] * n_loops
     radial = [reduction != "none" and torch.is_grad_enabled() and state.requires_grad for state in states]
     for k in active:
         ce, z = rows(states[k], k)
         per_loop[k] = ce.detach().sum() / n
         shares[k] = share(ce, k)
-        if statistics:
-            seen[k] = _seen(states[k].detach(), ce.detach(), z.detach())
-        if statistics and radial[k]:
+        if not statistics:
+            continue
+        of_loop = _seen(states[k].detach(), ce.detach(), z.detach())
+        if radial[k]:
             h = states[k].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(share(rows(h, k)[0], k), h)
             dot = radial_gradient_reference(h.detach(), gradient)
-            seen[k] = seen[k]._replace(radial_dot=dot.dot, radial_fraction=dot.fraction)
-    measured = LoopedStatistics(*map(torch.stack, zip(*seen, strict=True))) if statistics else None
+            of_loop = of_loop._replace(radial_dot=dot.dot, radial_fraction=dot.fraction)
+        seen[k] = of_loop
+    measured = None
+    if statistics:
+        nan = torch.full(targets.shape, torch.nan, dtype=wide, device=device)
+        unread = LoopedStatistics(*[nan] * 8)._replace(top1=torch.full_like(nan, -1, dtype=torch.int64))
+        measured = LoopedStatistics(*map(torch.stack, zip(*(of_loop or unread for of_loop in seen), strict=True)))
     if measured is not None and not any(radial):
         measured = measured._replace(radial_dot=None, radial_fraction=None)
     if reduction == "none":
@@ -280,8 +285,6 @@ def looped_cross_entropy(
     norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
     rows, shape = as_rows(states)
     h = rows[0]
-    if targets is None:
-        raise TypeError("targets must be a dense int64 or int32 tensor. Got None.")
     check_tensors(rows, shape, head, targets)
     check_readout(readout, norm_weight, norm_bias, eps, h)
     check_options(

@@ -9,8 +9,8 @@ DIR must not exist, or be empty. It is there whole or not at all.
 
 import argparse
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,15 +59,13 @@ def check_target(directory: Path) -> None:
 def whole_directory(directory: Path) -> Iterator[Path]:
     """A directory to write to. It becomes ``directory`` at the end, and after an error nothing is left of it."""
     directory = directory.resolve()  # a link leads to what is replaced
-    scratch = nearest_existing(directory.parent) / f".{directory.name}-{os.getpid()}"
-    scratch.mkdir()
-    try:
-        yield scratch
+    place = nearest_existing(directory.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=place) as scratch:
+        whole = Path(scratch, directory.name)
+        whole.mkdir()
+        yield whole
         directory.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(scratch, directory)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        os.replace(whole, directory)
 
 
 def to_transformers(run: SavedRun, directory: Path) -> None:

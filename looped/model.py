@@ -120,7 +120,8 @@ class LoopedLM(Recurrence):
             states, targets, backprop_loops=backprop_loops, supervision=supervision, penalty=penalty,
             n_targets=n_targets, statistics=statistics,
         )  # fmt: skip
-        return result._replace(logits=last_logits)
+        # not _replace, which PyTorch 2.11's compiler does not know
+        return LoopedOutput(states, result.loss, result.per_loop, last_logits, result.statistics, result.log_exits)
 
     def readout_loss(
         self,

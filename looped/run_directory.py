@@ -56,15 +56,15 @@ class Validation:
 
 @dataclass(frozen=True)
 class Training:
-    """Of a run's options, those of train/config.py, what is read here."""
+    """Of a run's options, those of train/config.py, what is read here. Early runs lack those that have a default."""
 
     data: str
     tokenizer: str | None
     supervision: Supervision
     penalty: float
-    backprop_loops: int | None
-    gate_beta: float
-    gate_prior: str
+    backprop_loops: int | None = None
+    gate_beta: float = 0.1
+    gate_prior: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,11 @@ def load_run(directory: Path) -> SavedRun:
     config = read_config(directory)
     try:
         shape = LoopedConfig(**config["model"])
-        check_field_types(Training(**{field.name: config["train"][field.name] for field in fields(Training)}))
-    except (ValueError, TypeError, KeyError) as error:
+        options = config["train"]
+        training = Training(**{field.name: options[field.name] for field in fields(Training) if field.name in options})
+        check_field_types(training)
+        config["train"] |= asdict(training)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} cannot be used ({error!r:.160}).") from error
     place = checkpoint.found(directory)
     progress = checkpoint.check_whole(place, ["model"])

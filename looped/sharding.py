@@ -37,9 +37,9 @@ def share_out(model: LoopedLM, group: "ProcessGroup", dtype: torch.dtype) -> Non
     """Leave each process its share of every weight, in place, by FSDP2 (Zhao et al., arXiv 2304.11277).
 
     dtype: that of autocast; float32 for none. The weights of a block's products are gathered together, in the dtype in
-    which the model forms these: on a CPU a fused one may choose float32. Everything else is used by all loops and
-    gathered first, as it is: embedding and head, tied or not, norms, injection, gate. So the residual stream keeps its
-    dtype. Gradients are averaged in float32.
+    which the model forms these: on a CPU a fused one may choose float32, so that it must be fused by now. Everything
+    else is used by all loops and gathered first, as it is: embedding and head, tied or not, norms, injection, gate. So
+    the residual stream keeps its dtype. Gradients are averaged in float32.
 
     What is gathered stays until `reshard`, through all loops, forward and backward. The gradient of the shared stack is
     whole for as long: it is summed over the loops. Gathering a block anew for each loop, forward and backward, would

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hostile import assert_rejected
 from test_trainer import assert_same_run, rows_of
 from tiny_run import arguments, text
 
@@ -37,10 +38,11 @@ def poisoned(monkeypatch, *steps: int) -> None:
     monkeypatch.setattr(trainer, "_step", step)
 
 
-def test_bad_steps_are_skipped_counted_and_shown(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+def test_bad_steps_are_skipped_counted_and_shown(tmp_path, monkeypatch, capsys, fused):
     run = tmp_path / "run"
     poisoned(monkeypatch, 2, 3, 6)
-    options = ("--log-every", "4", "--max-bad-steps", "3", "--save-every", "5", "--schedule", "constant")
+    options = ("--log-every", "4", "--max-bad-steps", "3", "--save-every", "5", "--schedule", "constant", fused)
     assert main(arguments(tmp_path, "--out", str(run), *options)) == 0
     output = capsys.readouterr().out
     assert re.search(r"step 4/8 .*  bad steps 2  ", output)
@@ -174,9 +176,7 @@ def test_the_same_text_at_another_place(tmp_path, capsys):
     moved = ["--tokenizer", str(tmp_path / "moved.json")]
     assert main(["--resume", str(run), "--steps", "9", *moved]) == 0
     (tmp_path / "elsewhere" / "corpus.txt").write_text(text(6000, seed=3), encoding="utf-8")
-    capsys.readouterr()
-    assert main(["--resume", str(run), "--steps", "10"]) == 2
-    assert "is not the one that" in capsys.readouterr().err
+    assert_rejected(main, ["--resume", str(run), "--steps", "10"], run, "is not the one that", capsys)
 
 
 def test_foreign_lines_of_the_log_are_dropped_and_told(tmp_path, capsys):

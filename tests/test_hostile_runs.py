@@ -311,10 +311,10 @@ FOUND: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a penalty in words": (
         "diagnose", lambda run: training(run, penalty="x"), "config.json cannot be used .*penalty must be float",
     ),
-    "a gate without its options": (
+    "a gate's option in words": (
         "transformers",
-        lambda run: training(run, drop="gate_beta", supervision="gated"),
-        "config.json cannot be used .*gate_beta",
+        lambda run: training(run, gate_beta="x", supervision="gated"),
+        "config.json cannot be used .*gate_beta must be float",
     ),
     "a number of loops that is true": (
         "train", lambda run: training(run, n_loops=True), "config.json cannot be used .*n_loops must be int",

@@ -1,6 +1,7 @@
 """The loss from its definition, fused against plain, what terminal supervision spares, logits, evaluation."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -302,6 +303,11 @@ def test_logits(readout: Any, tied: bool) -> None:
         assert logits.shape == (2, 5, V)
         torch.testing.assert_close(logits, expected_logits(decoder, state, loop, K), atol=1e-5, rtol=1e-5)
     assert torch.equal(decoder.readout_logits(state), decoder.readout_logits(state, final=True))
+
+
+def test_the_compiler_of_pytorch_2_11_knows_what_forward_calls() -> None:
+    """It fails at a NamedTuple's _replace, which later ones know."""
+    assert "._replace(" not in inspect.getsource(LoopedLM.forward)
 
 
 @pytest.mark.parametrize("fused", [True, False])

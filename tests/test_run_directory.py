@@ -29,6 +29,14 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+def test_an_early_run_lacks_what_came_later(run):
+    config = json.loads((run / "config.json").read_text())
+    later = {name: config["train"].pop(name) for name in ("backprop_loops", "gate_beta", "gate_prior")}
+    (run / "config.json").write_text(json.dumps(config))
+    train = load_run(run).config["train"]
+    assert {name: train[name] for name in later} == later
+
+
 def test_the_run_is_read_back(finished):
     before = torch.get_rng_state()
     loaded = load_run(finished)

@@ -53,6 +53,16 @@ def test_readout_statistics(backend, device, shape, dtype, softcap):
     assert torch.equal(actual.top1.flatten()[clear], truth.top1[clear])
 
 
+@pytest.mark.parametrize("which", ["layernorm", "raw", "final-only"])
+def test_other_readouts(backend, device, which):
+    states, head, targets, weight, bias = inputs((3, 9, 32, 65), device, torch.float32)
+    options = dict(readout=which, norm_weight=None if which == "raw" else weight, bias=bias)
+    expected = readout_statistics_reference(states, head, targets, **options)
+    for layout in (states, list(states.unbind(0))):
+        for actual, wanted in zip(readout_statistics(layout, head, targets, **options), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_without_targets(backend, device):
     states, head, targets, *_ = inputs((2, 5, 16, 33), device, torch.float32)
     actual, known = readout_statistics(states, head), readout_statistics(states, head, targets)

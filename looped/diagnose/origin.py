@@ -31,5 +31,5 @@ def origin(device: torch.device, run: SavedRun | None = None) -> dict[str, str]:
         "step": str(run.step),
         "weights": run.weights_hash,
         "data": Path(training["data"]).name,
-        "tokenizer": Path(training["tokenizer"]).name,
+        "tokenizer": Path(training["tokenizer"] or "none").name,
     }

@@ -58,7 +58,7 @@ def markdown(record: Record) -> str:
         tables.paper_depth_table("the paper, 129M"),
         seed_tables(record["measurements"]),
         f"## Figures\n\nAll but the first are of seed {diagnosed['shown']}; [index.html](index.html) has them with "
-        "their tables and a verdict on every model.",
+        "their tables and a verdict on every model, [diagnosis.json](diagnosis.json) the numbers.",
         *(f"{title}:\n\n![{title}]({name})" for name, title in FIGURES.items()),
         f"## Cost and origin\n\n{tables.cost(runs)}\n"
         f"- Diagnosis: on {' or '.join(f'{count:,}' for count in diagnosed['tokens'])} validation tokens of every "
