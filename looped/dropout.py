@@ -90,9 +90,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     On a CPU p is rounded to a multiple of 2^-16, and one number is drawn from PyTorch's generator; elsewhere this is
     PyTorch's dropout.
     """
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    return _dropout(x, _draw_seed(), p) if p > 0 else x
+    if p == 0:
+        return x
+    return _dropout(x, _draw_seed(), p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
