@@ -115,31 +115,22 @@ def looped_cross_entropy_reference(
             return _weighted(weight, ce).sum() / divisor
         return _weighted(weight, ce.sum() / divisor)
 
+    def gradient(loop: int) -> Tensor:
+        """That of the loop's part of the loss with respect to its state."""
+        h = states[loop].detach().requires_grad_()
+        return torch.autograd.grad(share(rows(h, loop)[0], loop), h)[0]
+
     active = [k for k in range(n_loops) if isinstance(weights, Tensor) or weights[k] != 0]
     per_loop = torch.full((n_loops,), torch.nan, dtype=wide, device=device)
     shares = [torch.zeros(targets.shape if reduction == "none" else (), dtype=wide, device=device)] * n_loops
-    seen: list[LoopedStatistics | None] = [None] * n_loops
     radial = [reduction != "none" and torch.is_grad_enabled() and state.requires_grad for state in states]
+    measured = _unread(states, radial=any(radial)) if statistics else None
     for k in active:
         ce, z = rows(states[k], k)
         per_loop[k] = ce.detach().sum() / n
         shares[k] = share(ce, k)
-        if not statistics:
-            continue
-        of_loop = _seen(states[k].detach(), ce.detach(), z.detach())
-        if radial[k]:
-            h = states[k].detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(share(rows(h, k)[0], k), h)
-            dot = radial_gradient_reference(h.detach(), gradient)
-            of_loop = of_loop._replace(radial_dot=dot.dot, radial_fraction=dot.fraction)
-        seen[k] = of_loop
-    measured = None
-    if statistics:
-        nan = torch.full(targets.shape, torch.nan, dtype=wide, device=device)
-        unread = LoopedStatistics(*[nan] * 8)._replace(top1=torch.full_like(nan, -1, dtype=torch.int64))
-        measured = LoopedStatistics(*map(torch.stack, zip(*(of_loop or unread for of_loop in seen), strict=True)))
-    if measured is not None and not any(radial):
-        measured = measured._replace(radial_dot=None, radial_fraction=None)
+        if measured is not None:
+            _see(measured, k, states[k].detach(), ce.detach(), z.detach(), gradient(k) if radial[k] else None)
     if reduction == "none":
         return LoopedCrossEntropy(torch.stack(shares), per_loop, measured)
     loss = sum(shares[1:], start=shares[0])
@@ -161,10 +152,23 @@ def mean_square(states: States) -> Tensor:
     return torch.stack([square.mean() if square.numel() else square.sum() for square in squares]).mean()
 
 
-def _seen(h: Tensor, ce: Tensor, z: Tensor) -> LoopedStatistics:
-    """What the readout of one loop saw, but for the radial part of a gradient."""
-    nan = torch.full_like(ce, torch.nan)
-    return LoopedStatistics(ce, *statistics_reference(z), h.to(accumulator(h.dtype)).square().mean(-1), nan, nan)
+def _unread(states: States, *, radial: bool) -> LoopedStatistics:
+    """The statistics [K, ...] of loops that are not read.  radial: with those of a gradient."""
+    shape, dtype, device = (len(states), *states[0].shape[:-1]), accumulator(states[0].dtype), states[0].device
+    loss, lse, entropy, margin, square, dot, fraction = torch.full((7, *shape), torch.nan, dtype=dtype, device=device)
+    top1 = torch.full(shape, -1, device=device)
+    return LoopedStatistics(loss, lse, entropy, margin, top1, square, *((dot, fraction) if radial else (None, None)))
+
+
+def _see(measured: LoopedStatistics, loop: int, h: Tensor, ce: Tensor, z: Tensor, gradient: Tensor | None) -> None:
+    """Write what the readout of a loop saw: of its states h, losses ce, logits z and, where it is given, gradient."""
+    seen = [ce, *statistics_reference(z), h.to(accumulator(h.dtype)).square().mean(-1)]
+    if gradient is not None:
+        radial = radial_gradient_reference(h, gradient)
+        seen += [radial.dot, radial.fraction]
+    for column, value in zip(measured, seen, strict=False):
+        if column is not None:
+            column[loop] = value
 
 
 def _weighted(row_weight: Tensor | float, ce: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from looped import checkpoint
 from looped.config import LoopedConfig
 from looped.field_types import check_field_types
 from looped.model import LoopedLM
-from looped.supervision import IGNORE_INDEX, Supervision
+from looped.supervision import IGNORE_INDEX, Gated, Supervision
 from looped.whole_file import read_json, regular, replacing
 
 fcntl: ModuleType | None
@@ -63,8 +63,8 @@ class Training:
     supervision: Supervision
     penalty: float
     backprop_loops: int | None = None
-    gate_beta: float = 0.1
-    gate_prior: str = "uniform"
+    gate_beta: float = Gated.beta
+    gate_prior: str = Gated.prior
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ def test_the_schedule_keeps_its_length(tmp_path, capsys, length):
     assert f"changed   schedule_steps from {n} to {asked}, from step {n + 6} on\n" in capsys.readouterr().out
     assert rows_of(run)[-1]["lr"] == pytest.approx(3e-4)
     assert rows_of(run)[n + 5]["lr"] > 6e-4
+    assert main(["--resume", str(run), "--steps", str(n + 11), "--schedule-steps", "1234567"]) == 0
+    assert f" schedule_steps from {asked} to 1234567, " in capsys.readouterr().out
 
 
 def test_a_schedule_longer_than_the_run(tmp_path):

@@ -179,6 +179,19 @@ def test_statistics_of_the_reference(weights, reduction):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_statistics_where_some_states_need_a_gradient(backend, device):
+    case = Case((3, 7, 24, 31), device, readout="raw")
+    states = [state.detach().requires_grad_(loop == 1) for loop, state in enumerate(case.tensors["states"])]
+    found, wanted = (
+        readout(states, case.tensors["head"], case.targets, readout="raw", statistics=True).statistics
+        for readout in (looped_cross_entropy, looped_cross_entropy_reference)
+    )
+    assert wanted.radial_fraction[[0, 2]].isnan().all()
+    assert wanted.radial_fraction[1].isfinite().all()
+    for name, a, b in zip(found._fields, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_step_of_adaptive_supervision_through_per_token_weights(backend, device):
     """dL/dw[k, t] = CE[k, t] / n, so an exit gate's distribution over loops can be trained."""
     case = Case((3, 5, 16, 21), device, weights="token")
